@@ -1,0 +1,160 @@
+// The one header that every kernel file includes.  It makes the same text valid for three compilers:
+//   NVRTC (through CuPy, at run time), nvcc (ahead of time, -DKVB_NATIVE), g++ (-DKVB_EMULATE: one fiber per thread).
+// PTX stands here alone, each wrapper with a CPU body in kvb/emu/ptx.h and a test in tests/test_emulator.py.
+// No host header may be included on the device side: NVRTC has none of them.
+#pragma once
+
+#if !defined(KVB_EMULATE)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace kvb {
+// NVRTC has no <cstdint>; CUDA's 64-bit atomics want `unsigned long long`, which uint64_t is not on Linux.
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i8 = signed char;
+using i32 = int;
+}  // namespace kvb
+
+#if defined(KVB_EMULATE)
+#include "kvb/emu/machine.h"
+#include "kvb/emu/intrinsics.h"
+#include "kvb/emu/ptx.h"
+#endif
+
+// ---- shared memory -------------------------------------------------------------------------------------------------
+// KVB_SHARED(float, tile, [32][33])   a static array, 16-byte aligned;   KVB_SHARED(int, counter)   a static scalar
+// KVB_DYNAMIC_SHARED(float, buffer)   the block's dynamic shared memory as a float*, 16-byte aligned
+#if defined(KVB_EMULATE)
+#define KVB_SHARED(type, name, ...)  \
+  static char kvb_key_of_##name;     \
+  auto& name = ::kvb::emu::shared_variable<type __VA_ARGS__>(&kvb_key_of_##name, #name)
+#define KVB_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::kvb::emu::dynamic_shared())
+#else
+#define KVB_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
+#define KVB_DYNAMIC_SHARED(type, name)                                 \
+  extern __shared__ __align__(16) unsigned char kvb_dynamic_shared_[]; \
+  type* name = reinterpret_cast<type*>(kvb_dynamic_shared_)
+#endif
+
+// ---- the list of kernel instances ----------------------------------------------------------------------------------
+// KVB_EXPORT(registers, kvb::some_kernel<float, 128>) at the end of a .cu file, outside namespaces.  `registers` is the
+// tested limit per thread.  nvcc and g++ register the instance with the module they build; NVRTC is asked for single
+// instances by name and needs no list.
+#if defined(KVB_EMULATE) || defined(KVB_NATIVE)
+#include "kvb/export.h"
+#define KVB_EXPORT_JOIN_(a, b) a##b
+#define KVB_EXPORT_NAME_(counter) KVB_EXPORT_JOIN_(kvb_exported_, counter)
+#define KVB_EXPORT(registers, ...) \
+  static ::kvb::ExportedKernel KVB_EXPORT_NAME_(__COUNTER__)(#__VA_ARGS__, registers, &__VA_ARGS__);
+#else
+#define KVB_EXPORT(registers, ...)
+#endif
+
+// ---- PTX wrappers ------------------------------------------------------------------------------------------------
+#if !defined(KVB_EMULATE)
+namespace kvb {
+
+// d[16x8] += a[16x16] b[16x8] on one warp: T inputs (__half or __nv_bfloat16), float32 sums.  Fragments as in the PTX
+// ISA, with g = lane / 4 and t = lane % 4:
+//   a[i]: row g + 8 (i & 1), columns 2t, 2t + 1 (+ 8 for i >= 2)      b[i]: rows 2t, 2t + 1 (+ 8 for i = 1), column g
+//   d[i]: row g + 8 (i >> 1), column 2t + (i & 1)
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d[16x8] += a[16x32] b[32x8] on one warp: int8 inputs, int32 sums that wrap around.
+//   a[i]: row g + 8 (i & 1), columns 4t .. 4t + 3 (+ 16 for i >= 2)   b[i]: rows 4t .. 4t + 3 (+ 16 for i = 1), column g
+__device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Loads four 8x8 matrices of 16-bit elements from shared memory: lane 8 j + r passes the 16-byte aligned address of
+// row r of matrix j; r[j] receives the elements 2t and 2t + 1 of row g of matrix j (of its transpose for _trans).
+__device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<u32>(__cvta_generic_to_shared(shared_row)))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<u32>(__cvta_generic_to_shared(shared_row)))
+               : "memory");
+}
+
+// Asynchronous copy of 16 bytes from global to shared memory, both addresses 16-byte aligned.  Not `valid`: the 16
+// bytes of shared memory become zero and global memory is not read.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Returns when at most `Pending` of this thread's newest groups are still under way.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// 2^x within 2 ulp; subnormal arguments and results count as zero.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Loads of data that nobody writes during the kernel and that are used once: they leave the L1 cache to others.
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+  uint2 v;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ u32 load_once(const u32* p) {
+  u32 v;
+  asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
+// Stores of results that this kernel does not read again: first to leave the caches.
+__device__ __forceinline__ void store_once(uint4* p, uint4 v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_once(uint2* p, uint2 v) {
+  asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_once(u32* p, u32 v) {
+  asm volatile("st.global.cs.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+}  // namespace kvb
+#endif

@@ -1,0 +1,380 @@
+// Host side of the emulator: launches a grid on guarded copies of its arrays.  Blocks run one after another.  Included
+// by the modules and programs that launch kernels, not by kernels.
+#pragma once
+#include <signal.h>
+#include <ucontext.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kvb/device.cuh"
+#include "kvb/export.h"
+
+namespace kvb::emu {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Launch {
+  const ExportedKernel* kernel;
+  dim3 grid, block;
+  size_t dynamic_shared = 0;
+  u64 seed = 0;         // 0: in order; else the schedule
+  bool flush = false;   // subnormals count as zero, as CuPy makes NVRTC do (doubles too: x86 cannot tell them apart)
+};
+
+// One argument of a launch: a scalar's bytes, an array in caller's memory, or (neither) a null pointer.
+struct Argument {
+  std::string scalar;
+  Byte* array = nullptr;
+  size_t size = 0;
+  bool read_only = false;
+};
+
+// ---- guarded copies of the arrays ------------------------------------------------------------------------------------
+// Arrays that overlap share one copy, so that a kernel sees them overlap as on the GPU.
+class GuardedArrays {
+ public:
+  explicit GuardedArrays(const std::vector<Argument>& arguments) {
+    for (size_t i = 0; i < arguments.size(); ++i)
+      if (arguments[i].array) copies_.push_back({arguments[i].array, arguments[i].size, arguments[i].read_only, {i}, {}});
+    std::sort(copies_.begin(), copies_.end(), [](const ArrayCopy& a, const ArrayCopy& b) { return a.source < b.source; });
+    merge_overlapping();
+    if (copies_.empty()) return;
+    space_size_ = kGap;
+    for (const ArrayCopy& copy : copies_) space_size_ += Guarded::slot_size(copy.size, kGap);
+    space_ = reserve(space_size_);
+    if (!space_) throw Error("no address space for guarded copies of the arguments");
+    Byte* slot = space_;
+    for (ArrayCopy& copy : copies_) {
+      const size_t slot_size = Guarded::slot_size(copy.size, kGap);
+      if (!copy.memory.open(slot, slot_size, copy.size, reinterpret_cast<uintptr_t>(copy.source) % 16))
+        throw Error("no memory for guarded copies of the arguments");
+      std::memcpy(copy.memory.data, copy.source, copy.size);
+      if (copy.read_only) copy.memory.make_read_only();
+      slot += slot_size;
+    }
+  }
+  ~GuardedArrays() {
+    for (ArrayCopy& copy : copies_) copy.memory.close();
+    if (space_) munmap(space_, space_size_);
+  }
+  GuardedArrays(const GuardedArrays&) = delete;
+  GuardedArrays& operator=(const GuardedArrays&) = delete;
+
+  // Where the kernel finds an array of the caller's.
+  Byte* copy_of(const Argument& argument) const {
+    for (const ArrayCopy& copy : copies_)
+      if (argument.array >= copy.source && argument.array + argument.size <= copy.source + copy.size)
+        return copy.memory.data + (argument.array - copy.source);
+    return nullptr;
+  }
+  void copy_back() const {
+    for (const ArrayCopy& copy : copies_)
+      if (!copy.read_only) std::memcpy(copy.source, copy.memory.data, copy.size);
+  }
+  // "byte 516 of argument 2 (512 bytes, read-only)" if the address lies in or around an array, else "".
+  std::string describe(const Byte* address) const {
+    if (address < space_ || address >= space_ + space_size_) return "";
+    const ArrayCopy* nearest = &copies_.front();
+    for (const ArrayCopy& copy : copies_)
+      if (copy.memory.distance(address) < nearest->memory.distance(address)) nearest = &copy;
+    return nearest->describe(address);
+  }
+  // The same for the first overwritten byte around an array, or "".
+  std::string describe_damage() const {
+    for (const ArrayCopy& copy : copies_)
+      if (const Byte* p = copy.memory.damaged()) return copy.describe(p);
+    return "";
+  }
+
+ private:
+  static constexpr size_t kGap = 16 << 20;   // inaccessible bytes around each array: only far strays can miss them
+
+  struct ArrayCopy {
+    Byte* source;
+    size_t size;
+    bool read_only;
+    std::vector<size_t> arguments;   // their positions
+    Guarded memory;
+
+    std::string describe(const Byte* address) const {
+      std::string text = "byte " + std::to_string(address - memory.data) + " of argument";
+      for (size_t i = 0; i < arguments.size(); ++i) text += (i ? "/" : " ") + std::to_string(arguments[i]);
+      return text + " (" + std::to_string(size) + " bytes" + (read_only ? ", read-only)" : ")");
+    }
+  };
+
+  void merge_overlapping() {
+    std::vector<ArrayCopy> merged;
+    for (ArrayCopy& copy : copies_) {
+      if (merged.empty() || copy.source >= merged.back().source + merged.back().size) {
+        merged.push_back(std::move(copy));
+        continue;
+      }
+      ArrayCopy& last = merged.back();
+      last.size = std::max(last.size, size_t(copy.source - last.source) + copy.size);
+      last.read_only = last.read_only && copy.read_only;
+      last.arguments.push_back(copy.arguments.front());
+    }
+    copies_ = std::move(merged);
+  }
+
+  std::vector<ArrayCopy> copies_;
+  Byte* space_ = nullptr;
+  size_t space_size_ = 0;
+};
+
+// "byte 512 of tile (512 bytes of shared memory)"
+inline std::string describe(const SharedVariable& variable, const Byte* address) {
+  return "byte " + std::to_string(address - variable.memory.data) + " of " + variable.name + " (" +
+         std::to_string(variable.memory.size) + " bytes of shared memory)";
+}
+// The same for the variable nearest to the address, or "" for an address elsewhere.
+inline std::string describe_shared(const Byte* address) {
+  if (!in_shared(address)) return "";
+  const SharedVariable* nearest = &machine.dynamic_shared;
+  for (u32 i = 0; i < machine.shared_variables; ++i)
+    if (machine.shared_variable[i].memory.distance(address) < nearest->memory.distance(address))
+      nearest = &machine.shared_variable[i];
+  return describe(*nearest, address);
+}
+
+// ---- faults ----------------------------------------------------------------------------------------------------------
+// Turns SIGSEGV, SIGBUS and SIGFPE inside a fiber into the launch's error.  Sanitizer builds leave the signals to the
+// sanitizer, whose report names the line.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+struct FaultHandler {
+  explicit FaultHandler(const GuardedArrays&) {}
+};
+#else
+class FaultHandler {
+ public:
+  explicit FaultHandler(const GuardedArrays& arrays) {
+    arrays_ = &arrays;
+    thread_ = pthread_self();
+    static Byte stack[64 * 1024];   // its own stack: the fault may be a stack overrun
+    stack_t alternative{};
+    alternative.ss_sp = stack;
+    alternative.ss_size = sizeof stack;
+    sigaltstack(&alternative, &old_stack_);
+    struct sigaction action {};
+    action.sa_sigaction = handle;
+    // SA_NODEFER: the handler never returns, so a blocked signal would stay blocked.
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigemptyset(&action.sa_mask);
+    for (int i = 0; i < kSignals; ++i) sigaction(signals_[i], &action, &old_action_[i]);
+  }
+  ~FaultHandler() {
+    for (int i = 0; i < kSignals; ++i) sigaction(signals_[i], &old_action_[i], nullptr);
+    sigaltstack(&old_stack_, nullptr);
+  }
+  FaultHandler(const FaultHandler&) = delete;
+  FaultHandler& operator=(const FaultHandler&) = delete;
+
+ private:
+  // Runs in the middle of the kernel's own code, never of the allocator's: it may build strings.
+  static void handle(int signal, siginfo_t* info, void* context) {
+    if (!pthread_equal(thread_, pthread_self())) {   // another thread's fault: it recurs under the old handler
+      for (int i = 0; i < kSignals; ++i)
+        if (signals_[i] == signal) sigaction(signal, &old_action_[i], nullptr);
+      return;
+    }
+    if (signal == SIGFPE) fail("integer division by zero or overflow");
+    const auto* address = static_cast<const Byte*>(info->si_addr);
+    const char* access = access_kind(context);
+    std::string place = arrays_->describe(address);
+    if (place.empty()) place = describe_shared(address);
+    if (!place.empty()) fail("%s %s", access, place.c_str());
+    const auto* stack = static_cast<const Byte*>(machine.current->context.stack);
+    if (address < stack && address >= stack - page_size()) fail("overran its stack of %zu bytes", kStack);
+    if (info->si_code == SI_KERNEL)   // x86 gives no address
+      fail("misaligned vector access, or access to an address that cannot exist");
+    if (address < reinterpret_cast<const Byte*>(4096)) fail("%s address %p: null pointer", access, info->si_addr);
+    fail("%s address %p, which belongs to no argument", access, info->si_addr);
+  }
+  static const char* access_kind([[maybe_unused]] void* context) {
+#if defined(__x86_64__)
+    return static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2 ? "write to" : "read of";
+#else
+    return "access to";
+#endif
+  }
+
+  static constexpr int kSignals = 3;
+  static constexpr int signals_[kSignals] = {SIGSEGV, SIGBUS, SIGFPE};
+  static inline struct sigaction old_action_[kSignals];
+  static inline stack_t old_stack_;
+  static inline pthread_t thread_;
+  static inline const GuardedArrays* arrays_ = nullptr;
+};
+#endif
+
+// ---- one block -------------------------------------------------------------------------------------------------------
+KVB_EMU_OWN inline void fiber_entry() {
+  entered_from(*machine.switched_from);
+  KVB_EMU_TSAN(__tsan_acquire(&machine.start_order));
+  machine.body(machine.body_argument);
+  KVB_EMU_TSAN(__tsan_release(&machine.exit_order));
+  Warp& warp = machine.warp[machine.current->warp];
+  ++machine.exited;
+  warp.alive &= ~(1u << machine.current->lane);
+  try_release_barrier();
+  for (u32 rest = warp.in_collective; rest; rest &= rest - 1)   // collectives wait for live lanes only
+    try_combine(machine.current->warp, warp.lane[__builtin_ctz(rest)].mask);
+  wait("exit", 0);
+  std::abort();   // never resumed
+}
+
+KVB_EMU_OWN inline void report_deadlock() {
+  std::string waiting;
+  const Fiber* last = nullptr;
+  for (u32 i = 0; i < machine.threads && waiting.size() < 400; ++i) {
+    const Fiber& fiber = machine.fiber[i];
+    if (!(machine.warp[fiber.warp].alive >> fiber.lane & 1)) continue;
+    if (last && last->waits_in == fiber.waits_in && last->line == fiber.line) continue;   // first of each run
+    waiting += (last ? ", " : "") + std::string("from thread (") + std::to_string(fiber.thread.x) + "," +
+               std::to_string(fiber.thread.y) + "," + std::to_string(fiber.thread.z) + ") in " + fiber.waits_in +
+               " at line " + std::to_string(fiber.line);
+    last = &fiber;
+  }
+  fail_block("deadlock: threads wait %s", waiting.c_str());
+}
+
+// Fibers get stacks of one size with an inaccessible page below each; where frames begin differs from stack to stack, or
+// all of them would compete for the same cache sets.
+inline char* stack_of(u32 thread) {
+  static Byte* space = nullptr;
+  static u32 ready = 0;
+  const size_t stride = page_size() + kStack;
+  if (!space && !(space = reserve(kMaxThreads * stride))) throw Error("no address space for fiber stacks");
+  for (; ready <= thread; ++ready)
+    if (mprotect(space + ready * stride + page_size(), kStack, PROT_READ | PROT_WRITE))
+      throw Error("no memory for fiber stacks");
+  return reinterpret_cast<char*>(space + thread * stride + page_size());
+}
+
+KVB_EMU_OWN inline void start_threads() {
+  machine.exited = machine.barrier_arrived = machine.ready_warps = 0;
+  machine.barrier_votes = 0;
+  for (u32 w = 0; w * 32 < machine.threads; ++w) {
+    const u32 count = machine.threads - w * 32;
+    Warp& warp = machine.warp[w];
+    warp.alive = count >= 32 ? ~0u : (1u << count) - 1;
+    warp.ready = warp.in_collective = warp.at_barrier = 0;
+    wake(w, warp.alive);
+  }
+  for (u32 i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = machine.fiber[i];
+    fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+    fiber.warp = i / 32;
+    fiber.lane = i % 32;
+    fiber.copy_count = fiber.group = 0;
+    make_context(fiber.context, stack_of(i), kStack - i % 13 * 320, fiber_entry);
+  }
+}
+
+KVB_EMU_OWN inline void run_block(const GuardedArrays& arrays) {
+  poison(machine.dynamic_shared.memory);
+  for (u32 i = 0; i < machine.shared_variables; ++i) poison(machine.shared_variable[i].memory);
+  start_threads();
+  KVB_EMU_TSAN(__tsan_release(&machine.start_order));
+  to_fiber(machine.scheduler, next_ready());   // comes back when no thread is ready, or one has failed
+  KVB_EMU_TSAN(__tsan_acquire(&machine.exit_order));   // so that races between blocks are not reported
+  if (machine.error[0]) return;
+  if (machine.exited < machine.threads) return report_deadlock();
+  std::string damage = arrays.describe_damage();
+  for (u32 i = 0; i <= machine.shared_variables && damage.empty(); ++i) {
+    const SharedVariable& variable = i ? machine.shared_variable[i - 1] : machine.dynamic_shared;
+    if (const Byte* p = variable.memory.damaged()) damage = describe(variable, p);
+  }
+  if (!damage.empty()) fail_block("wrote to %s", damage.c_str());
+}
+
+// ---- launch ----------------------------------------------------------------------------------------------------------
+inline void check(const Launch& launch) {
+  const dim3 &grid = launch.grid, &block = launch.block;
+  const u64 threads = u64(block.x) * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.z > 64)
+    throw Error(launch.kernel->name + ": a block has 1 to 1024 threads, z at most 64");
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535)
+    throw Error(launch.kernel->name + ": a grid has 1 to (2147483647, 65535, 65535) blocks");
+  if (launch.dynamic_shared > kSharedBytes)
+    throw Error(launch.kernel->name + ": shared memory exhausted: " + std::to_string(launch.dynamic_shared) +
+                " bytes dynamic, limit " + std::to_string(kSharedBytes));
+}
+
+inline void open_shared_memory(size_t dynamic_bytes) {
+  if (!machine.shared_space && !(machine.shared_space = reserve(kSharedSpace)))
+    throw Error("no address space for shared memory");
+  machine.shared_variables = 0;
+  machine.static_shared_bytes = 0;
+  machine.dynamic_shared.name = "dynamic shared memory";
+  if (!machine.dynamic_shared.memory.open(machine.shared_space, kDynamicSlot, dynamic_bytes))
+    throw Error("no memory for shared memory");
+}
+inline void close_shared_memory() {
+  machine.dynamic_shared.memory.close();
+  for (u32 i = 0; i < machine.shared_variables; ++i) machine.shared_variable[i].memory.close();
+}
+
+KVB_EMU_OWN inline void run_grid(const Launch& launch, const GuardedArrays& arrays) {
+  const u64 blocks = u64(launch.grid.x) * launch.grid.y * launch.grid.z;
+  machine.kernel_name = launch.kernel->name.c_str();
+  machine.random = launch.seed != 0;
+  machine.random_state = launch.seed * 0x9E3779B97F4A7C15ull;   // odd factor: never zero, and small seeds differ at once
+  machine.error[0] = 0;
+  gridDim = launch.grid;
+  blockDim = launch.block;
+  machine.threads = launch.block.x * launch.block.y * launch.block.z;
+  KVB_EMU_TSAN(machine.scheduler.tsan_fiber = __tsan_get_current_fiber());
+  // Blocks may run in any order: a random schedule starts anywhere and walks backwards or forwards.
+  const u64 start = machine.random ? random_bits(31) % blocks : 0;
+  const bool backwards = machine.random && random_bits(1);
+#if defined(__SSE2__)
+  const u32 control = _mm_getcsr();
+  if (launch.flush) _mm_setcsr(control | 0x8040);   // flush results, read subnormals as zero
+#endif
+  {
+    FaultHandler faults(arrays);
+    for (u64 i = 0; i < blocks && !machine.error[0]; ++i) {
+      const u64 b = (start + (backwards ? blocks - i : i)) % blocks;
+      blockIdx = {u32(b % launch.grid.x), u32(b / launch.grid.x % launch.grid.y),
+                  u32(b / (u64(launch.grid.x) * launch.grid.y))};
+      run_block(arrays);
+    }
+  }
+#if defined(__SSE2__)
+  _mm_setcsr(control);
+#endif
+}
+
+// Runs the grid to its end.  Throws Error, naming kernel, block and thread, at the first fault; the caller's arrays are
+// then unchanged.
+inline void run(const Launch& launch, const std::vector<Argument>& arguments) {
+  check(launch);
+  GuardedArrays arrays(arguments);
+  std::vector<Byte*> pointers(arguments.size());
+  std::vector<void*> values(arguments.size());
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    pointers[i] = arguments[i].array ? arrays.copy_of(arguments[i]) : nullptr;
+    values[i] = arguments[i].scalar.empty() ? static_cast<void*>(&pointers[i]) : const_cast<char*>(arguments[i].scalar.data());
+  }
+  const auto body = [&] { launch.kernel->invoke(values.data()); };
+  machine.body = [](const void* f) { (*static_cast<decltype(body)*>(f))(); };
+  machine.body_argument = &body;
+  open_shared_memory(launch.dynamic_shared);
+  run_grid(launch, arrays);
+  close_shared_memory();
+  if (machine.error[0]) throw Error(machine.error);
+  arrays.copy_back();
+}
+
+}  // namespace kvb::emu

@@ -1,0 +1,157 @@
+// The end of every split decode kernel: combine the warps of a block, store one partial result per split, and let the last
+// block to finish merge the splits.  The one place where partial results of a launch are merged.
+//
+// A partial result of one query head over some tokens is (reference, total, output) in base 2:
+//   total = sum_t 2^(logit_t - reference),   output = sum_t 2^(logit_t - reference) v_t,   logit in units of log2(e) scale <q, k>.
+// Any finite reference is right; one near the largest logit keeps the numbers in range.  Partial results merge by
+// M = max reference_i, w_i = 2^(reference_i - M): output = sum w_i output_i / sum w_i total_i (arXiv 1805.02867, section 3.1).
+#pragma once
+#include "kvb/convert.cuh"
+#include "kvb/device.cuh"
+
+namespace kvb {
+
+constexpr float kNoReference = -3.402823466e38f;   // of a warp that has seen no token: finite, so that differences are not NaN
+
+// Which tokens one of `splits` blocks reads: tiles [first, last) of a sequence of `tiles` tiles.  A short sequence uses fewer
+// splits, at least `tiles_per_block` tiles each; the blocks beyond them have nothing to do and nobody waits for them.
+struct SplitRange {
+  int active, first, last;
+  __device__ __forceinline__ SplitRange(int tiles, int tiles_per_block, int split, int splits) {
+    active = min(splits, max((tiles + tiles_per_block - 1) / tiles_per_block, 1));
+    first = static_cast<int>(static_cast<u64>(tiles) * min(split, active) / active);
+    last = static_cast<int>(static_cast<u64>(tiles) * min(split + 1, active) / active);
+  }
+};
+
+// Where the result of one (sequence, KV head) goes.
+struct DecodeTarget {
+  void* output;           // (rows, D) T or float: the rows of the group's query heads
+  float* lse;             // (rows,) natural log-sum-exp, or null
+  float* partial_output;  // (rows, splits, D)
+  float2* partial_statistics;   // (rows, splits): reference, total
+  u32* ticket;            // counts the splits that have stored their part; zero before and after every launch
+  int output_float32;
+};
+
+template <class T>
+__device__ __forceinline__ void store_output(const DecodeTarget& target, int index, const float4& x) {
+  if (target.output_float32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(target.output) + index) = x;
+  } else {
+    T* out = static_cast<T*>(target.output) + index;
+    out[0] = from_float<T>(x.x);
+    out[1] = from_float<T>(x.y);
+    out[2] = from_float<T>(x.z);
+    out[3] = from_float<T>(x.w);
+  }
+}
+
+// reference + log2(total), in natural units; -inf for no tokens.
+__device__ __forceinline__ float natural_lse(float reference, float total) {
+  return total == 0.f ? -infinity() : (reference + log2f(total)) * 0.693147180559945309f;
+}
+// 1 / total, and 0 for no tokens, so that an empty sequence gives zeros; NaN stays NaN.
+__device__ __forceinline__ float inverse_total(float total) { return total == 0.f ? 0.f : 1.f / total; }
+
+__device__ __forceinline__ void add_scaled(float4& sum, float weight, const float4& x) {
+  sum.x = fmaf(weight, x.x, sum.x);
+  sum.y = fmaf(weight, x.y, sum.y);
+  sum.z = fmaf(weight, x.z, sum.z);
+  sum.w = fmaf(weight, x.w, sum.w);
+}
+__device__ __forceinline__ float4 scaled(float weight, const float4& x) {
+  return make_float4(weight * x.x, weight * x.y, weight * x.z, weight * x.w);
+}
+
+// Called by all THREADS threads of a block once its tokens are done.
+//   copies      shared (COPIES, HEADS, D): partial outputs, one copy per warp that took its own tokens
+//   statistics  shared (COPIES, HEADS): their reference and total
+//   scratch     shared, 16 * ceil(group * splits / 4) + 16 * THREADS bytes that hold nothing any more (may be `copies`)
+template <class T, int D, int COPIES, int HEADS, int THREADS>
+__device__ __forceinline__ void finish_split(const float* copies, const float2* statistics, void* scratch,
+                                             const DecodeTarget& target, int group, int split, int splits, int active) {
+  constexpr int QUADS = D / 4;   // float4s of a row
+  __syncthreads();               // copies and statistics are complete
+  for (int i = threadIdx.x; i < group * QUADS; i += THREADS) {
+    const int h = i / QUADS, d = i % QUADS * 4;
+    float reference = kNoReference, total = 0.f;
+#pragma unroll
+    for (int c = 0; c < COPIES; ++c) reference = fmaxf(reference, statistics[c * HEADS + h].x);
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int c = 0; c < COPIES; ++c) {
+      const float2 own = statistics[c * HEADS + h];
+      const float weight = exp2_approx(own.x - reference);
+      total = fmaf(weight, own.y, total);
+      add_scaled(sum, weight, *reinterpret_cast<const float4*>(copies + (c * HEADS + h) * D + d));
+    }
+    if (active == 1) {
+      store_output<T>(target, h * D + d, scaled(inverse_total(total), sum));
+      if (d == 0 && target.lse) target.lse[h] = natural_lse(reference, total);
+    } else {
+      *reinterpret_cast<float4*>(target.partial_output + (static_cast<u64>(h) * splits + split) * D + d) = sum;
+      if (d == 0) target.partial_statistics[h * splits + split] = make_float2(reference, total);
+    }
+  }
+  if (active == 1) return;
+
+  // The last block to arrive merges: it sees what the others stored before they took their tickets.
+  KVB_SHARED(int, is_last);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(target.ticket, 1u) == static_cast<u32>(active) - 1;
+    if (is_last) *target.ticket = 0;   // ready for the next launch
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+
+  float* weights = static_cast<float*>(scratch);                          // (group, active)
+  float4* parts = reinterpret_cast<float4*>(weights + ((group * active + 3) & ~3));   // (THREADS,)
+  for (int h = threadIdx.x / 32; h < group; h += THREADS / 32) {          // a warp per query head
+    const int lane = threadIdx.x % 32;
+    const float2* own = target.partial_statistics + h * splits;
+    float reference = kNoReference, total = 0.f;
+    for (int s = lane; s < active; s += 32) reference = fmaxf(reference, __ldcg(own + s).x);
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2)
+      reference = fmaxf(reference, __shfl_xor_sync(0xffffffffu, reference, distance));
+    for (int s = lane; s < active; s += 32) {
+      const float2 statistic = __ldcg(own + s);
+      const float weight = exp2_approx(statistic.x - reference);
+      weights[h * active + s] = weight;
+      total = fmaf(weight, statistic.y, total);
+    }
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+    const float inverse = inverse_total(total);
+    for (int s = lane; s < active; s += 32) weights[h * active + s] *= inverse;
+    if (lane == 0 && target.lse) target.lse[h] = natural_lse(reference, total);
+  }
+  __syncthreads();
+
+  // With few outputs, `shares` threads add up different splits of the same four, so that many loads are in flight.
+  const int quads = group * QUADS, shares = max(THREADS / quads, 1);
+  for (int first = 0; first < quads; first += THREADS) {   // one pass unless shares == 1
+    const int i = shares > 1 ? threadIdx.x % quads : first + threadIdx.x, share = shares > 1 ? threadIdx.x / quads : 0;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (i < quads && share < shares) {
+      const int h = i / QUADS, d = i % QUADS * 4;
+      const float* rows = target.partial_output + static_cast<u64>(h) * splits * D + d;
+#pragma unroll 8
+      for (int s = share; s < active; s += shares)
+        add_scaled(sum, weights[h * active + s], __ldcg(reinterpret_cast<const float4*>(rows + static_cast<u64>(s) * D)));
+    }
+    if (shares > 1) {
+      parts[threadIdx.x] = sum;
+      __syncthreads();
+      if (share == 0)
+        for (int k = 1; k < shares; ++k) add_scaled(sum, 1.f, parts[threadIdx.x + k * quads]);
+    }
+    if (share == 0 && i < quads) store_output<T>(target, i * 4, sum);
+  }
+}
+
+}  // namespace kvb

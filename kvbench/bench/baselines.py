@@ -1,0 +1,198 @@
+"""What one would use otherwise: library functions that do a kernel's work, timed in the same run with the same timer.
+
+A baseline gets the very arrays that the kernel gets and must come close to the kernel's reference before it is timed.
+"Close" is the accuracy that its storage type allows, not the kernel's own tolerance: a user would accept either.
+"""
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvbench import arrays
+from kvbench.registry import nearest
+
+
+class Missing(Exception):
+    """This baseline cannot run this case here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """prepare(inputs) -> a call without arguments that returns the kernel's first output; raises Missing."""
+
+    name: str
+    kernel: str
+    devices: tuple[str, ...]
+    framework: str             # "numpy" or "torch": whose stream and graph capture the call needs
+    prepare: Callable[[dict], Callable]
+    summary: str
+
+
+def names() -> list[str]:
+    return list(dict.fromkeys(baseline.name for baseline in BASELINES))
+
+
+def resolve(requested: list[str]) -> list[str]:
+    """The requested names, "all" spelled out; ValueError for a name that no baseline has."""
+    for name in requested:
+        if name != "all" and name not in names():
+            raise ValueError(f"unknown baseline {name!r}{nearest(name, [*names(), 'all'])}")
+    return names() if "all" in requested else list(dict.fromkeys(requested))
+
+
+def find(name: str, kernel: str, device: str) -> Baseline:
+    """The baseline of that name for a kernel on a device ("cpu", "cuda"); Missing if there is none."""
+    same_name = [baseline for baseline in BASELINES if baseline.name == name]
+    same_work = [baseline for baseline in same_name if baseline.kernel == kernel]
+    if not same_work:
+        raise Missing(f"does not do the work of {kernel}")
+    for baseline in same_work:
+        if device in baseline.devices:
+            return baseline
+    raise Missing(f"runs on {same_work[0].devices[0]} only")
+
+
+def allowed_error(inputs: dict) -> float:
+    """Relative RMS error that a baseline may have: a few roundings in the storage type, and float32 sums.
+
+    One rounding costs half an eps; inputs, probabilities and output are each rounded once.  Wrong work is off by far more.
+    """
+    dtypes = [arrays.borrow(value, name).dtype for name, value in inputs.items() if hasattr(value, "__dlpack__")]
+    eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+    return 4 * max((eps.get(dtype, 0.0) for dtype in dtypes), default=0.0) + 32 * 2.0**-23
+
+
+# ---- decode attention ------------------------------------------------------------------------------------------------
+
+def _plain(inputs: dict):
+    """query, keys, values, scale of a decode step; Missing if its sequences have unequal lengths."""
+    query, keys, values = (inputs[name] for name in ("query", "keys", "values"))
+    if inputs.get("lengths") is not None:
+        lengths = arrays.borrow(inputs["lengths"], "lengths").to_host()
+        if (lengths != keys.shape[2]).any():
+            raise Missing("takes no ragged lengths without a mask")
+    scale = inputs.get("scale")
+    return query, keys, values, query.shape[-1]**-0.5 if scale is None else scale
+
+
+def _numpy_decode(inputs):
+    query, keys, values, scale = _plain(inputs)
+    batch, kv_heads, _, head_dim = keys.shape
+
+    def call():
+        # NumPy multiplies no 16-bit floats: the conversion is part of what this way costs.
+        grouped = query.astype(np.float32).reshape(batch, kv_heads, -1, head_dim)
+        logits = grouped @ keys.astype(np.float32).swapaxes(-1, -2)
+        logits *= np.float32(scale)
+        logits -= logits.max(axis=-1, keepdims=True)
+        np.exp(logits, out=logits)
+        logits /= logits.sum(axis=-1, keepdims=True)
+        return (logits @ values.astype(np.float32)).reshape(query.shape)
+
+    return call
+
+
+def _torch_decode(backend: str | None, packed: bool):
+    """Scaled dot product attention by one of PyTorch's backends.
+
+    packed: the query heads of a group stand as query tokens of their KV head, which is the same sum without a mask and
+    needs no grouped-query support.
+    """
+    def prepare(inputs):
+        torch = _import("torch")
+        query, keys, values, scale = _plain(inputs)
+        query, keys, values = (_torch_tensor(torch, x) for x in (query, keys, values))
+        batch, q_heads, head_dim = query.shape
+        kv_heads = keys.shape[1]
+        shaped = query.view(batch, kv_heads, q_heads // kv_heads, head_dim) if packed else query[:, :, None]
+        grouped = not packed and q_heads != kv_heads
+        attend = torch.nn.functional.scaled_dot_product_attention
+        kernels = getattr(torch.nn.attention.SDPBackend, backend) if backend else None
+
+        @torch.inference_mode()
+        def call():
+            if kernels is None:
+                return attend(shaped, keys, values, scale=scale, enable_gqa=grouped).reshape(query.shape)
+            with torch.nn.attention.sdpa_kernel(kernels):
+                return attend(shaped, keys, values, scale=scale, enable_gqa=grouped).reshape(query.shape)
+
+        return call
+    return prepare
+
+
+def _flashinfer_decode(tensor_cores: bool):
+    def prepare(inputs):
+        torch, flashinfer = _import("torch"), _import("flashinfer")
+        query, keys, values, scale = _plain(inputs)
+        if query.shape[0] != 1:
+            raise Missing("single decode takes batch 1")
+        query, keys, values = (_torch_tensor(torch, x)[0] for x in (query, keys, values))
+
+        def call():
+            return flashinfer.single_decode_with_kv_cache(query, keys, values, kv_layout="HND", sm_scale=scale,
+                                                          use_tensor_cores=tensor_cores)[None]
+
+        return call
+    return prepare
+
+
+# ---- rotation --------------------------------------------------------------------------------------------------------
+
+def _dense_rotation(inputs) -> np.ndarray:
+    """The matrix M with y = x M."""
+    matrix = inputs["rotation"].dense().T
+    return matrix.T if inputs.get("inverse") else matrix
+
+
+def _numpy_rotate(inputs):
+    x = inputs["x"]
+    matrix = _dense_rotation(inputs).astype(np.float32)
+    return lambda: (x.astype(np.float32) @ matrix).astype(x.dtype)
+
+
+def _torch_rotate(inputs):
+    torch = _import("torch")
+    x = _torch_tensor(torch, inputs["x"])
+    matrix = torch.as_tensor(np.ascontiguousarray(_dense_rotation(inputs)), device=x.device).to(x.dtype)
+    return lambda: x @ matrix
+
+
+# ---- all -------------------------------------------------------------------------------------------------------------
+
+def _import(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Missing(f"{name} is not installed ({error})") from error
+
+
+def _torch_tensor(torch, value):
+    tensor = torch.from_dlpack(arrays.borrow(value, "input"))
+    if tensor.is_cuda and not torch.cuda.is_available():
+        raise Missing("this PyTorch has no CUDA")
+    return tensor
+
+
+BASELINES: tuple[Baseline, ...] = (
+    Baseline("torch-cudnn", "attention.decode", ("cuda",), "torch", _torch_decode("CUDNN_ATTENTION", False),
+             "PyTorch SDPA, cuDNN backend, enable_gqa"),
+    Baseline("torch-cudnn-packed", "attention.decode", ("cuda",), "torch", _torch_decode("CUDNN_ATTENTION", True),
+             "PyTorch SDPA, cuDNN backend, query heads of a group as query tokens"),
+    Baseline("torch-flash", "attention.decode", ("cuda",), "torch", _torch_decode("FLASH_ATTENTION", False),
+             "PyTorch SDPA, FlashAttention backend, enable_gqa"),
+    Baseline("torch-flash-packed", "attention.decode", ("cuda",), "torch", _torch_decode("FLASH_ATTENTION", True),
+             "PyTorch SDPA, FlashAttention backend, query heads of a group as query tokens"),
+    Baseline("torch-efficient", "attention.decode", ("cuda",), "torch", _torch_decode("EFFICIENT_ATTENTION", True),
+             "PyTorch SDPA, memory-efficient backend, which knows no groups: query heads of a group as query tokens"),
+    Baseline("flashinfer", "attention.decode", ("cuda",), "torch", _flashinfer_decode(False),
+             "FlashInfer single decode on CUDA cores"),
+    Baseline("flashinfer-tensor", "attention.decode", ("cuda",), "torch", _flashinfer_decode(True),
+             "FlashInfer single decode on tensor cores"),
+    Baseline("torch", "attention.decode", ("cpu",), "torch", _torch_decode(None, False), "PyTorch SDPA on the CPU"),
+    Baseline("numpy", "attention.decode", ("cpu",), "numpy", _numpy_decode, "NumPy and its BLAS in float32"),
+    Baseline("torch", "rotation.rotate", ("cpu", "cuda"), "torch", _torch_rotate, "PyTorch matrix product in the type of x"),
+    Baseline("numpy", "rotation.rotate", ("cpu",), "numpy", _numpy_rotate, "NumPy and its BLAS in float32"),
+)

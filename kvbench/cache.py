@@ -1,0 +1,477 @@
+"""KVCache: a codec for keys, a codec for values, an optional index with its selector, and a set of tokens kept exact."""
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+
+from kvbench import arrays, codecs, storage
+from kvbench.errors import CapacityError
+from kvbench.ops import attention
+
+_FORMAT, _VERSION = "kvbench.cache", 1
+_SOURCE = {"keys": "keys", "values": "values", "index": "keys"}             # which of the new tokens each store encodes
+
+
+@dataclass(frozen=True)
+class Tail:
+    """When the newest tokens, kept exact, are encoded: in blocks of `block`, and never the newest `recent`.
+
+    Of T tokens (sinks not counted) the store holds n(T) = block * floor(max(0, T - recent) / block) and the tail the
+    other recent ... recent + block - 1.
+
+    | cache                                          | Tail                     |
+    |------------------------------------------------|--------------------------|
+    | every token encoded at once                    | Tail()                   |
+    | TurboQuant with an exact window of R           | Tail(recent=R)           |
+    | RaBitQCache (128 exact, blocks of 128)         | Tail(128, block=128)     |
+    | KIVI's keys (append, attend, then flush R)     | Tail(1, block=R)         |
+
+    **Slots.**  Whole blocks of the recent tokens live in a ring, everything younger in order behind it:
+
+        slot(p) = p mod ring  if p - n < ring  else  p - n,         ring = recent rounded down to blocks
+
+    so the tail fills slots 0 ... length - 1 without holes (attention does not mind their order), its layout depends on T
+    alone, and a flush moves one block instead of the whole tail.
+    """
+
+    recent: int = 0
+    block: int = 1
+
+    def __post_init__(self):
+        for name, least in (("recent", 0), ("block", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Tail: {name}: expected an integer of at least {least}, got {value!r}")
+
+    @property
+    def ring(self) -> int:
+        return self.recent - self.recent % self.block
+
+    @property
+    def slots(self) -> int:
+        """Slots for the longest tail, and for the block that is completed before it leaves."""
+        return max(self.recent + self.block - 1, self.block if self.block > 1 else 0)
+
+    def encoded(self, tokens):
+        """n(T): how many of `tokens` tokens (an int or an array) are in the store."""
+        return np.maximum(tokens - self.recent, 0) // self.block * self.block
+
+    def runs(self, first: int, last: int, encoded: int) -> Iterator[tuple[int, int, int]]:
+        """(position, slot, count): the runs of consecutive slots in which tokens [first, last) lie."""
+        while first < last:
+            if first - encoded < self.ring:
+                slot = first % self.ring
+                count = min(last - first, self.ring - slot, self.ring - (first - encoded))
+            else:
+                slot, count = first - encoded, last - first
+            yield first, slot, count
+            first += count
+
+
+class KVCache:
+    """Keys and values of one attention layer, compressed, with room for `capacity` tokens of every sequence.
+
+    The tokens of a sequence, in the order of their arrival:
+
+        | exact sinks | store: encoded by `keys` and `values`        | exact tail                |
+        0           sinks                                  sinks + n(T)                         T
+
+    `tail` says when tokens move from the tail to the store (see `Tail`).  Sinks and tail share one exact buffer; each of
+    the two parts is attended by the operator of its pair of codecs and the results are merged exactly by log-sum-exp.
+    Without sinks and tail the store holds everything and nothing is merged.  What the cache holds is a pure function of
+    the tokens: appending one by one gives the same bytes as one prompt (codecs with statistics freeze them at the first
+    append).  Everything is preallocated; `append` and `attend` allocate nothing that grows with the tokens.
+
+    batch, kv_heads, q_heads, head_dim, capacity : sizes; q_heads is 1 to 16 times kv_heads
+    keys, values : codecs; a pair without an operator is refused
+    index, selector : rank the tokens of the store and choose those to attend to (default: all).  An index is a
+        `codecs.Store` of keys with `score(query, storage, keys, lengths=, scale=, stream=, backend=)`; `keys` is the packed
+        store of keys, for an index that reads the codec's own planes.  `selector(scores)` gives the selection.
+    sinks : the first tokens, kept exact forever and always attended
+    dtype : of the tokens that are appended, of those kept exact, and of queries and outputs
+    device : "cpu", "cuda", "cuda:1"        backend : of the operators (default: that of the device)
+    """
+
+    def __init__(self, batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, *, keys: codecs.Codec,
+                 values: codecs.Codec, index=None, selector=None, sinks: int = 0, tail: Tail = Tail(),
+                 dtype: str = "float16", device="cpu", backend: str | None = None):
+        sizes = dict(batch=batch, kv_heads=kv_heads, q_heads=q_heads, head_dim=head_dim, capacity=capacity)
+        for name, value in (*sizes.items(), ("sinks", sinks)):
+            least = 0 if name == "sinks" else 1
+            _require(not isinstance(value, bool) and isinstance(value, int) and value >= least, name,
+                     f"an integer of at least {least}", value)
+        _require(q_heads % kv_heads == 0 and q_heads // kv_heads <= 16, "q_heads",
+                 f"1 to 16 times the {kv_heads} KV heads", q_heads)
+        _require(isinstance(tail, Tail), "tail", "a Tail", tail)
+        _require((index is None) == (selector is None), "selector", "an index and a selector, or neither",
+                 f"index={index}, selector={selector}")
+        for name, codec in (("keys", keys), ("values", values)):
+            _require(isinstance(codec, codecs.Codec), name, "a codec", codec)
+            _require(codec.head_dim == head_dim, name, f"a codec for head_dim {head_dim}", codec)
+            _require(dtype in codec.inputs, "dtype", f"one that {name}={codec} takes: {', '.join(codec.inputs)}", dtype)
+        for name, store in (("keys", keys), ("values", values), ("index", index)):
+            granule = 1 if store is None else store.granule
+            _require(tail.block % granule == 0, "tail", f"blocks of whole granules of {granule} tokens ({name})", tail)
+
+        self.batch, self.kv_heads, self.q_heads, self.head_dim, self.capacity = sizes.values()
+        self.keys, self.values, self.index, self.selector = keys, values, index, selector
+        self.sinks, self.tail, self.dtype = sinks, tail, dtype
+        self.device, self.backend = arrays.Device.parse(device), backend
+        self.last_selection = None
+
+        codecs.fused(keys, values, sparse=index is not None)                 # refuses a pair without an operator
+        exact = codecs.Float16(head_dim, dtype)
+        exact_slots = min(capacity, sinks + tail.slots)
+        store_slots = int(tail.encoded(max(capacity - sinks, 0)))
+        self._owned: dict[str, tuple[codecs.Codec, codecs.Packed]] = {}      # what holds tokens, by name
+        for name, codec, slots in (("exact.keys", exact, exact_slots), ("exact.values", exact, exact_slots),
+                                   ("store.keys", keys, store_slots), ("store.values", values, store_slots),
+                                   ("store.index", index, store_slots)):
+            if codec is not None and slots:
+                self._owned[name] = codec, codec.allocate(batch, kv_heads, slots, self.device)
+        self._parts = [part for part, slots in (("exact", exact_slots), ("store", store_slots)) if slots]
+
+        self._lengths = np.zeros(batch, np.int64)
+        self._owned_scratch = {"counts": arrays.zeros((2, batch), "int32", self.device)}     # tokens: exact part, store
+        if len(self._parts) > 1:
+            self._owned_scratch["outputs"] = arrays.empty((2, batch, q_heads, head_dim), "float32", self.device)
+            self._owned_scratch["lses"] = arrays.empty((2, batch, q_heads), "float32", self.device)
+            self._owned_scratch["lse"] = arrays.empty((batch, q_heads), "float32", self.device)
+        self._owned_workspace = attention.workspace(batch, q_heads, head_dim, self.device)
+        self._stores, self._scratch, self._workspace = self._owned, self._owned_scratch, self._owned_workspace
+        self._stream = self._scratch["counts"].stream
+
+    def _follow(self, stream: int) -> None:
+        """Queue further work on `stream`, behind all that this cache has queued elsewhere: once for a change of streams."""
+        if self.device.kind == "cpu" or stream == self._stream:
+            return
+
+        def move(array: arrays.Array) -> arrays.Array:
+            return arrays.borrow(array, "KVCache", stream=stream)
+
+        def move_fields(record):
+            return replace(record, **{field.name: move(getattr(record, field.name)) for field in fields(record)})
+
+        move(self._scratch["counts"])                       # waits for the stream that was used last
+        # Views of the owned arrays, not of the last views: switching to and fro must not build a chain of loans.
+        self._stores = {name: (codec, move_fields(packed)) for name, (codec, packed) in self._owned.items()}
+        self._scratch = {name: move(array) for name, array in self._owned_scratch.items()}
+        self._workspace = move_fields(self._owned_workspace)
+        self._stream = stream
+
+    # ------------------------------------------------------------------------------------------------------- contents
+
+    def __len__(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._lengths.max())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence: [batch] int64, a copy."""
+        return self._lengths.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays that hold tokens, at full capacity.  (`attend` has scratch besides, of fixed size.)"""
+        return sum(packed.nbytes for _, packed in self._owned.values())
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of these arrays that the present tokens occupy."""
+        return sum(view.nbytes for _, view in self._views())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits that an appended number really takes: 8 nbytes_used / (numbers in all keys and values); nan when empty."""
+        elements = 2 * int(self._lengths.sum()) * self.kv_heads * self.head_dim
+        return 8 * self.nbytes_used / elements if elements else float("nan")
+
+    def __repr__(self) -> str:
+        return (f"KVCache(batch={self.batch}, kv_heads={self.kv_heads}, q_heads={self.q_heads}, head_dim={self.head_dim}, "
+                f"capacity={self.capacity}, keys={self.keys}, values={self.values}, tokens={self._lengths.tolist()})")
+
+    def clear(self) -> None:
+        """Forget all tokens; the memory is kept."""
+        self._set_lengths(np.zeros(self.batch, np.int64))
+        self.last_selection = None
+
+    # --------------------------------------------------------------------------------------------------------- append
+
+    def append(self, k, v, q=None, lengths=None) -> None:
+        """Add tokens to the end of every sequence: a prompt, a part of one, or a single token.
+
+        k, v    : [batch, kv_heads, tokens, head_dim], the cache's dtype and device; keys after RoPE
+        q       : [batch, q_heads, tokens, head_dim], the queries of these tokens, for methods that use the prompt's
+        lengths : [batch] int, how many of these tokens belong to each sequence (default: all); the others are padding
+
+        CapacityError if any sequence would outgrow the capacity; like every error, before anything is written.
+        """
+        arguments = arrays.Arguments("KVCache.append")
+        shape = f"{self.batch} {self.kv_heads} tokens {self.head_dim}"
+        new = {"keys": arguments.take("k", k, shape, (self.dtype,), strided=True),
+               "values": arguments.take("v", v, shape, (self.dtype,), strided=True)}
+        if q is not None:
+            new["queries"] = arguments.take("q", q, f"{self.batch} {self.q_heads} tokens {self.head_dim}", (self.dtype,),
+                                            strided=True)
+        self._require_device(arguments, "k")
+        tokens = arguments.sizes["tokens"]
+        arguments.require(tokens > 0, "k", "at least one token", tokens)
+        added = self._added(arguments, lengths, tokens)
+        grown = self._lengths + added
+        if grown.max() > self.capacity:
+            sequence = int(grown.argmax())
+            raise CapacityError(f"KVCache.append: k: expected at most {self.capacity - self._lengths[sequence]} more tokens for "
+                                f"sequence {sequence} (capacity {self.capacity}), got {added[sequence]}; nothing was written: "
+                                "make the cache with a larger capacity")
+
+        self._follow(arguments.stream)
+        options = dict(stream=arguments.stream, backend=self.backend)
+        for sequences in _equal_runs(self._lengths, added):
+            old, count = int(self._lengths[sequences.start]), int(added[sequences.start])
+            if count:
+                chunk = {name: _part(x, sequences, 0, count) for name, x in new.items()}
+                if old == 0:
+                    self._prepare(sequences, chunk, options)
+                self._extend(sequences, old, count, chunk, options)
+        self._set_lengths(grown)
+
+    def _added(self, arguments: arrays.Arguments, lengths, tokens: int) -> np.ndarray:
+        if lengths is None:
+            return np.full(self.batch, tokens, np.int64)
+        if hasattr(lengths, "__dlpack__") or hasattr(lengths, "__cuda_array_interface__"):
+            lengths = arrays.borrow(lengths, "lengths").to_host()
+        lengths = np.asarray(lengths)
+        arguments.require(lengths.shape == (self.batch,) and lengths.dtype.kind in "iu", "lengths",
+                          f"{self.batch} integers, one for each sequence", f"{lengths.dtype} {lengths.shape}")
+        arguments.require(lengths.min() >= 0 and lengths.max() <= tokens, "lengths",
+                          f"values between 0 and the {tokens} tokens given", lengths.tolist())
+        return lengths.astype(np.int64)
+
+    def _prepare(self, sequences: slice, new: dict[str, arrays.Array], options: dict) -> None:
+        for name in ("keys", "values", "index"):
+            if f"store.{name}" in self._stores:
+                codec, packed = self._stores[f"store.{name}"]
+                codec.prepare(packed, sequences, new[_SOURCE[name]], new.get("queries"), **options)
+
+    def _extend(self, sequences: slice, old: int, count: int, new: dict[str, arrays.Array], options: dict) -> None:
+        """Append `count` tokens to sequences that all hold `old`."""
+        sinks = min(max(self.sinks - old, 0), count)
+        if sinks:
+            self._write_exact(sequences, old, new, 0, sinks, options)
+        if sinks == count:
+            return
+        # From here positions count from the end of the sinks: the sequences grow from `first` to `last` tokens, and
+        # what the store holds from `encoded` to `goal`.  New token number i has position i + shift.
+        shift = old - self.sinks
+        first, last = shift + sinks, shift + count
+        encoded, goal = int(self.tail.encoded(first)), int(self.tail.encoded(last))
+        block = self.tail.block
+        while encoded < goal:
+            if first - encoded >= block:                        # whole blocks lie in the tail: they leave it
+                stop = min(first - (first - encoded) % block, goal)
+                for position, slot, n in self.tail.runs(encoded, stop, encoded):
+                    self._write_store(sequences, position, self._exact_views(sequences, self.sinks + slot, n), options)
+                self._close_gap(sequences, encoded, stop, first, options)
+                encoded = stop
+            elif first > encoded:                               # a block began in the tail: the new tokens complete it
+                self._write_tail(sequences, new, shift, first, encoded + block, encoded, options)
+                first = encoded + block
+            else:                                               # the other blocks never enter the tail
+                self._write_store(sequences, encoded, {name: x.narrow(2, first - shift, goal - shift)
+                                                       for name, x in new.items()}, options)
+                first = encoded = goal
+        self._write_tail(sequences, new, shift, first, last, encoded, options)
+
+    def _close_gap(self, sequences: slice, encoded: int, stop: int, last: int, options: dict) -> None:
+        """Tokens [encoded, stop) have left the tail, which ends at `last`: move those behind the ring to their new slots.
+
+        Fewer tokens lie behind the ring's new end than blocks have left, so no move overwrites what a later one reads.
+        """
+        for position, slot, n in self.tail.runs(max(encoded + self.tail.ring, stop), last, stop):
+            moved = self._exact_views(sequences, self.sinks + position - encoded, n)
+            self._write_exact(sequences, self.sinks + slot, moved, 0, n, options)
+
+    def _write_tail(self, sequences: slice, new: dict[str, arrays.Array], shift: int, first: int, last: int, encoded: int,
+                    options: dict) -> None:
+        for position, slot, n in self.tail.runs(first, last, encoded):
+            self._write_exact(sequences, self.sinks + slot, new, position - shift, n, options)
+
+    def _write_exact(self, sequences: slice, slot: int, x: dict[str, arrays.Array], start: int, count: int,
+                     options: dict) -> None:
+        for name in ("keys", "values"):
+            codec, packed = self._stores[f"exact.{name}"]
+            codec.write(packed, sequences, slot, x[name].narrow(2, start, start + count), **options)
+
+    def _write_store(self, sequences: slice, position: int, x: dict[str, arrays.Array], options: dict) -> None:
+        for name in ("keys", "values", "index"):
+            if f"store.{name}" in self._stores:
+                codec, packed = self._stores[f"store.{name}"]
+                codec.write(packed, sequences, position, x[_SOURCE[name]], **options)
+
+    def _exact_views(self, sequences: slice, slot: int, count: int) -> dict[str, arrays.Array]:
+        return {name: _part(self._stores[f"exact.{name}"][1].tokens, sequences, slot, slot + count)
+                for name in ("keys", "values")}
+
+    def _split(self, lengths: np.ndarray) -> np.ndarray:
+        """[2, batch]: tokens in the exact part and in the store."""
+        encoded = self.tail.encoded(np.maximum(lengths - self.sinks, 0))
+        return np.stack([lengths - encoded, encoded])
+
+    def _set_lengths(self, lengths: np.ndarray) -> None:
+        for sequences in _equal_runs(lengths):
+            for row, count in enumerate(self._split(lengths[sequences.start])):
+                _fill(self._scratch["counts"].narrow(0, row, row + 1).narrow(1, sequences.start, sequences.stop), int(count))
+        self._lengths = lengths
+
+    # --------------------------------------------------------------------------------------------------------- attend
+
+    def attend(self, q, scale: float | None = None, out=None, return_lse: bool = False):
+        """softmax(scale q K^T) V of one decode step over all tokens (with a selector: the exact and the selected ones).
+
+        q     : [batch, q_heads, head_dim], the cache's dtype and device
+        scale : factor of the logits (default head_dim ** -0.5)
+        out   : where to write, [batch, q_heads, head_dim] in q's dtype or float32 (default: a new array in q's dtype)
+
+        Returns the output in q's framework or, with return_lse, (output, lse [batch, q_heads] float32).  An empty
+        sequence gives output 0 and lse -inf.
+        """
+        arguments = arrays.Arguments("KVCache.attend")
+        query = arguments.take("q", q, f"{self.batch} {self.q_heads} {self.head_dim}", (self.dtype,))
+        self._require_device(arguments, "q")
+        arguments.require(scale is None or np.isfinite(scale), "scale", "a finite number", scale)
+        result = arguments.result("out", out, query.shape, (query.dtype, "float32"))
+        lse = arguments.result("lse", None, query.shape[:2], "float32") if return_lse else None
+
+        self._follow(arguments.stream)
+        options = dict(stream=arguments.stream, backend=self.backend)
+        if len(self._parts) == 1:
+            self._attend_part(self._parts[0], query, scale, result, lse, options)
+        else:
+            outputs, lses = self._scratch["outputs"], self._scratch["lses"]
+            for i, part in enumerate(self._parts):
+                self._attend_part(part, query, scale, _row(outputs, i), _row(lses, i), options)
+            attention.merge(outputs, lses, out=result, lse=self._scratch["lse"] if lse is None else lse, **options)
+        return (result.give(), lse.give()) if return_lse else result.give()
+
+    def _attend_part(self, part: str, query: arrays.Array, scale: float | None, out: arrays.Array, lse: arrays.Array | None,
+                     options: dict) -> None:
+        (key_codec, keys), (value_codec, values) = self._stores[f"{part}.keys"], self._stores[f"{part}.values"]
+        lengths = _row(self._scratch["counts"], 0 if part == "exact" else 1)
+        selection = None
+        if part == "store" and self.index is not None:
+            scores = self.index.score(query, self._stores["store.index"][1], keys, lengths=lengths, scale=scale, **options)
+            selection = self.last_selection = self.selector(scores)
+        codecs.attend(query, key_codec, keys, value_codec, values, lengths=lengths, scale=scale, out=out, lse=lse,
+                      workspace=self._workspace, selection=selection, **options)
+
+    def _require_device(self, arguments: arrays.Arguments, name: str) -> None:
+        arguments.require(arguments.device == self.device, name, f"an array on the cache's device {self.device}",
+                          f"one on {arguments.device}")
+
+    # ---------------------------------------------------------------------------------------------------- save, load
+
+    def _views(self) -> Iterator[tuple[str, arrays.Array]]:
+        """Name and view of everything that the present tokens occupy, sequence by sequence."""
+        counts = dict(zip(("exact", "store"), self._split(self._lengths)))
+        for name, (codec, packed) in self._stores.items():
+            for sequence in np.flatnonzero(self._lengths):
+                used = codec.used(packed, int(sequence), int(counts[name.split(".")[0]][sequence]))
+                for field, view in used.arrays().items():
+                    if view.nbytes:
+                        yield f"{name}.{field}.{sequence}", view
+
+    def save(self, path) -> None:
+        """Write the present tokens and all parameters to a safetensors file; `load` gives the same cache.
+
+        Atomic: `path` is never half written.  The file holds a format version and a checksum over all of its bytes.
+        """
+        parts = {name: part and part.config() for name, part in self._part_objects().items()}
+        content = {"parameters": self._parameters(), "parts": parts, "tail": asdict(self.tail),
+                   "lengths": self._lengths.tolist()}
+        storage.write(path, {name: view.to_host() for name, view in self._views()}, content, _FORMAT, _VERSION)
+
+    def _parameters(self) -> dict:
+        return {name: getattr(self, name) for name in
+                ("batch", "kv_heads", "q_heads", "head_dim", "capacity", "sinks", "dtype")}
+
+    def _part_objects(self) -> dict[str, codecs.Part | None]:
+        return {name: getattr(self, name) for name in ("keys", "values", "index", "selector")}
+
+    def __deepcopy__(self, memo) -> KVCache:
+        copy = KVCache(**self._parameters(), **self._part_objects(), tail=self.tail, device=self.device, backend=self.backend)
+        copy._follow(self._stream)
+        copy._set_lengths(self.lengths)
+        for (_, target), (_, source) in zip(copy._views(), self._views()):
+            target.copy_from(source)
+        return copy
+
+    def __reduce__(self):
+        raise TypeError("KVCache: cannot be pickled or shallowly copied, it holds memory addresses: "
+                        "use save and load, or copy.deepcopy")
+
+
+def load(path, device="cpu", capacity: int | None = None, backend: str | None = None) -> KVCache:
+    """The cache that `KVCache.save` wrote, on `device`, with its capacity or another one.
+
+    ValueError, with the path, for a file that is truncated, damaged, foreign or of a newer format; CapacityError if the
+    tokens do not fit into `capacity`.
+    """
+    tensors, content = storage.read(path, _FORMAT, _VERSION)
+    try:
+        lengths = np.array(content["lengths"], np.int64)
+        parameters = content["parameters"]
+        if capacity is not None:
+            if lengths.max() > capacity:
+                raise CapacityError(f"load: capacity: expected at least the {lengths.max()} tokens of {path}, got {capacity}")
+            parameters = {**parameters, "capacity": capacity}
+        parts = {name: config and codecs.rebuild(config) for name, config in content["parts"].items()}
+        cache = KVCache(**parameters, **parts, tail=Tail(**content["tail"]), device=device, backend=backend)
+        _require(lengths.shape == (cache.batch,) and lengths.min() >= 0 and lengths.max() <= cache.capacity, "lengths",
+                 f"{cache.batch} lengths of at most {cache.capacity}", lengths.tolist())
+        cache._set_lengths(lengths)
+        views = dict(cache._views())
+        _require(views.keys() == tensors.keys(), "arrays", sorted(views), sorted(tensors))
+        for name, view in views.items():
+            view.copy_from(tensors[name])
+    except CapacityError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the content of a cache: {error}") from error
+    return cache
+
+
+def _require(condition: bool, name: str, expected, given) -> None:
+    if not condition:
+        raise ValueError(f"KVCache: {name}: expected {expected}, got {given!r}")
+
+
+def _equal_runs(*columns: np.ndarray) -> Iterator[slice]:
+    """Longest runs of neighbours that are equal in every column: sequences that one call can serve."""
+    changes = np.flatnonzero(np.any([np.diff(column) for column in columns], axis=0)) + 1
+    edges = [0, *changes.tolist(), len(columns[0])]
+    for start, stop in zip(edges, edges[1:]):
+        yield slice(start, stop)
+
+
+def _part(array: arrays.Array, sequences: slice, start: int, stop: int) -> arrays.Array:
+    """array[sequences, :, start:stop]"""
+    return array.narrow(0, sequences.start, sequences.stop).narrow(2, start, stop)
+
+
+def _row(array: arrays.Array, i: int) -> arrays.Array:
+    """array[i]"""
+    return array.narrow(0, i, i + 1).reshape(*array.shape[1:])
+
+
+def _fill(array: arrays.Array, value: int) -> None:
+    """array[...] = value, for contiguous int32; on a device queued on the array's stream, without a copy from the host."""
+    if array.device.kind == "cpu":
+        array.numpy()[...] = value
+    else:
+        driver = arrays._driver()
+        with driver.on(array.device):
+            driver("cuMemsetD32Async", ctypes.c_uint64(array.pointer), ctypes.c_uint(value), ctypes.c_size_t(array.size),
+                   ctypes.c_void_p(array.stream))

@@ -1,0 +1,242 @@
+"""The command line.
+
+    kvbench doctor | demo | list | prove | verify | bench
+
+Exit status: 0 all held; 1 something measured fell short; 2 wrong usage or a backend that this machine lacks; 130 after
+Ctrl-C, with what was done until then printed and written.  Results go to stdout, progress and errors to stderr.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from kvbench import __version__
+from kvbench.errors import BackendUnavailable
+from kvbench.registry import BACKENDS, nearest
+
+HELD, FELL_SHORT, WRONG_USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser, commands = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        parser.error(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
+    options = parser.parse_args(arguments)
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except (BackendUnavailable, ValueError) as error:
+        print(f"kvbench {options.command}: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`kvbench list | head -1`).  What is buffered goes nowhere, so that no second error follows.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    parser = argparse.ArgumentParser(prog="kvbench", description="A workbench for KV-cache compression kernels.",
+                                     epilog="Exit status: 0 all held, 1 something measured fell short, 2 wrong usage or "
+                                            "missing backend.")
+    parser.add_argument("--version", action="version", version=f"kvbench {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run, summary):
+        name = run.__name__.lstrip("_")
+        added = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    def json_path(added):
+        added.add_argument("--json", type=_output_path, metavar="PATH", help="also write the results as JSON")
+
+    def backend(added, default):
+        added.add_argument("--backend", type=_one_of("backend", BACKENDS), metavar="B",
+                           help=f"one of {', '.join(BACKENDS)} (default: {default})")
+
+    doctor = command(_doctor, "what this machine offers: backends, versions, GPU, and what is missing and why")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    demo = command(_demo, "the main job on real keys and values: every preset: bytes, error, time; a page to look at")
+    demo.add_argument("--html", type=_output_path, default=Path("kvbench-demo.html"), metavar="PATH",
+                      help="where the page goes (default: kvbench-demo.html)")
+
+    listing = command(_list, "kernels x backends")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+
+    prove = command(_prove, "check the claims of the algorithms on their references")
+    prove.add_argument("algorithms", nargs="*", metavar="ALGORITHM", help="default: all")
+    prove.add_argument("--samples", type=_positive, metavar="N", help="random draws per claim")
+    prove.add_argument("--seed", type=_seed, default=0, metavar="S")
+    json_path(prove)
+
+    verify = command(_verify, "compare kernels with their references on drawn problems")
+    verify.add_argument("kernels", nargs="*", metavar="KERNEL", help="a kernel or an algorithm (default: all)")
+    backend(verify, "each one that this machine has")
+    verify.add_argument("--examples", type=_positive, default=20, metavar="N", help="problems per kernel and backend")
+    json_path(verify)
+
+    bench = command(_bench, "time kernels against the memory roofline and against what one would use otherwise")
+    bench.add_argument("kernels", nargs="*", metavar="KERNEL", help="a kernel or an algorithm (default: all)")
+    backend(bench, "cuda where there is a GPU, else cpu")
+    bench.add_argument("--axis", action="append", default=[], type=_axis, metavar="NAME=V1,V2",
+                       help="values of one axis, such as tokens=4096,32768; repeat for more axes")
+    bench.add_argument("--baseline", type=lambda text: text.split(","), default=[], metavar="NAME,...",
+                       help="also time these")
+    bench.add_argument("--quick", action="store_true", help="few samples: a look, not a result")
+    json_path(bench)
+    return parser, list(commands.choices)
+
+
+# Commands.  Each imports what it needs: `kvbench doctor` must work where half of the rest does not.
+
+def _doctor(options) -> int:
+    from kvbench import doctor
+
+    report = doctor.examine()
+    print(json.dumps(report, indent=1) if options.json else doctor.text(report))
+    return HELD
+
+
+def _demo(options) -> int:
+    from kvbench import demo
+
+    shown = demo.run(_progress)
+    options.html.write_text(shown.page, encoding="utf-8")
+    print(table(shown.head, shown.rows, "l" + "r" * (len(shown.head) - 1)))
+    print(f"\n{textwrap.fill(shown.legend, 120)}\n\nA page to look at: {options.html.resolve()}")
+    return HELD
+
+
+def _list(options) -> int:
+    from kvbench import loaders, registry
+
+    missing = {backend: loaders.availability(backend) for backend in BACKENDS}
+    kernels = registry.select()
+    if options.json:
+        print(json.dumps({
+            "kvbench": __version__,
+            "backends": {backend: {"available": reason is None, "reason": reason} for backend, reason in missing.items()},
+            "kernels": [{"name": kernel.name, "backends": list(kernel.backends), "source": kernel.source,
+                         "axes": {axis: list(values) for axis, values in kernel.axes.items()}} for kernel in kernels],
+        }, indent=1))
+        return HELD
+    def mark(kernel, backend):
+        return "-" if backend not in kernel.backends else "absent" if missing[backend] else "yes"
+    print(table(["kernel", *BACKENDS, "source"],
+                [[kernel.name, *(mark(kernel, backend) for backend in BACKENDS), kernel.source] for kernel in kernels]))
+    for backend, reason in missing.items():
+        if reason:
+            print(f"\n{backend} is absent here: {reason}")
+    return HELD
+
+
+def _prove(options) -> int:
+    from kvbench import claims
+
+    results, interrupted = _until_interrupted(
+        claims.prove(options.algorithms, options.samples, options.seed, _progress))
+    _write_json(options.json, claims.to_json(results))
+    print(claims.table(results))
+    if failed := claims.explain(results):
+        print(f"\n{failed}")
+    return INTERRUPTED if interrupted else claims.exit_status(results)
+
+
+def _verify(options) -> int:
+    from kvbench import loaders, registry
+    from kvbench.verify import verify
+
+    pairs = []
+    for kernel in registry.select(options.kernels):
+        pairs += []
+    raise NotImplementedError
+
+
+def _bench(options) -> int:
+    raise NotImplementedError
+
+
+# Pieces
+
+def table(head: list[str], rows: Iterable[list], align: str = "") -> str:
+    """Markdown, padded to read well in a terminal too.  `align` has "r" for each column that holds numbers."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    align = align.ljust(len(head), "l")
+
+    def line(cells):
+        return "| " + " | ".join(c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in zip(cells, width, align)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if a == "r" else "-") for w, a in zip(width, align)) + "|"
+    return "\n".join([line(head), rule, *(line(row) for row in rows)])
+
+
+def _progress(text: str) -> None:
+    """One changing line on stderr; nothing when stderr is not a terminal.  An empty text clears it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _until_interrupted(results: Iterator) -> tuple[list, bool]:
+    """What the iterator yields, and whether Ctrl-C ended it early."""
+    done = []
+    try:
+        for result in results:
+            done.append(result)
+    except KeyboardInterrupt:
+        return done, True
+    return done, False
+
+
+def _write_json(path: Path | None, document: dict) -> None:
+    if path:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _one_of(what: str, known: Iterable[str]):
+    def convert(text):
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"unknown {what} {text!r}{nearest(text, known)}")
+        return text
+    return convert
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
+    return int(text)
+
+
+def _axis(text: str) -> tuple[str, list]:
+    name, equals, values = text.partition("=")
+    values = [int(value) if value.isdecimal() else value for value in values.split(",") if value]
+    if not (name and equals and values):
+        raise argparse.ArgumentTypeError(f"expected NAME=V1,V2, got {text!r}")
+    return name, values
+
+
+def _output_path(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():   # said before the work, not after it
+        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

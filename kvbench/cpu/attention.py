@@ -1,0 +1,108 @@
+"""Exact decode attention on the CPU.  Reference: reference/attention.py."""
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, bits, load, store
+
+TILE = 64                 # tokens whose logits are held at a time
+TOKENS_PER_TASK = 1024    # one task is a (sequence, KV head, split of this many tokens)
+
+
+def decode(query, keys, values, lengths, scale, out, lse) -> None:
+    """query, out : [batch, q_heads, head_dim]   keys, values : [batch, kv_heads, tokens, head_dim], any strides
+    lengths : [batch] int32   lse : [batch, q_heads] float32 or None   out : query's dtype or float32
+    """
+    batch, q_heads, head_dim = query.shape
+    splits = max(-(-keys.shape[2] // TOKENS_PER_TASK), 1)
+    outputs = np.zeros((splits, batch, q_heads, head_dim), np.float32)
+    lses = np.full((splits, batch, q_heads), -np.inf, np.float32)
+    _decode(bits(query), bits(keys), bits(values), lengths, np.float32(scale), outputs, lses)
+    merge(outputs, lses, out, np.empty((batch, q_heads), np.float32) if lse is None else lse)
+
+
+def merge(outputs, lses, out, lse) -> None:
+    """outputs : [parts, batch, q_heads, head_dim]   lses : [parts, batch, q_heads] float32   out, lse : without parts"""
+    _merge(bits(outputs), lses, bits(out), lse)
+
+
+@numba.njit(parallel=True, **COMPILE_SUMS)
+def _decode(query, keys, values, lengths, scale, outputs, lses):
+    batch, q_heads, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    group = q_heads // kv_heads
+    splits = outputs.shape[0]
+    for task in numba.prange(batch * kv_heads * splits):
+        b, g, split = task // (kv_heads * splits), task // splits % kv_heads, task % splits
+        first, last = split * TOKENS_PER_TASK, min((split + 1) * TOKENS_PER_TASK, lengths[b])
+        if first >= last:
+            continue
+        q = np.empty((group, head_dim), np.float32)
+        for h in range(group):
+            for d in range(head_dim):
+                q[h, d] = load(query[b, g * group + h, d]) * scale
+        row = np.empty(head_dim, np.float32)
+        weights = np.empty((group, TILE), np.float32)
+        largest = np.full(group, -np.inf, np.float32)
+        total = np.zeros(group, np.float32)
+        output = np.zeros((group, head_dim), np.float32)
+        for start in range(first, last, TILE):
+            count = min(TILE, last - start)
+            for t in range(count):
+                for d in range(head_dim):
+                    row[d] = load(keys[b, g, start + t, d])
+                for h in range(group):
+                    logit = np.float32(0)
+                    for d in range(head_dim):
+                        logit += q[h, d] * row[d]
+                    weights[h, t] = logit
+            for h in range(group):
+                new = largest[h]
+                for t in range(count):
+                    if not weights[h, t] <= new:   # NaN is taken over, and stays
+                        new = weights[h, t]
+                factor = np.exp(largest[h] - new) if largest[h] > -np.inf else np.float32(0)
+                largest[h] = new
+                total[h] *= factor
+                for d in range(head_dim):
+                    output[h, d] *= factor
+                for t in range(count):
+                    weights[h, t] = np.exp(weights[h, t] - new) if new > -np.inf or np.isnan(new) else np.float32(0)
+                    total[h] += weights[h, t]
+            for t in range(count):
+                for d in range(head_dim):
+                    row[d] = load(values[b, g, start + t, d])
+                for h in range(group):
+                    weight = weights[h, t]
+                    for d in range(head_dim):
+                        output[h, d] += weight * row[d]
+        for h in range(group):
+            inverse = np.float32(1) / total[h] if total[h] != 0 else np.float32(0)
+            for d in range(head_dim):
+                outputs[split, b, g * group + h, d] = output[h, d] * inverse
+            lses[split, b, g * group + h] = largest[h] + np.log(total[h])
+
+
+@numba.njit(**COMPILE)
+def _merge(outputs, lses, out, lse):
+    parts, batch, q_heads, head_dim = outputs.shape
+    for b in range(batch):
+        for h in range(q_heads):
+            largest = np.float32(-np.inf)
+            for i in range(parts):
+                if not lses[i, b, h] <= largest:
+                    largest = lses[i, b, h]
+            shift = np.float32(0) if largest == -np.inf else largest
+            total = np.float32(0)
+            for i in range(parts):
+                total += np.exp(lses[i, b, h] - shift)
+            inverse = np.float32(1) / total if total != 0 else np.float32(0)
+            for d in range(head_dim):
+                value = np.float32(0)
+                for i in range(parts):
+                    weight = np.exp(lses[i, b, h] - shift) * inverse
+                    if weight != 0:   # an empty part's output is not read into the result
+                        value += weight * load(outputs[i, b, h, d])
+                out[b, h, d] = store(value, out)
+            lse[b, h] = shift + np.log(total)

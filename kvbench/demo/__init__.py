@@ -1,0 +1,32 @@
+"""`kvbench demo`: every preset on real keys and values, as a table and as one page to look at."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Demo(NamedTuple):
+    """What the command shows: a table, what its columns mean, and the text of the page."""
+
+    head: list[str]
+    rows: list[list[str]]
+    legend: str
+    page: str
+
+
+def run(progress: Callable[[str], None]) -> Demo:
+    """Measure every preset on the shipped sample with the fast backend of this machine."""
+    from kvbench import data
+    from kvbench.demo import measurement, page
+
+    sample, backend = data.sample(), measurement.backend_here()
+    outcomes = measurement.measure(sample, backend, progress)
+    machine = measurement.machine_here(backend)
+    head = ["preset", "bytes", "bits", "ratio", "error", "logit error", "prompt ms", "step us"]
+    rows = [[o.preset, f"{o.nbytes:,}", f"{o.bits_per_element:.2f}", f"{o.ratio:.2f}", f"{o.output_error:.1e}",
+             f"{o.logit_error:.1e}", f"{o.prompt_ms:.2f}", f"{o.step_us:.0f}"] for o in outcomes]
+    legend = (f"bytes: all that the cache holds after {len(sample.keys[0, 0])} tokens; bits: the same per stored number; ratio: 16 "
+              "over that; error: of the attention output, relative to exact attention in float64, over all decode steps; logit "
+              "error: the largest of the last step's query on keys in the store; times: medians of appending the prompt, and of "
+              f"one decode step (append and attend), backend {backend} on {machine}")
+    return Demo(head, rows, legend, page.render(sample, outcomes, head, rows, legend, machine))

@@ -1,0 +1,138 @@
+"""What each preset costs and gets right on the shipped sample: a prompt, then decode steps, as a model would make them."""
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvbench import arrays, caches, loaders
+from kvbench.bench import machine
+from kvbench.data import Sample
+from kvbench.reference import attention
+
+TIMED_PASSES = 2
+
+# What is measured: every preset as it comes, and the exact one cut into the parts that compressing presets keep exact, which
+# must lose nothing.
+CACHES = {name: preset.function for name, preset in caches.PRESETS.items()}
+CACHES["exact in parts"] = functools.partial(caches.exact, sinks=4, tail=128)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One preset on the sample.
+
+    nbytes         bytes that the cache holds after the last step, everything counted
+    tokens         tokens in it
+    elements       numbers that it stands for: keys and values of all tokens
+    output_error   ||output - exact|| / ||exact|| over all steps and query heads, exact in float64 on the float16 sample
+    logit_error    max |logit - exact| of the last step's queries, all keys stored as the preset's store holds them
+    prompt_ms      median time to append the prompt
+    step_us        median time of one decode step: append a token, attend, wait for the result
+    """
+
+    preset: str
+    nbytes: int
+    tokens: int
+    elements: int
+    output_error: float
+    logit_error: float
+    prompt_ms: float
+    step_us: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.nbytes / self.tokens
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.nbytes / self.elements
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than float16."""
+        return 16 / self.bits_per_element
+
+
+def backend_here() -> str:
+    """The fast backend of this machine."""
+    return "cuda" if loaders.availability("cuda") is None else "cpu"
+
+
+def exact_outputs(sample: Sample) -> np.ndarray:
+    """Attention outputs of the decode steps in float64: [steps, q_heads, head_dim]."""
+    keys, values = sample.keys.astype(np.float64), sample.values.astype(np.float64)
+    return np.stack([attention.decode(sample.queries[:, :, step], keys[:, :, :position + 1], values[:, :, :position + 1])[0][0]
+                     for step, position in decode_steps(sample)])
+
+
+def attention_mass(sample: Sample) -> np.ndarray:
+    """Softmax weights of the decode steps' queries, mean over the steps: [q_heads, tokens] float64."""
+    keys = sample.keys[0, 0].astype(np.float64)
+    steps = decode_steps(sample)
+    total = 0.0
+    for step, position in steps:
+        logits = sample.queries[0, :, step].astype(np.float64) @ keys.T * keys.shape[-1] ** -0.5
+        logits[:, position + 1:] = -np.inf
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        total = total + weights / weights.sum(axis=1, keepdims=True)
+    return total / len(steps)
+
+
+def measure(sample: Sample, backend: str, progress: Callable[[str], None]) -> list[Outcome]:
+    """Every preset of kvbench.caches on the sample."""
+    exact = exact_outputs(sample)
+    outcomes = []
+    for preset in CACHES:
+        progress(f"{preset} on {backend}")
+        outcomes.append(_measure_preset(preset, sample, exact, backend))
+    progress("")
+    return outcomes
+
+
+def _measure_preset(preset, sample, exact, backend) -> Outcome:
+    _, kv_heads, tokens, head_dim = sample.keys.shape
+    device = arrays.Device("cuda" if backend == "cuda" else "cpu")
+    keys, values = arrays.upload(sample.keys, device), arrays.upload(sample.values, device)
+    steps = decode_steps(sample)
+    queries = [arrays.upload(np.ascontiguousarray(sample.queries[:, :, step]), device) for step, _ in steps]
+    prompt = steps[0][1]
+    prompt_times, step_times = [], []
+    for timed in range(1 + TIMED_PASSES):       # the first pass compiles, and is not timed
+        cache = CACHES[preset](batch=1, kv_heads=kv_heads, q_heads=sample.queries.shape[1], head_dim=head_dim,
+                               capacity=tokens, device=device)
+        start = time.perf_counter()
+        cache.append(keys.narrow(2, 0, prompt), values.narrow(2, 0, prompt))
+        prompt_times.append(time.perf_counter() - start)
+        outputs = []
+        for step, position in steps:
+            start = time.perf_counter()
+            cache.append(keys.narrow(2, position, position + 1), values.narrow(2, position, position + 1))
+            output = cache.attend(queries[step])
+            outputs.append(arrays.borrow(output, "output").to_host()[0])
+            step_times.append(time.perf_counter() - start)
+        if not timed:
+            prompt_times.clear(), step_times.clear()
+    difference = np.stack(outputs).astype(np.float64) - exact
+    logits = arrays.borrow(cache.keys.logits(queries[-1], cache.keys.encode(keys)), "logits").to_host()[0]
+    logit_difference = logits - sample.queries[0, :, -1].astype(np.float64) @ sample.keys[0, 0].T * head_dim**-0.5
+    return Outcome(preset, cache.nbytes, len(cache), 2 * kv_heads * len(cache) * head_dim,
+                   float(np.linalg.norm(difference) / np.linalg.norm(exact)),
+                   float(np.abs(logit_difference).max()), 1e3 * float(np.median(prompt_times)),
+                   1e6 * float(np.median(step_times)))
+
+
+def decode_steps(sample: Sample) -> list[tuple[int, int]]:
+    """(index of the query, position of its token) of every decode step; the tokens before the first are the prompt."""
+    return list(enumerate(map(int, sample.positions)))
+
+
+def machine_here(backend: str) -> str:
+    """The processor that was measured."""
+    if backend == "cuda":
+        return machine.Gpu().describe()["name"]
+    host = machine.describe()
+    return f"{host['processor']}, {host['usable_cores']} cores"

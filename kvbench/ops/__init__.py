@@ -1,0 +1,7 @@
+"""Public operators, one module per algorithm: validation, dispatch by device, launch geometry, and the registry records.
+
+Importing this package registers every kernel.
+"""
+from kvbench.ops import attention, rotation
+
+__all__ = ["attention", "rotation"]

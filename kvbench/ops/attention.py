@@ -1,0 +1,310 @@
+"""Exact decode attention over a key-value cache, and the merge of partial results.
+
+Reference: reference/attention.py, kernels: cuda_src/attention.cu.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvbench import loaders, registry
+from kvbench.arrays import FLOATS, Arguments, Array, Device, empty, zeros
+from kvbench.cpu import attention as cpu_attention
+from kvbench.ops.dispatch import CXX_TYPE, EPSILON, assert_close, choose, random_normal, relative_error
+from kvbench.reference import attention as reference
+from kvbench.registry import Kernel, Traffic, register
+
+__all__ = ["Workspace", "decode", "merge", "workspace"]
+
+CUDA_HEAD_DIMS = (64, 128, 256)
+MAX_GROUP = 16
+MAX_SPLITS = 256     # per sequence and KV head; beyond it the merge costs more than the split gains
+BACKENDS = registry.BACKENDS
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch memory of split decode kernels; with it and `out=` a decode step allocates nothing.  One stream at a time.
+
+    partial_output     [batch, q_heads, splits, head_dim] float32
+    partial_statistics [batch, q_heads, splits, 2] float32: reference exponent and total of each part
+    tickets            [batch, kv_heads] uint32: splits that have finished; zero between launches
+    """
+
+    partial_output: Array
+    partial_statistics: Array
+    tickets: Array
+
+    @property
+    def nbytes(self) -> int:
+        return self.partial_output.nbytes + self.partial_statistics.nbytes + self.tickets.nbytes
+
+
+def workspace(batch: int, q_heads: int, head_dim: int, device: Device | str, *, framework: str | None = None) -> Workspace:
+    """Scratch for any decode operator with at most this batch, q_heads and head_dim."""
+    device = Device.parse(device)
+    return _workspace(batch, q_heads, head_dim, MAX_SPLITS, device, framework)
+
+
+def _workspace(batch, q_heads, head_dim, splits, device, framework, stream=None):
+    rows = batch * q_heads * splits
+    return Workspace(empty((rows * head_dim,), "float32", device, framework, stream=stream),
+                     empty((rows * 2,), "float32", device, framework, stream=stream),
+                     zeros((batch * q_heads,), "uint32", device, framework, stream=stream))
+
+
+def decode(query, keys, values, *, lengths=None, scale: float | None = None, splits: int | None = None,
+           return_lse: bool = False, out=None, lse=None, workspace: Workspace | None = None, backend: str | None = None,
+           stream=None):
+    """output_h = sum_t softmax_t(scale <q_h, k_t>) v_t: one decode step, each key and value byte read once per KV head.
+
+    query     : [batch, q_heads, head_dim] float16, bfloat16 or float32
+    keys      : [batch, kv_heads, tokens, head_dim], query's dtype; outer dimensions may be strided (a slice of a larger cache,
+                a transposed [batch, tokens, kv_heads, head_dim]); values likewise
+    lengths   : [batch] int32, tokens of each sequence (default: all).  Slots from there on are never read; values outside
+                0..tokens are clamped, since checking them would wait for the device.  Length 0: output 0, lse -inf
+    scale     : factor of the logits (default head_dim ** -0.5)
+    splits    : thread blocks per KV head (default: enough to fill the GPU once); the cpu and reference backends do not split
+    return_lse: also return the natural log-sum-exp of the logits, with which partial results merge
+    out, lse  : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
+    workspace : from `workspace(...)`, so that nothing is allocated (default: a temporary one)
+    backend   : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256, group <= 16
+
+    Query head h reads KV head h // group.  Returns out, or (out, lse).  float16 and bfloat16 use tensor cores with float32
+    sums and weights rounded to the cache's type; float32 is float32 throughout.
+    Source: FlashAttention (arXiv 2205.14135), split and merge: arXiv 1805.02867, section 3.1.
+    """
+    arguments = Arguments("attention.decode", stream=stream)
+    query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
+    keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
+    values = arguments.take("values", values, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
+    lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
+    batch, q_heads, head_dim, kv_heads, tokens = (arguments.sizes[n] for n in ("batch", "q_heads", "head_dim", "kv_heads", "tokens"))
+    arguments.require(kv_heads > 0 and q_heads % kv_heads == 0 and q_heads > 0, "query",
+                      f"q_heads a positive multiple of kv_heads = {kv_heads}", q_heads)
+    arguments.require(head_dim > 0, "query", "a positive head_dim", head_dim)
+    scale = check_scale(arguments, scale, head_dim)
+    arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= MAX_SPLITS), "splits",
+                      f"an integer from 1 to {MAX_SPLITS}", splits)
+    out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
+    wants_lse = return_lse or lse is not None
+    lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend == "reference":
+        host_lengths = None if lengths is None else np.clip(lengths.numpy(), 0, tokens)
+        output, log_sum = reference.decode(query.numpy(), keys.numpy(), values.numpy(), lengths=host_lengths, scale=scale)
+        with np.errstate(over="ignore"):
+            out.numpy()[...] = output.astype(out.numpy().dtype)
+        if lse is not None:
+            lse.numpy()[...] = log_sum
+    elif backend == "cpu":
+        host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
+        cpu_attention.decode(query.numpy(), keys.numpy(), values.numpy(), host_lengths, scale, out.numpy(),
+                             None if lse is None else lse.numpy())
+    else:
+        check_cuda_heads(arguments, backend, head_dim, q_heads // kv_heads)
+        for name, array in (("query", query), ("keys", keys), ("values", values), ("out", out)):
+            arguments.require(array.aligned(16), name, "rows at multiples of 16 bytes", f"address {array.pointer:#x}, strides {array.strides}")
+        if batch:
+            _launch_decode(query, keys, values, lengths, scale, splits, out, lse, workspace, backend, arguments)
+    return (out.give(), lse.give()) if return_lse else out.give()
+
+
+def check_scale(arguments: Arguments, scale, head_dim: int) -> float:
+    """The logit scale: head_dim ** -0.5 by default; finite."""
+    scale = head_dim**-0.5 if scale is None else scale
+    arguments.require(isinstance(scale, (int, float, np.number)) and math.isfinite(scale), "scale", "a finite number", scale)
+    return float(scale)
+
+
+def check_cuda_heads(arguments: Arguments, backend: str, head_dim: int, group: int) -> None:
+    """What every CUDA decode kernel is built for."""
+    arguments.require(head_dim in CUDA_HEAD_DIMS, "query", f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
+    arguments.require(group <= MAX_GROUP, "query", f"at most {MAX_GROUP} query heads per KV head on backend {backend!r}", group)
+
+
+def choose_splits(tiles: int, pairs: int, tiles_per_block: int, resident_blocks: int) -> int:
+    """Splits per (sequence, KV head): as many blocks as the GPU holds at once, none with less than a full round of tiles."""
+    return max(1, min(tiles // tiles_per_block, resident_blocks // pairs, MAX_SPLITS))
+
+
+def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, device: Device, framework: str) -> Workspace:
+    """The caller's workspace, checked for size and device, or a new one."""
+    batch, q_heads, head_dim, kv_heads = (arguments.sizes[n] for n in ("batch", "q_heads", "head_dim", "kv_heads"))
+    if given is None:
+        # Allocated on the launch's stream and released after the launch: the frameworks' allocators order both by stream.
+        return _workspace(batch, q_heads, head_dim, splits, device, framework, arguments.stream if device.kind == "cuda" else None)
+    if not isinstance(given, Workspace):
+        raise TypeError(f"{arguments.operator}: workspace: expected a Workspace from attention.workspace(), got {type(given).__name__}")
+    rows = batch * q_heads * splits
+    arguments.require(given.tickets.device == device, "workspace", f"memory on {device}", given.tickets.device)
+    arguments.require(given.partial_output.size >= rows * head_dim and given.partial_statistics.size >= rows * 2
+                      and given.tickets.size >= batch * kv_heads, "workspace",
+                      f"room for batch {batch}, q_heads {q_heads}, splits {splits}, head_dim {head_dim}",
+                      f"{given.partial_output.size} partial outputs, {given.tickets.size} tickets")
+    return given
+
+
+def split_shared_bytes(copies: int, heads: int, head_dim: int, group: int, splits: int, threads: int) -> int:
+    """Shared memory that the end of a split kernel needs (kvb/splits.cuh): warp copies, or the weights and shares of the merge."""
+    return max(copies * heads * (head_dim + 2) * 4, -(-group * splits // 4) * 16 + threads * 16)
+
+
+def _launch_decode(query, keys, values, lengths, scale, splits, out, lse, workspace, backend, arguments):
+    batch, kv_heads, tokens, head_dim = keys.shape
+    group, device = query.shape[1] // kv_heads, query.device
+    multiprocessors = loaders.multiprocessors(backend, device)
+    if query.dtype == "float32":
+        name, tile, tiles_per_block, resident = f"attention_decode_simple_kernel<{head_dim}>", 32, 1, 4
+        copies, heads, ring_bytes = 1, MAX_GROUP, (MAX_GROUP * head_dim + 32 * (head_dim + 1)) * 4
+    else:
+        heads = 8 if group <= 8 else 16
+        name = f"attention_decode_kernel<{CXX_TYPE[query.dtype]}, {head_dim}, {heads}>"
+        tile, tiles_per_block, copies = 16, 8, 8
+        resident = 1 if head_dim == 256 or heads == 16 else 2            # kResidentBlocks in attention.cu
+        unit_bytes = 16 * head_dim * 2
+        ring_bytes = 8 * (24 * 1024 // resident // unit_bytes) * unit_bytes   # 8 warps, kRingUnits each
+    if splits is None:
+        splits = choose_splits(-(-tokens // tile), batch * kv_heads, tiles_per_block, multiprocessors * resident)
+    shared_bytes = split_shared_bytes(copies, heads, head_dim, group, splits, 256)
+    if query.dtype == "float32":
+        shared_bytes += MAX_GROUP * head_dim * 4    # the copies follow the queries
+    scratch = take_workspace(arguments, workspace, splits, device, out.framework)
+    function = loaders.get_function("attention", f"kvb::{name}", backend, device)
+    function((splits, kv_heads, batch), (256,), (
+        query, keys, values, lengths, out, lse, scratch.partial_output,
+        scratch.partial_statistics, scratch.tickets, *map(np.uint64, keys.strides[:3]),
+        *map(np.uint64, values.strides[:3]), np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e)),
+        np.int32(out.dtype == "float32")), shared_bytes=max(ring_bytes, shared_bytes), stream=arguments.stream)
+
+
+def merge(outputs, lses, *, out=None, lse=None, backend: str | None = None, stream=None):
+    """Merge partial attention results over disjoint sets of tokens: output = sum_i exp(lse_i - lse) output_i.
+
+    outputs : [parts, batch, q_heads, head_dim] float16, bfloat16 or float32
+    lses    : [parts, batch, q_heads] float32, natural; -inf for a part without tokens, whose output is not read
+    out     : [batch, q_heads, head_dim] float32, float16 or bfloat16 (default: outputs' dtype)
+    lse     : [batch, q_heads] float32 (default: new)
+
+    Returns (out, lse).  Source: arXiv 1805.02867, section 3.1.
+    """
+    arguments = Arguments("attention.merge", stream=stream)
+    outputs = arguments.take("outputs", outputs, "parts batch q_heads head_dim", FLOATS)
+    lses = arguments.take("lses", lses, "parts batch q_heads", ("float32",))
+    parts, head_dim = arguments.sizes["parts"], arguments.sizes["head_dim"]
+    arguments.require(parts > 0, "outputs", "at least one part", parts)
+    out = arguments.result("out", out, "batch q_heads head_dim", (outputs.dtype, *FLOATS))
+    lse = arguments.result("lse", lse, "batch q_heads", "float32")
+    backend = choose(backend, arguments, BACKENDS)
+    rows = arguments.sizes["batch"] * arguments.sizes["q_heads"]
+
+    if backend == "reference":
+        output, log_sum = reference.merge(outputs.numpy(), lses.numpy())
+        with np.errstate(over="ignore"):
+            out.numpy()[...] = output.astype(out.numpy().dtype)
+        lse.numpy()[...] = log_sum
+    elif backend == "cpu":
+        cpu_attention.merge(outputs.numpy(), lses.numpy(), out.numpy(), lse.numpy())
+    elif rows:
+        name = f"kvb::attention_merge_kernel<{CXX_TYPE[outputs.dtype]}, {CXX_TYPE[out.dtype]}>"
+        function = loaders.get_function("attention", name, backend, outputs.device)
+        function((rows,), (min(256, -(-head_dim // 32) * 32),), (outputs, lses, out, lse, np.int32(parts),
+                                                                 np.uint64(rows), np.int32(head_dim)), stream=arguments.stream)
+    return out.give(), lse.give()
+
+
+# ---- registry --------------------------------------------------------------------------------------------------------
+
+DECODE_AXES = {"tokens": (32768, 4096, 131072), "head_dim": (128, 64, 256), "kv_heads": (8, 2, 32), "group": (4, 8, 1),
+               "batch": (1, 16), "dtype": ("float16", "bfloat16", "float32")}
+MERGE_AXES = {"parts": (3, 16), "head_dim": (128, 64, 256), "kv_heads": (8,), "group": (4,), "batch": (16, 1),
+              "dtype": ("float32", "float16", "bfloat16")}
+
+
+def _decode_inputs(problem, rng):
+    batch, kv_heads, head_dim = problem["batch"], problem["kv_heads"], problem["head_dim"]
+    cache = (batch, kv_heads, problem["tokens"], head_dim)
+    return {"query": random_normal(rng, (batch, kv_heads * problem["group"], head_dim), problem["dtype"]),
+            "keys": random_normal(rng, cache, problem["dtype"]), "values": random_normal(rng, cache, problem["dtype"]),
+            "return_lse": True}
+
+
+def _decode_traffic(problem):
+    size = 4 if problem["dtype"] == "float32" else 2
+    cache = problem["batch"] * problem["kv_heads"] * problem["tokens"] * problem["head_dim"] * size
+    rows = problem["batch"] * problem["kv_heads"] * problem["group"]
+    return Traffic(2 * cache + rows * problem["head_dim"] * size, rows * (problem["head_dim"] * size + 4))
+
+
+def decode_tolerance(query, keys, values, lengths, scale, weight_epsilon) -> tuple[np.ndarray, np.ndarray]:
+    """(output allowance [batch, q_heads, head_dim], lse allowance [batch, q_heads]) of float32 decode attention.
+
+    A logit summed in float32 is off by at most delta = (head_dim + 4) eps/2 scale sum_j |q_j k_j|, and so is the log-sum-exp,
+    plus the rounding of its own arithmetic.  Logits off by delta change each weight by a factor within e^(+-2 delta); weights
+    rounded to the cache's type by one within 1 +- weight_epsilon/2, in numerator and total alike (the log-sum-exp is that of
+    the rounded weights, so that partial results merge to what one launch gives); sums over tokens by
+    (depth) eps/2.  All of these are relative to sum_t w_t |v_t|, which is what the allowance multiplies.  Weights below the
+    normal range of float16 have an absolute error of 2^-33 of the largest weight.
+    """
+    query, keys, values = (np.asarray(x).astype(np.float64) for x in (query, keys, values))
+    batch, q_heads, head_dim = query.shape
+    kv_heads, tokens = keys.shape[1:3]
+    valid = np.arange(tokens) < (np.full(batch, tokens) if lengths is None else np.asarray(lengths))[:, None]     # [batch, tokens]
+    signed_keys, keys, values = keys, *(np.abs(np.where(valid[:, None, :, None], x, 0)) for x in (keys, values))
+    grouped = np.abs(query).reshape(batch, kv_heads, -1, head_dim)
+    with np.errstate(invalid="ignore", over="ignore"):
+        logits = np.einsum("bghd,bgtd->bght", grouped, keys).max(axis=-1, initial=0).reshape(batch, q_heads)
+        largest = logits * (head_dim**-0.5 if scale is None else abs(scale))
+        delta = (head_dim + 4) * EPSILON["float32"] / 2 * largest
+        arithmetic = (8 + math.log2(tokens + 1) + tokens / 64) * EPSILON["float32"] / 2
+        weighted = reference.decode(query, signed_keys, values, lengths=lengths, scale=scale, return_lse=False)
+        factor = np.expm1(2 * delta) + weight_epsilon + 2 * arithmetic
+        underflow = tokens * 2.0**-33 * values.max(axis=(2, 3), initial=0).repeat(q_heads // kv_heads, axis=1)
+        return (factor[..., None] * weighted + underflow[..., None],
+                delta + weight_epsilon / 2 + arithmetic + 16 * EPSILON["float32"] * (largest + math.log(tokens + 1) + 1))
+
+
+def _decode_agreement(inputs, expected, actual):
+    dtype = inputs["query"].dtype.name
+    output, lse = decode_tolerance(inputs["query"], inputs["keys"], inputs["values"], inputs.get("lengths"), inputs.get("scale"),
+                                   0.0 if dtype == "float32" else EPSILON[dtype])
+    stored = np.asarray(actual[0]).dtype.name
+    assert_close(expected[0], actual[0], stored, output, "output")
+    assert_close(expected[1], actual[1], "float32", lse, "log-sum-exp")
+
+
+def _merge_inputs(problem, rng):
+    shape = (problem["parts"], problem["batch"], problem["kv_heads"] * problem["group"])
+    return {"outputs": random_normal(rng, (*shape, problem["head_dim"]), problem["dtype"]),
+            "lses": (3 * random_normal(rng, shape, "float32")).astype(np.float32)}
+
+
+def _merge_traffic(problem):
+    rows, size = problem["batch"] * problem["kv_heads"] * problem["group"], 4 if problem["dtype"] == "float32" else 2
+    row_bytes = problem["head_dim"] * size + 4
+    return Traffic(problem["parts"] * rows * row_bytes, rows * row_bytes)
+
+
+def _merge_agreement(inputs, expected, actual):
+    """Weights exp(lse_i - lse): the rounding of a difference of size |lse| becomes a relative error of the weight."""
+    outputs, lses = np.asarray(inputs["outputs"]).astype(np.float64), np.asarray(inputs["lses"]).astype(np.float64)
+    finite = np.where(np.isfinite(lses), np.abs(lses), 0).max(axis=0)
+    relative = EPSILON["float32"] * (8 + lses.shape[0] + 2 * finite)
+    read = np.where(np.isneginf(lses)[..., None], 0, np.abs(outputs)).max(axis=0)
+    assert_close(expected[0], actual[0], np.asarray(actual[0]).dtype.name, relative[..., None] * read, "output")
+    assert_close(expected[1], actual[1], "float32", relative, "log-sum-exp")
+
+
+register(Kernel(
+    name="attention.decode", reference=reference.decode, operator=decode, backends=BACKENDS, axes=DECODE_AXES,
+    inputs=_decode_inputs, traffic=_decode_traffic, agreement=_decode_agreement,
+    error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
+    source="arXiv 2205.14135; arXiv 1805.02867 section 3.1"))
+register(Kernel(
+    name="attention.merge", reference=reference.merge, operator=merge, backends=BACKENDS, axes=MERGE_AXES,
+    inputs=_merge_inputs, traffic=_merge_traffic, agreement=_merge_agreement,
+    error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
+    source="arXiv 1805.02867 section 3.1"))
