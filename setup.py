@@ -59,39 +59,38 @@ class BuildKernels(build_ext):
     def build_simt(self, target: Path) -> None:
         kernels = [toolchain.emulation_step(path, [INCLUDE]) for path in self.kernel_files()]
         module = toolchain.emulation_step(BINDINGS / "simt.cpp", [INCLUDE, *self.python_includes()])
-        self.link([toolchain.find_cxx()], [*kernels, module], [], target)
+        self.link([*kernels, module], [], target)
 
     def build_native(self, target: Path) -> str | None:
         """Why there are no CUDA kernels in the module, or None."""
         cxx = toolchain.find_cxx()
-        host = [cxx, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-                *(f"-I{folder}" for folder in (INCLUDE, *self.python_includes()))]
+        host, includes = (cxx, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"), (INCLUDE, *self.python_includes())
         try:
             nvcc = toolchain.find_nvcc()
-            device = [nvcc, "-std=c++17", "-O3", "-DKVB_NATIVE", f"-I{INCLUDE}", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                      *toolchain.gpu_architectures(nvcc)]
             toolkit = toolchain.toolkit_root(nvcc)
-            steps = [toolchain.Step(tuple(device), path) for path in self.kernel_files()]
-            steps.append(toolchain.Step((*host, "-DKVB_NATIVE", f"-I{toolkit / 'include'}"), BINDINGS / "native.cpp"))
+            device = (nvcc, "-std=c++17", "-O3", "-DKVB_NATIVE", "-Xcompiler=-fPIC,-fvisibility=hidden",
+                      *toolchain.gpu_architectures(nvcc))
+            steps = [toolchain.Step(device, path, (INCLUDE,)) for path in self.kernel_files()]
+            steps.append(toolchain.Step((*host, "-DKVB_NATIVE"), BINDINGS / "native.cpp", includes, (toolkit / "include",)))
             libraries = [f"-L{toolkit / folder}" for folder in ("lib64", "targets/x86_64-linux/lib", "lib")]
             # The static runtime needs no CUDA library, and so no driver, to be imported.
-            self.link([cxx], steps, [*libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread"], target)
+            self.link(steps, [*libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread"], target)
             return None
         except (toolchain.Missing, toolchain.CompileError) as error:
-            self.link([cxx], [toolchain.Step(tuple(host), BINDINGS / "native.cpp")], [], target)
+            self.link([toolchain.Step(host, BINDINGS / "native.cpp", includes)], [], target)
             return str(error)
 
-    def link(self, command, steps, libraries, target: Path) -> None:
+    def link(self, steps, libraries, target: Path) -> None:
         cache = Path(os.environ.get("KVBENCH_BUILD_CACHE") or ROOT / "build" / "objects")
         objects = toolchain.compile_all(steps, toolchain.headers_under(INCLUDE, BINDINGS), cache)
-        toolchain.run([*command, "-shared", *map(str, objects), *libraries, "-o", str(target)])
+        toolchain.run([toolchain.find_cxx(), "-shared", *map(str, objects), *libraries, "-o", str(target)])
 
     @staticmethod
     def kernel_files() -> list[Path]:
         return sorted((ROOT / "cuda_src").glob("*.cu"))
 
     @staticmethod
-    def python_includes() -> list[str]:
+    def python_includes() -> list[Path]:
         try:
             import pybind11
         except ImportError as error:
@@ -99,7 +98,7 @@ class BuildKernels(build_ext):
                                     "kvbench") from error
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
             raise toolchain.Missing("no Python.h when kvbench was installed: install python3-dev and reinstall kvbench")
-        return [sysconfig.get_path("include"), pybind11.get_include()]
+        return [Path(sysconfig.get_path("include")), Path(pybind11.get_include())]
 
 
 setup(

@@ -18,7 +18,7 @@ from pathlib import Path
 #   -fvisibility=hidden       inline variables are GNU-unique symbols: the loader would merge the machines of all modules
 #   -fstack-clash-protection  a large frame touches every page, so that it cannot jump over a stack's guard page
 CXX_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
-             "-fstack-clash-protection", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DKVB_EMULATE")
+             "-fstack-clash-protection", "-Wno-unknown-pragmas", "-DKVB_EMULATE")
 # Locals that are read before they are written show a pattern instead of what happens to be there.
 PLAIN_FLAGS = ("-O2", "-ftrivial-auto-var-init=pattern")
 
@@ -36,7 +36,9 @@ class CompileError(RuntimeError):
 
 def find_cxx() -> str:
     """The C++ compiler: $CXX or g++."""
-    name = os.environ.get("CXX", "g++")
+    if not sys.platform.startswith("linux"):
+        raise Missing("kvbench compiles its extension modules on Linux only")
+    name = os.environ.get("CXX") or "g++"
     if path := shutil.which(name):
         return path
     raise Missing(f"no C++ compiler ({name}) when kvbench was installed: install g++ and reinstall kvbench")
@@ -112,45 +114,65 @@ def _present_architectures() -> list[str]:
 
 @dataclass(frozen=True)
 class Step:
-    """One source compiled to an object by `command -c source -o object`.
-
-    cuda_headers: folders given as -isystem; their place is no part of the cache key, their content is.
-    """
+    """One source compiled to an object by `command -I includes -isystem system_includes -c source`."""
 
     command: tuple[str, ...]
     source: Path
-    cuda_headers: tuple[Path, ...] = ()
+    includes: tuple[Path, ...]
+    system_includes: tuple[Path, ...] = ()
+
+    def compile(self, output: Path) -> list[str]:
+        return [*self.command, *(f"-I{folder}" for folder in self.includes),
+                *(f"-isystem{folder}" for folder in self.system_includes), "-c", str(self.source), "-o", str(output)]
+
+    def digest(self, project_headers: list[Path]) -> str:
+        """Of all that decides the object: compiler, flags, source and headers, wherever the folders lie."""
+        version = subprocess.run([self.command[0], "--version"], capture_output=True).stdout
+        landmarks = [folder / name for folder in (*self.includes, *self.system_includes) for name in VERSIONED_HEADERS]
+        files = [self.source, *project_headers, *filter(Path.is_file, landmarks)]
+        return digest([version, "\0".join(self.command).encode(), *(file.read_bytes() for file in files)])
+
+
+# One header of each foreign library that changes with its version, in place of all of its headers.
+VERSIONED_HEADERS = ("cuda_fp16.h", "cuda_bf16.h", "cuda_runtime_api.h", "patchlevel.h", "pybind11/detail/common.h")
 
 
 def emulation_step(source: Path, includes: list[Path], flags=PLAIN_FLAGS) -> Step:
     """Compile a .cu or .cpp for the emulator. includes: the kernels' own include folders, then any others."""
     language = ("-x", "c++") if source.suffix == ".cu" else ()
-    return Step((find_cxx(), *CXX_FLAGS, *flags, *(f"-I{folder}" for folder in includes), *language), source,
-                tuple(find_cuda_headers()))
+    return Step((find_cxx(), *CXX_FLAGS, *flags, *language), source, tuple(map(Path, includes)), tuple(find_cuda_headers()))
 
 
 def compile_all(steps: list[Step], project_headers: list[Path], cache: Path) -> list[Path]:
     """Objects of all steps, compiled in parallel; one whose sources, headers, flags and compiler are known is reused."""
+    def compile_one(step: Step) -> Path:
+        return make(cache / f"{step.source.stem}-{step.digest(project_headers)}.o", step.compile)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda step: _compile(step, project_headers, cache), steps))
+        return list(pool.map(compile_one, steps))
 
 
-def _compile(step: Step, project_headers: list[Path], cache: Path) -> Path:
+def digest(parts) -> str:
+    """A name for the content of byte strings."""
     key = hashlib.sha256()
-    version = subprocess.run([step.command[0], "--version"], capture_output=True, check=True).stdout
-    parts = [version, sys.version.encode(), "\0".join(step.command).encode(), step.source.name.encode()]
-    files = [step.source, *project_headers]
-    files += [folder / name for folder in step.cuda_headers for name in ("cuda_fp16.h", "cuda_bf16.h")]
-    parts += [file.read_bytes() for file in files if file.is_file()]
     for part in parts:
         key.update(hashlib.sha256(part).digest())
-    target = cache / f"{step.source.stem}-{key.hexdigest()[:20]}.o"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        headers = [option for folder in step.cuda_headers for option in ("-isystem", str(folder))]
-        run([*step.command, *headers, "-c", str(step.source), "-o", str(partial)])
-        partial.replace(target)   # atomic: others may compile the same
+    return key.hexdigest()[:20]
+
+
+def make(target: Path, command) -> Path:
+    """Run command(output) to make a file that is not there yet; when processes want the same file, one makes it."""
+    if target.exists():
+        return target
+    import fcntl   # absent where find_cxx() has refused already
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(target.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_name("partial-" + target.name)
+            run(command(partial))
+            partial.replace(target)
     return target
 
 

@@ -3,21 +3,38 @@
 //
 // attention_decode_kernel (fp16, bf16; tensor cores)
 //   Computes  output_h = sum_t softmax_t(scale <q_h, k_t>) v_t  for all query heads h of a KV head from one read of its cache.
-//   Grid      (splits, kv_heads, batch): a block takes a contiguous range of tokens of one KV head; kvb/splits.cuh merges.
-//   Block     8 warps; warp w takes tiles w, w+8, ... of 16 tokens.  A tile is two units, its keys and its values.
-//   Pipeline  Each warp has a ring of units in shared memory filled by cp.async, all but one in flight.  A lane copies just the
-//             16-byte chunks that it will itself read, into [chunk][lane] order: no barrier, no bank conflict, no transpose.
+//   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges (kvb/splits.cuh).
+//   Block     8 warps, each with its own tiles of 16 tokens.  A tile is two units, its keys and its values.
+//   Pipeline  Each warp has a ring of three units in shared memory filled by cp.async, two of them in flight.  A warp copies whole
+//             rows, 512 contiguous bytes an instruction.  The 16-byte chunks of a 128-byte line are swizzled, chunk c of row r
+//             standing at c ^ (r % 8), and lines stay lines: a copy whose eight chunks fall into two lines of shared memory (rows
+//             padded by 32 bytes) fetches every sector twice from L2.
 //   Keys      S = Q K^T by mma.m16n8k16 with Q as A (query heads are rows) and K as B.  Lane (g, t) = (lane / 4, lane % 4)
-//             reads chunk [32 s + 8 t, + 8) of token g: that is a B operand if the order of the head dimensions inside the
+//             reads chunk [32 s + 8 t, + 8) of one token: that is a B operand if the order of the head dimensions inside the
 //             product is permuted, and any order is right as long as Q has the same.
 //   Values    O^T = V^T P^T with V^T as A.  S comes out with (head, two tokens) per lane, exactly the B operand P^T.  Lane
-//             (g, t) reads [64 h + 8 g, + 8) of tokens 2t, 2t+1, 2t+8, 2t+9; two PRMT per word pair tokens up.
+//             (g, t) reads [64 s + 8 g, + 8) of four tokens; two PRMT per word pair tokens up.
+//   Tokens    Which row of the tile is which column of S is free, too: row_of() is chosen so that with the swizzle neither the
+//             reads of keys nor those of values have bank conflicts.
 //   Softmax   Online, base 2, reference (subtracted exponent) 8 below the largest logit seen, raised only when a logit exceeds
 //             it by 12: p < 4096 fits fp16, and tokens down to 2^-32 of the largest still count.  The total sums the rounded p.
-//   Bytes     2 * D * 2 per token and KV head, once.  In flight per SM: 16 warps * 8 KiB = 128 KiB, against about 2.2 MB / 132 =
-//             17 KiB that 3 TB/s needs at 700 ns.
+//   Bytes     2 * D * 2 per token and KV head, once.  In flight per block: 8 warps * 8 KiB = 64 KiB at D = 128; 3 TB/s at 800 ns
+//             need 18 KiB per multiprocessor.
 //   Counts    Per 16 tokens at D = 128, 8 heads: 16 cp.async, 16 LDS.128, 24 mma, 32 PRMT, about 40 for softmax: 130 warp
 //             instructions for 8 KiB; 3 TB/s would be 50 G instructions/s of the 900 G that the chip issues: memory bound.
+//   Tried     H100, fp16, D = 128, us with L2 flushed; in brackets cuDNN through torch SDPA in the same run.
+//                                                             32:8 128K    32:8 32K   16:2 128K  16:2 32K   32:32 128K
+//               lanes copy just the chunks they read:
+//                 no barrier, but segments of 64 bytes        266 (192)    83 (63)    90 (63)    40 (26)    990 (708)
+//               whole rows, padded by 32 bytes                215          69         75         35         799
+//               + fetches of 128 bytes into L2                207          67         73         33         762
+//               + one block per multiprocessor                205          65         70         30         782
+//               + fewer units in flight, evict first          202          59         61         25         769
+//               tiles dealt out on demand instead             206          60         63         26         788
+//               bulk copies with an mbarrier, a row each      210          68         73         34         770
+//               this version: swizzled lines, queries staged  201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
+//             Evict first costs 2 % at 128K (750 us without it) and gains 9-18 % where dirty lines of other data would have to
+//             be written back to make room.  What is left at 32:32: 84 % of the DRAM's cycles busy, cuDNN reaches 89 %.
 //
 // attention_decode_simple_kernel (fp32; also the plainly readable version): a warp per query head, logits one token per lane.
 // attention_merge_kernel: partial results of different launches (exact part, packed part, other devices) into one.
@@ -31,16 +48,18 @@ constexpr int kTile = 16;           // tokens of a tile
 constexpr int kDecodeWarps = 8;
 constexpr float kReferenceGap = 8.f, kReferenceSlack = 12.f;
 
-// Blocks that share an SM, and units in a warp's ring: 192 KiB of shared memory per SM in either case.
 template <int D, int HEADS>
-constexpr int kResidentBlocks = D == 256 || HEADS == 16 ? 1 : 2;
-template <int D, int HEADS>
-constexpr int kRingUnits = 24 * 1024 / kResidentBlocks<D, HEADS> / (kTile * D * 2);
+constexpr int kResidentBlocks = D == 256 || (D == 128 && HEADS == 16) ? 1 : 2;   // per SM
+constexpr int kRingUnits = 3;   // one is read while two are in flight
+
+// The row of the tile that is token 2t + e of the j-th group of 8 columns.  Lanes that read at the same time differ in bit 2 of
+// the row for keys (e = 0, 1; four chunks each) and in bits 1 and 2 for values (t = 0..3; two chunks each).
+__device__ __forceinline__ int row_of(int t, int e, int j) { return 2 * (t ^ 2 * e) + e + 8 * j; }
 
 // query : (batch, kv_heads * group, D)         keys, values : (batch, kv_heads, tokens, D) with strides in elements, rows of D contiguous
-// lengths : (batch,) or null for `tokens`      output : (batch, kv_heads * group, D) T, or float if output_float32
+// lengths : (batch,) or null for `tokens`      tickets : (batch, kv_heads), zero      output : (batch, kv_heads * group, D) T, or float if output_float32
 // lse : (batch, kv_heads * group) or null      partial_output : (batch, kv_heads * group, splits, D)
-// partial_statistics : (batch, kv_heads * group, splits)      tickets : (batch, kv_heads), zero
+// partial_statistics : (batch, kv_heads * group, splits)
 // scale_log2 = softmax scale * log2(e)         HEADS = 8 or 16 >= group
 template <class T, int D, int HEADS>
 __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
@@ -52,96 +71,87 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
   static_assert(D == 64 || D == 128 || D == 256, "chunks of a row divide evenly among the lanes");
   static_assert(HEADS == 8 || HEADS == 16, "rows of the mma tile");
   static_assert(sizeof(T) == 2, "16-bit tensor core operands");
-  constexpr int UNITS = kRingUnits<D, HEADS>, HALVES = HEADS / 8;
+  constexpr int HALVES = HEADS / 8;
   constexpr int KEY_STEPS = D / 32;      // 16-byte chunks of a token's key per lane
   constexpr int VALUE_STEPS = D / 64;    // 16-byte chunks of a token's value per lane
-  constexpr int CHUNKS = D / 16;         // chunks of a unit per lane: 2 tokens * KEY_STEPS = 4 tokens * VALUE_STEPS
-  static_assert(UNITS >= 3, "keys and values of a tile, and one more in flight");
+  constexpr int ROW = D / 8, UNIT = kTile * ROW;   // in chunks
 
   const int split = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
   const int splits = gridDim.x, kv_heads = gridDim.y;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
-  const SplitRange range((length + kTile - 1) / kTile, kDecodeWarps, split, splits);
-  if (split >= range.active) return;
+  const int tiles = (length + kTile - 1) / kTile;
+  const int active = active_splits(tiles, kDecodeWarps, splits);
+  if (split >= active) return;
+  const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * group;
 
   KVB_DYNAMIC_SHARED(uint4, shared);
-  uint4* ring = shared + warp * UNITS * CHUNKS * 32 + lane;   // ring[(unit * CHUNKS + chunk) * 32]
+  uint4* ring = shared + warp * kRingUnits * UNIT;
   const T* head_keys = keys + b * key_batch_stride + kv_head * key_head_stride;
   const T* head_values = values + b * value_batch_stride + kv_head * value_head_stride;
-  const int my_tiles = max((range.last - range.first - warp + kDecodeWarps - 1) / kDecodeWarps, 0);
+  const u64 policy = read_once_policy();
 
-  // Tokens beyond the length are not read: their copies are zero-filled.
-  auto copy_keys = [&](int i, int slot) {
-    if (i >= my_tiles) return;
-    const int first = (range.first + warp + i * kDecodeWarps) * kTile;
-    uint4* to = ring + slot * CHUNKS * 32;
+  // Copies the 16 rows of a tile.  Tokens beyond the length are not read: their rows are zero-filled.
+  auto copy_rows = [&](const T* from, u64 token_stride, int tile, int slot) {
+    if (tile < tiles) {
+      constexpr int ROWS = 32 / ROW;   // a warp copies this many rows at a time
+      const int row = lane / ROW, chunk = lane % ROW, first = tile * kTile + row;
+      const T* source = from + first * token_stride + chunk * 8;
+      uint4* to = ring + slot * UNIT + row * ROW;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int token = first + 8 * j + g;
-      const T* row = head_keys + token * key_token_stride + 8 * t;
-#pragma unroll
-      for (int s = 0; s < KEY_STEPS; ++s) cp_async_16(to + (j * KEY_STEPS + s) * 32, row + 32 * s, token < length);
+      for (int r = 0; r < kTile; r += ROWS)
+        cp_async_16_once(to + r * ROW + (chunk ^ (row + r) % 8), source + r * token_stride, first + r < length, policy);
     }
-  };
-  auto copy_values = [&](int i, int slot) {
-    if (i >= my_tiles) return;
-    const int first = (range.first + warp + i * kDecodeWarps) * kTile;
-    uint4* to = ring + slot * CHUNKS * 32;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {   // tokens 2t, 2t+1, 2t+8, 2t+9
-      const int token = first + 2 * t + (j & 1) + 8 * (j >> 1);
-      const T* row = head_values + token * value_token_stride + 8 * g;
-#pragma unroll
-      for (int s = 0; s < VALUE_STEPS; ++s) cp_async_16(to + (j * VALUE_STEPS + s) * 32, row + 64 * s, token < length);
-    }
-  };
-  auto copy_unit = [&](int unit, int slot) { unit & 1 ? copy_values(unit >> 1, slot) : copy_keys(unit >> 1, slot); };
-
-#pragma unroll
-  for (int unit = 0; unit < UNITS - 1; ++unit) {
-    copy_unit(unit, unit);
     cp_async_commit();
-  }
+  };
+  int tile = split * kDecodeWarps + warp;
+  copy_rows(head_keys, key_token_stride, tile, 0);
+  copy_rows(head_values, value_token_stride, tile, 1);
 
-  // A operand of S: query head g (and g + 8) as rows; its chunk s holds two k-steps of 16.
-  uint4 q[KEY_STEPS][HALVES];
-#pragma unroll
-  for (int half = 0; half < HALVES; ++half) {
-    const int h = g + 8 * half;
-    const T* row = query + (static_cast<u64>(b * kv_heads + kv_head) * group + h) * D + 8 * t;
-#pragma unroll
-    for (int s = 0; s < KEY_STEPS; ++s)
-      q[s][half] = h < group ? *reinterpret_cast<const uint4*>(row + 32 * s) : make_uint4(0, 0, 0, 0);
+  // A operand of S: query head g (and g + 8) as rows, in fragment order; chunk s holds two k-steps of 16.  It stays in shared
+  // memory, read again for every tile, so that the accumulators have the registers.
+  uint4* staged_query = shared + kDecodeWarps * kRingUnits * UNIT;   // (KEY_STEPS, HALVES, 32)
+  for (int i = warp; i < KEY_STEPS * HALVES; i += kDecodeWarps) {
+    const int s = i / HALVES, h = g + 8 * (i % HALVES);
+    const T* from = query + (row + h) * D + 32 * s + 8 * t;
+    staged_query[i * 32 + lane] = h < group ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
   }
+  __syncthreads();
 
   float o[4 * VALUE_STEPS][HALVES][4] = {};   // o[4 s + w]: dims 64 s + 8 g + 2 w (+ 1 for [2], [3]), heads 2t, 2t+1
   float reference[HALVES], total[HALVES];     // of head g (+ 8), the same in the four lanes of g
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) reference[half] = kNoReference, total[half] = 0.f;
 
-  int read_slot = 0, write_slot = UNITS - 1;
-  auto advance = [](int& slot) { slot = slot + 1 == UNITS ? 0 : slot + 1; };
-  for (int i = 0; i < my_tiles; ++i) {
+  const int key_row = row_of(g / 2, g % 2, 0);
+  int slot = 0;   // of the unit that is read next; the one before it is free
+  auto next_unit = [&](const T* from, u64 token_stride, int next) {
+    cp_async_wait<1>();
+    __syncwarp();   // every lane's copies have landed, and every lane has read the slot that is filled now
+    const uint4* unit = ring + slot * UNIT;
+    copy_rows(from, token_stride, next, slot == 0 ? kRingUnits - 1 : slot - 1);
+    slot = slot + 1 == kRingUnits ? 0 : slot + 1;
+    return unit;
+  };
+  for (int next; tile < tiles; tile = next) {
+    next = tile + active * kDecodeWarps;
+
     // ---- keys: logits of 16 tokens ----
-    cp_async_wait<UNITS - 2>();
-    copy_unit(2 * i + UNITS - 1, write_slot);
-    cp_async_commit();
-    advance(write_slot);
-    const uint4* unit = ring + read_slot * CHUNKS * 32;
-    advance(read_slot);
-    float logits[2][4] = {};   // logits[j]: head g tokens 8 j + 2t, + 1; then head g + 8
+    const uint4* unit = next_unit(head_keys, key_token_stride, next) + key_row * ROW;
+    const uint4* q = staged_query + lane;
+    float logits[2][4] = {};   // logits[j]: head g, tokens row_of(t, 0, j) and row_of(t, 1, j); then head g + 8
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int s = 0; s < KEY_STEPS; ++s) {
+      const uint4 lower = q[s * HALVES * 32];
+      const uint4 upper = HALVES == 2 ? q[(s * HALVES + HALVES - 1) * 32] : make_uint4(0, 0, 0, 0);
 #pragma unroll
-      for (int s = 0; s < KEY_STEPS; ++s) {
-        const uint4 k = unit[(j * KEY_STEPS + s) * 32];
-        const uint4 upper = HALVES == 2 ? q[s][HALVES - 1] : make_uint4(0, 0, 0, 0);
-        mma_m16n8k16<T>(logits[j], {q[s][0].x, upper.x, q[s][0].y, upper.y}, {k.x, k.y});
-        mma_m16n8k16<T>(logits[j], {q[s][0].z, upper.z, q[s][0].w, upper.w}, {k.z, k.w});
+      for (int j = 0; j < 2; ++j) {
+        const uint4 k = unit[8 * j * ROW + 8 * (s / 2) + ((4 * (s % 2) + t) ^ key_row % 8)];
+        mma_m16n8k16<T>(logits[j], {lower.x, upper.x, lower.y, upper.y}, {k.x, k.y});
+        mma_m16n8k16<T>(logits[j], {lower.z, upper.z, lower.w, upper.w}, {k.z, k.w});
       }
     }
-    const int first = (range.first + warp + i * kDecodeWarps) * kTile;
+    const int first = tile * kTile;
     float largest[HALVES];
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
@@ -152,7 +162,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
         for (int e = 0; e < 2; ++e) {
           float& logit = logits[j][2 * half + e];
           logit *= scale_log2;
-          if (first + 8 * j + 2 * t + e >= length) logit = -infinity();
+          if (first + row_of(t, e, j) >= length) logit = -infinity();
           largest[half] = fmaxf(largest[half], logit);
         }
     }
@@ -192,17 +202,15 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
       }
 
     // ---- values ----
-    cp_async_wait<UNITS - 2>();
-    copy_unit(2 * i + UNITS, write_slot);
-    cp_async_commit();
-    advance(write_slot);
-    unit = ring + read_slot * CHUNKS * 32;
-    advance(read_slot);
+    unit = next_unit(head_values, value_token_stride, next);
 #pragma unroll
     for (int s = 0; s < VALUE_STEPS; ++s) {
       uint4 v[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) v[j] = unit[(j * VALUE_STEPS + s) * 32];
+      for (int j = 0; j < 4; ++j) {
+        const int value_row = row_of(t, j % 2, j / 2);
+        v[j] = unit[value_row * ROW + 8 * s + (g ^ value_row % 8)];
+      }
       const u32 words[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w}, {v[1].x, v[1].y, v[1].z, v[1].w},
                                {v[2].x, v[2].y, v[2].z, v[2].w}, {v[3].x, v[3].y, v[3].z, v[3].w}};
 #pragma unroll
@@ -236,12 +244,11 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
         *reinterpret_cast<float2*>(even + D + d) = make_float2(x[1], x[3]);
       }
   }
-  const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * group;
   const DecodeTarget target = {static_cast<char*>(output) + row * D * (output_float32 ? sizeof(float) : sizeof(T)),
                                lse ? lse + row : nullptr, partial_output + row * splits * D,
                                partial_statistics + row * splits, tickets + pair, output_float32};
   finish_split<T, D, kDecodeWarps, HEADS, 32 * kDecodeWarps>(copies, statistics, shared, target, group, split, splits,
-                                                             range.active);
+                                                             active);
 }
 
 // The same result for a float cache, without tensor cores.  Arguments as above; group <= 16.
@@ -259,8 +266,8 @@ __global__ void __launch_bounds__(256, 2)
   const int splits = gridDim.x, kv_heads = gridDim.y;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
-  const SplitRange range((length + TILE - 1) / TILE, 1, split, splits);
-  if (split >= range.active) return;
+  const int tiles = (length + TILE - 1) / TILE, active = active_splits(tiles, 1, splits);
+  if (split >= active) return;
 
   KVB_DYNAMIC_SHARED(float, shared);
   float* queries = shared;                    // (group, D)
@@ -269,6 +276,7 @@ __global__ void __launch_bounds__(256, 2)
   for (int i = threadIdx.x; i < group * D; i += 256) queries[i] = query[row * D + i];
 
   auto stage = [&](const float* from, u64 token_stride, int first) {
+#pragma unroll 4
     for (int i = threadIdx.x; i < TILE * D; i += 256) {
       const int token = first + i / D;
       tile[i / D * PITCH + i % D] = token < length ? from[token * token_stride + i % D] : 0.f;
@@ -278,14 +286,14 @@ __global__ void __launch_bounds__(256, 2)
   float o[HEADS_PER_WARP][D / 32] = {}, reference[HEADS_PER_WARP], total[HEADS_PER_WARP], p[HEADS_PER_WARP];
 #pragma unroll
   for (int i = 0; i < HEADS_PER_WARP; ++i) reference[i] = kNoReference, total[i] = 0.f;
-  for (int block_tile = range.first; block_tile < range.last; ++block_tile) {
-    const int first = block_tile * TILE;
+  for (int first = split * TILE; first < length; first += active * TILE) {
     stage(keys + b * key_batch_stride + kv_head * key_head_stride, key_token_stride, first);
 #pragma unroll
     for (int i = 0; i < HEADS_PER_WARP; ++i) {
       const int h = warp + i * WARPS;
       if (h >= group) break;   // the same for the whole warp
       float logit = 0.f;       // of token first + lane
+#pragma unroll 8
       for (int d = 0; d < D; ++d) logit = fmaf(queries[h * D + d], tile[lane * PITCH + d], logit);
       logit = first + lane < length ? logit * scale_log2 : -infinity();
       float next = fmaxf(reference[i], logit);
@@ -303,6 +311,7 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
     for (int i = 0; i < HEADS_PER_WARP; ++i) {
       if (warp + i * WARPS >= group) break;
+#pragma unroll 4
       for (int token = 0; token < TILE; ++token) {
         const float weight = __shfl_sync(0xffffffffu, p[i], token);
 #pragma unroll
@@ -326,7 +335,7 @@ __global__ void __launch_bounds__(256, 2)
   const DecodeTarget target = {static_cast<float*>(output) + row * D, lse ? lse + row : nullptr,
                                partial_output + row * splits * D, partial_statistics + row * splits, tickets + pair,
                                output_float32};
-  finish_split<float, D, 1, MAX_GROUP, 256>(copies, statistics, shared, target, group, split, splits, range.active);
+  finish_split<float, D, 1, MAX_GROUP, 256>(copies, statistics, shared, target, group, split, splits, active);
 }
 
 // output[row] = sum_i 2^(lse_i - lse) outputs[i, row],  lse[row] = log sum_i exp(lse_i)

@@ -24,6 +24,7 @@ import operator
 import sys
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from kvbench.driver import Loan, driver
@@ -33,6 +34,10 @@ FLOATS = ("float16", "bfloat16", "float32")
 
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2,
              "int32": 4, "uint32": 4, "int64": 8, "uint64": 8, "bool": 1}
+_DTYPES = {tag: np.dtype(ml_dtypes.bfloat16 if tag == "bfloat16" else tag) for tag in _ITEMSIZE}
+_TAGS = {dtype: tag for tag, dtype in _DTYPES.items()}
+# The same for those who cannot hold bfloat16: Numba, NumPy's DLPack, the array interfaces.
+_BITS = {**_DTYPES, "bfloat16": np.dtype("uint16")}
 
 # What an error advises where a layout must change.
 _COPY = {"numpy": "numpy.ascontiguousarray({})", "torch": "{}.contiguous()", "jax": "{}.copy()",
@@ -111,10 +116,9 @@ def _rectangles(target, source):
     `source` to `target`, which have one shape; as few as the two layouts allow."""
     if 0 in target.shape:
         return
-    itemsize = target.itemsize
-    axes = []                                           # [length, target step, source step], merged where both continue
-    for length, target_stride, source_stride in zip(target.shape, target.strides, source.strides):
-        steps = [target_stride * itemsize, source_stride * itemsize]
+    itemsize, axes = target.itemsize, []                # [length, target step, source step], merged where both continue
+    for stride, source_stride, length in sorted(zip(target.strides, source.strides, target.shape), reverse=True):
+        steps = [stride * itemsize, source_stride * itemsize]
         if length > 1 and axes and axes[-1][1:] == [length * step for step in steps]:
             axes[-1] = [axes[-1][0] * length, *steps]
         elif length > 1:
@@ -227,13 +231,14 @@ class Array:
         if self.device.kind != "cpu":
             raise ValueError(f"numpy: expected host memory, got {self.device}: use to_host()")
         bits = _bits(self, self.readonly)
-        return bits.view(_numpy_dtype(self.dtype)) if self.dtype == "bfloat16" else bits
+        return bits.view(_DTYPES["bfloat16"]) if self.dtype == "bfloat16" else bits
 
     def give(self):
-        """The object for the caller: the very one it passed, if this is just that; else this memory in `framework`.
+        """The object for the caller: the very one it passed, if this is just that; else this memory in `framework`
+        (a copy only where JAX cannot hold it: views that are strided or start within an allocation).
 
-        Frameworks without bfloat16 (Numba; CuPy without ml_dtypes) get its bits as uint16. JAX without
-        `jax_enable_x64` narrows 64-bit types, as it always does.
+        Numba, which has no bfloat16, gets its bits as uint16. JAX without `jax_enable_x64` narrows 64-bit types, as it
+        always does.
         """
         return _GIVERS[self.framework](self) if self.value is None else self.value
 
@@ -247,8 +252,8 @@ class Array:
         """Copies `other`, of the same shape and dtype, into this memory.
 
         A copy within the device is queued on `stream` (default: this array's own); whoever names another one orders the
-        later use of this array after it. A copy to or from host memory is done when the call returns; one to host memory
-        waits for all work on the device first.
+        later use of this array after it. A copy to or from host memory is done when the call returns; one to host
+        memory waits for all work on the device first.
         """
         if stream is None:
             stream = self.stream
@@ -275,6 +280,20 @@ class Array:
             driver().copy(index, stream, self.pointer + target, other.pointer + source, *rows)
         if self.device != other.device:
             driver().synchronize(index)
+
+    def fill(self, value) -> None:
+        """Sets every element to `value`. On a device: contiguous arrays only, queued on the array's stream."""
+        if self.readonly:
+            raise ValueError("fill: expected writable memory, got a read-only array")
+        pattern = np.array(value, _DTYPES[self.dtype])
+        if self.device.kind == "cpu":
+            _bits(self, False)[...] = pattern.view(_BITS[self.dtype])
+        elif not self.is_contiguous:
+            raise ValueError(f"fill: expected contiguous memory, got {self!r}")
+        elif self.itemsize == 8 and pattern.tobytes()[:4] != pattern.tobytes()[4:]:
+            raise ValueError(f"fill: expected a value with two equal halves of 32 bits, such as 0, got {value!r}")
+        elif self.size:
+            driver().fill(self.device.index, self.stream, self.pointer, pattern.tobytes(), self.size)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return _DLPACK_DEVICE[self.device.kind], self.device.index
@@ -309,7 +328,7 @@ class Array:
 
 def _interface(array, readonly):
     """The array interface, NumPy's and CUDA's alike; bfloat16 as uint16."""
-    dtype = np.dtype("uint16" if array.dtype == "bfloat16" else array.dtype)
+    dtype = _BITS[array.dtype]
     return {"version": 3, "shape": array.shape, "typestr": dtype.str, "data": (array.pointer, readonly),
             "strides": tuple(stride * dtype.itemsize for stride in array.strides)}
 
@@ -474,7 +493,7 @@ def _lend(where, array, stream):
                          f"pass {_COPY[array.framework].format(_argument(where))}")
     if array.pointer % _ITEMSIZE[array.dtype]:
         raise ValueError(f"{where}: expected {array.dtype} at a multiple of {array.itemsize} bytes, "
-                         f"got address {array.pointer:#x}: pass a copy")
+                         f"got {array.pointer:#x}: pass a copy")
     if stream is not None and stream != array.stream and array.device.kind == "cuda":
         driver().order(array.device.index, stream, array.stream)
         array.owner, array.stream = Loan(array.owner, array.device.index, stream), stream
@@ -482,7 +501,7 @@ def _lend(where, array, stream):
 
 
 def _argument(where):
-    """"decode: keys" -> "keys\""""
+    """The bare name of an argument: "keys" for "decode: keys"."""
     return where.rpartition(" ")[2]
 
 
@@ -501,18 +520,13 @@ def _refuse_dtype(where, dtype):
     raise TypeError(f"{where}: expected a dtype of {', '.join(_ITEMSIZE)}, got {dtype}")
 
 
-_numpy_tags = {np.dtype(tag): tag for tag in _ITEMSIZE if tag != "bfloat16"}
-
-
 def _numpy_tag(dtype, where):
-    if dtype not in _numpy_tags:
-        if not dtype.isnative:
-            _refuse_dtype(where, f"{dtype.str} in foreign byte order: "
-                                 f"pass {_argument(where)}.astype({_argument(where)}.dtype.newbyteorder('='))")
-        if dtype.name != "bfloat16":
-            _refuse_dtype(where, dtype.name)
-        _numpy_tags[dtype] = "bfloat16"                 # of ml_dtypes, which is imported only by those who use it
-    return _numpy_tags[dtype]
+    tag = _TAGS.get(dtype)
+    if tag is None:
+        name = _argument(where)
+        _refuse_dtype(where, dtype.name if dtype.isnative else
+                      f"{dtype.str} in foreign byte order: pass {name}.astype({name}.dtype.newbyteorder('='))")
+    return tag
 
 
 def _in_elements(strides, itemsize, shape, where):
@@ -576,7 +590,8 @@ def _borrow_torch(value, where, stream):
 
 
 def _borrow_jax(value, where, stream):
-    return _borrow_dlpack(value, where, stream, "jax", readonly=True)       # immutable, though its capsules do not say so
+    # JAX arrays are immutable, though their capsules do not say so.
+    return _borrow_dlpack(value, where, stream, "jax", readonly=True)
 
 
 def _borrow_cupy(value, where, stream):
@@ -633,8 +648,10 @@ def empty(shape: tuple[int, ...], dtype: str, device: Device | str, framework: s
     allocate = _ALLOCATORS.get((allocator, device.kind))
     if allocate is None:
         raise ValueError(f"framework: expected one that has memory on {device}, got {framework!r}")
-    array = borrow(allocate(shape, dtype, device.index, stream), "empty", stream=stream)
-    array.dtype = dtype                                 # for bfloat16 in a framework that holds it as uint16
+    array = borrow(allocate(shape, dtype, device.index, stream), "empty")
+    array.dtype = dtype                                 # for bfloat16 in Numba, which holds it as uint16
+    if device.kind == "cuda" and stream is not None:
+        array.stream = stream
     if framework == "jax":
         array.framework, array.value = "jax", None
     return array
@@ -644,10 +661,7 @@ def zeros(shape: tuple[int, ...], dtype: str, device: Device | str, framework: s
           stream: int | None = None) -> Array:
     """`empty`, filled with zeros (on the array's stream)."""
     array = empty(shape, dtype, device, framework, stream=stream)
-    if array.device.kind == "cpu":
-        _bits(array, False).fill(0)
-    elif array.nbytes:
-        driver().clear(array.device.index, array.stream, array.pointer, array.nbytes)
+    array.fill(0)
     return array
 
 
@@ -667,25 +681,11 @@ def _default_framework(kind):
     raise BackendUnavailable("allocating device memory needs CuPy or PyTorch: pip install 'kvbench[cuda13]'")
 
 
-def _numpy_dtype(tag):
-    if tag != "bfloat16":
-        return np.dtype(tag)
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise BackendUnavailable("bfloat16 in NumPy needs ml_dtypes: pip install ml_dtypes") from None
-    return np.dtype(ml_dtypes.bfloat16)
-
-
-def _cupy_dtype(tag):
-    return np.dtype("uint16") if tag == "bfloat16" and not importlib.util.find_spec("ml_dtypes") else _numpy_dtype(tag)
-
-
 def _numpy_empty(shape, dtype, index, stream):
     # JAX imports memory without a copy if it starts at a multiple of 64 bytes; NumPy promises only 16.
     nbytes = math.prod(shape) * _ITEMSIZE[dtype]
     memory = np.empty(nbytes + 64, np.uint8)
-    return np.ndarray(shape, _numpy_dtype(dtype), memory, -memory.ctypes.data % 64)
+    return np.ndarray(shape, _DTYPES[dtype], memory, -memory.ctypes.data % 64)
 
 
 def _torch_host_empty(shape, dtype, index, stream):
@@ -699,7 +699,9 @@ def _torch_empty(shape, dtype, index, stream):
     import torch
     context = contextlib.nullcontext()
     if stream is not None and stream != torch.cuda.current_stream(index).cuda_stream:
-        context = torch.cuda.stream(torch.cuda.ExternalStream(stream, device=index))
+        # ExternalStream would take handle 0 for "none given" and make a new stream.
+        context = torch.cuda.stream(torch.cuda.ExternalStream(stream, device=index) if stream
+                                    else torch.cuda.default_stream(index))
     with context:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=f"cuda:{index}")
 
@@ -709,15 +711,15 @@ def _cupy_empty(shape, dtype, index, stream):
     with cupy.cuda.Device(index):
         context = contextlib.nullcontext()
         if stream is not None and stream != cupy.cuda.get_current_stream().ptr:
-            context = cupy.cuda.Stream.from_external(_Stream(stream))
+            context = cupy.cuda.Stream.from_external(_Stream(stream)) if stream else cupy.cuda.Stream.null
         with context:
-            return cupy.empty(shape, _cupy_dtype(dtype))
+            return cupy.empty(shape, _DTYPES[dtype])
 
 
 def _numba_empty(shape, dtype, index, stream):
     from numba import cuda
     with cuda.gpus[index]:
-        return cuda.device_array(shape, np.dtype("uint16" if dtype == "bfloat16" else dtype))
+        return cuda.device_array(shape, _BITS[dtype])
 
 
 _ALLOCATORS = {("numpy", "cpu"): _numpy_empty, ("torch", "cpu"): _torch_host_empty, ("torch", "cuda"): _torch_empty,
@@ -736,6 +738,10 @@ def _give_torch(array):
 
 def _give_jax(array):
     import jax
+    # JAX has no strided views, and XLA counts on the alignment of whole allocations (on the GPU without a check).
+    if not array.is_contiguous or array.pointer % (64 if array.device.kind == "cpu" else 256):
+        view, array = array, empty(array.shape, array.dtype, array.device, "jax", stream=array.stream)
+        array.copy_from(view)
     # JAX asks for unversioned capsules, which cannot say read-only; as its arrays are immutable it need not know.
     return jax.dlpack.from_dlpack(_relabelled(array, readonly=False))
 
@@ -743,7 +749,7 @@ def _give_jax(array):
 def _give_cupy(array):
     import cupy
     if array.dtype == "bfloat16":
-        return cupy.from_dlpack(_relabelled(array, dtype="uint16")).view(_cupy_dtype("bfloat16"))
+        return cupy.from_dlpack(_relabelled(array, dtype="uint16")).view(_DTYPES["bfloat16"])
     return cupy.from_dlpack(array)
 
 
@@ -774,12 +780,14 @@ def _one_legacy(handle):
 
 
 def _stream_handle(stream, where):
-    if hasattr(stream, "__cuda_stream__"):
-        return _one_legacy(stream.__cuda_stream__()[1])
-    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
-        return _one_legacy(stream)
-    raise TypeError(f"{where}: expected a handle (int) or an object with __cuda_stream__, got {stream!r}: "
-                    f"pass its handle (.cuda_stream, .ptr or .handle)")
+    handle = stream.__cuda_stream__()[1] if hasattr(stream, "__cuda_stream__") else stream
+    if not isinstance(handle, int) or isinstance(handle, bool):
+        raise TypeError(f"{where}: expected a handle (int) or an object with __cuda_stream__, got {stream!r}: "
+                        f"pass its handle (.cuda_stream, .ptr or .handle)")
+    if handle < 0 or handle == 2:
+        raise ValueError(f"{where}: expected 0 or the handle of an explicit stream, got {handle}"
+                         f"{' (the per-thread default stream, which PyTorch cannot use)' if handle == 2 else ''}")
+    return _one_legacy(handle)
 
 
 # ---- The arguments of one operator call
@@ -826,9 +834,9 @@ class Arguments:
             if optional:
                 return None
             raise TypeError(f"{self.operator}: {name}: expected an array [{_listed(shape)}], got None")
-        array = self._accept(name, value, dtypes, strided, lambda array: self._bind(name, array.shape, shape))
-        self._taken[name] = array
-        return array
+        array = self._accept(name, value, dtypes)
+        self._bind(name, array.shape, shape)
+        return self._keep(name, array, strided)
 
     def result(self, name: str, value, shape: str | tuple[int, ...], dtypes: str | tuple[str, ...], *,
                in_place: bool = False) -> Array:
@@ -842,35 +850,32 @@ class Arguments:
         dtypes = (dtypes,) if isinstance(dtypes, str) else dtypes
         expected = self._lengths(shape) if isinstance(shape, str) else tuple(shape)
         if value is None:
-            stream = self.stream if self.device.kind == "cuda" else None
-            array = self._taken[name] = empty(expected, dtypes[0], self.device, self.framework, stream=stream)
+            array = self._taken[name] = empty(expected, dtypes[0], self.device, self.framework, stream=self.stream)
             return array
 
-        def check_shape(array):
+        array = self._accept(name, value, dtypes)
+        if array.shape != expected:
             named = f" = [{_listed(shape)}]" if isinstance(shape, str) else ""
-            self.require(array.shape == expected, name, f"shape {list(expected)}{named}", list(array.shape))
-
-        array = self._accept(name, value, dtypes, False, check_shape)
+            raise ValueError(f"{where}: expected shape {list(expected)}{named}, got {list(array.shape)}")
         if array.readonly:
             raise ValueError(f"{where}: expected writable memory, got " + (
-                f"a JAX array, which is immutable: leave {name} out and use the array that is returned"
-                if array.framework == "jax" else f"a read-only array: pass a writable copy"))
+                f"a JAX array, which is immutable: omit {name} and use the array that is returned"
+                if array.framework == "jax" else "a read-only array: pass a writable copy"))
         for other, taken in self._taken.items():
-            same = (array.pointer, array.strides, array.dtype) == (taken.pointer, taken.strides, taken.dtype)
-            if array.overlaps(taken) and not (in_place and same):
+            same = (array.pointer, array.shape, array.dtype) == (taken.pointer, taken.shape, taken.dtype)
+            if array.overlaps(taken) and not (in_place and same and taken.is_contiguous):
                 raise ValueError(f"{where}: expected memory apart from {other}, got an array that overlaps it: "
-                                 f"pass another one, or leave {name} out")
-        self._taken[name] = array
-        return array
+                                 f"pass another one, or omit {name}")
+        return self._keep(name, array, False)
 
     def require(self, condition: bool, name: str, expected: str, given) -> None:
         """ValueError "operator: name: expected ..., got ..." unless the condition holds."""
         if not condition:
             raise ValueError(f"{self.operator}: {name}: expected {expected}, got {given}")
 
-    def _accept(self, name, value, dtypes, strided, check_shape):
+    def _accept(self, name, value, dtypes):
         where = f"{self.operator}: {name}"
-        array = borrow(value, where, stream=self.stream)
+        array = borrow(value, where)
         if array.dtype not in dtypes:
             raise TypeError(f"{where}: expected dtype {_alternatives(dtypes)}, got {array.dtype}: convert {name} first")
         if self.device is None:
@@ -879,48 +884,54 @@ class Arguments:
         elif array.device != self.device:
             raise ValueError(f"{where}: expected memory on {self.device}, where {next(iter(self._taken))} is, "
                              f"got {array.device}: move one of them")
-        check_shape(array)
-        if array.is_contiguous:
-            return array
-        cure = f"pass {_COPY[array.framework].format(name)}"
-        if not strided:
-            raise ValueError(f"{where}: expected contiguous memory, got strides {list(array.strides)} for shape "
-                             f"{list(array.shape)}: {cure}")
-        if array.strides[-1] != 1:
-            raise ValueError(f"{where}: expected a contiguous last dimension, got strides {list(array.strides)} "
-                             f"for shape {list(array.shape)}: {cure}")
-        if _overlaps_itself(array.shape, array.strides):
-            raise ValueError(f"{where}: expected memory of its own for every element, got overlapping strides "
-                             f"{list(array.strides)} for shape {list(array.shape)} (an expanded array?): {cure}")
         return array
+
+    def _keep(self, name, array, strided):
+        """The end of every check; only an argument that is good makes streams wait."""
+        if not array.is_contiguous:
+            self._check_layout(name, array, strided)
+        array = self._taken[name] = borrow(array, name, stream=self.stream)
+        return array
+
+    def _check_layout(self, name, array, strided):
+        where, cure = f"{self.operator}: {name}", f"pass {_COPY[array.framework].format(name)}"
+        layout = f"strides {list(array.strides)} for shape {list(array.shape)}"
+        if not strided:
+            raise ValueError(f"{where}: expected contiguous memory, got {layout}: {cure}")
+        if array.strides[-1] != 1:
+            raise ValueError(f"{where}: expected a contiguous last dimension, got {layout}: {cure}")
+        if _overlaps_itself(array.shape, array.strides):
+            raise ValueError(f"{where}: expected memory of its own for every element, got overlapping {layout} "
+                             f"(an expanded array?): {cure}")
 
     def _bind(self, name, given, shape):
         wildcard, words = _parse(shape)
-        leading = len(given) - len(words)
-        expected = f"shape [{_listed(shape)}]"
-        self.require(leading == 0 or (leading > 0 and wildcard), name, expected, list(given))
-        for word, size in ((("...", given[:leading]),) if wildcard else ()) + tuple(zip(words, given[leading:])):
-            if isinstance(word, int):
-                self.require(word == size, name, expected, list(given))
-                continue
-            known = self.sizes.setdefault(word, size)
-            origin = self._origin.setdefault(word, name)
-            if known != size:
-                known = list(known) if wildcard and word == "..." else known
-                self.require(False, name, f"{expected} with {word} = {known} as in {origin}", list(given))
+        leading = len(given) - len(words) + wildcard    # how many dimensions "..." takes; without it, 0
+        reason = ""
+        if leading == 0 or (wildcard and leading > 0):
+            sizes = (given[:leading], *given[leading:]) if wildcard else given
+            for word, size in zip(words, sizes):
+                known = word if type(word) is int else self.sizes.setdefault(word, size)
+                if known != size:
+                    break
+                self._origin.setdefault(word, name)
+            else:
+                return
+            if type(word) is not int:
+                reason = f" with {word} = {list(known) if word == '...' else known} as in {self._origin[word]}"
+        raise ValueError(f"{self.operator}: {name}: expected shape [{_listed(shape)}]{reason}, got {list(given)}")
 
     def _lengths(self, shape):
         wildcard, words = _parse(shape)
-        return (*(self.sizes["..."] if wildcard else ()),
-                *(word if isinstance(word, int) else self.sizes[word] for word in words))
+        lengths = tuple(word if type(word) is int else self.sizes[word] for word in words)
+        return lengths[0] + lengths[1:] if wildcard else lengths
 
 
 @functools.lru_cache(maxsize=None)
 def _parse(shape):
-    """"... tokens 128" -> (True, ("tokens", 128))"""
-    words = shape.split()
-    wildcard = words[:1] == ["..."]
-    return wildcard, tuple(int(word) if word.isdecimal() else word for word in words[wildcard:])
+    """(whether it begins with "...", its words, numbers as int)"""
+    words = tuple(int(word) if word.isdecimal() else word for word in shape.split())
+    return words[:1] == ("...",), words
 
 
 def _listed(shape):

@@ -1,9 +1,9 @@
-"""KVCache: a codec for keys, a codec for values, an optional index with its selector, and a set of tokens kept exact."""
+"""KVCache: a codec for keys, one for values, an index with its selector if wanted, and tokens that are kept exact."""
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 
 import numpy as np
 
@@ -12,7 +12,17 @@ from kvbench.errors import CapacityError
 from kvbench.ops import attention
 
 _FORMAT, _VERSION = "kvbench.cache", 1
-_SOURCE = {"keys": "keys", "values": "values", "index": "keys"}             # which of the new tokens each store encodes
+_SIDES = ("keys", "values")
+
+
+def _require_integer(where: str, name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{where}: {name}: expected an integer of at least {least}, got {value!r}")
+
+
+def _require(condition: bool, name: str, expected, given) -> None:
+    if not condition:
+        raise ValueError(f"KVCache: {name}: expected {expected}, got {given!r}")
 
 
 @dataclass(frozen=True)
@@ -33,18 +43,16 @@ class Tail:
 
         slot(p) = p mod ring  if p - n < ring  else  p - n,         ring = recent rounded down to blocks
 
-    so the tail fills slots 0 ... length - 1 without holes (attention does not mind their order), its layout depends on T
-    alone, and a flush moves one block instead of the whole tail.
+    so the tail fills slots 0 ... length - 1 without holes (attention does not mind their order), its layout depends on
+    T alone, and a flush moves one block instead of the whole tail.
     """
 
     recent: int = 0
     block: int = 1
 
     def __post_init__(self):
-        for name, least in (("recent", 0), ("block", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"Tail: {name}: expected an integer of at least {least}, got {value!r}")
+        _require_integer("Tail", "recent", self.recent, 0)
+        _require_integer("Tail", "block", self.block, 1)
 
     @property
     def ring(self) -> int:
@@ -79,17 +87,17 @@ class KVCache:
         | exact sinks | store: encoded by `keys` and `values`        | exact tail                |
         0           sinks                                  sinks + n(T)                         T
 
-    `tail` says when tokens move from the tail to the store (see `Tail`).  Sinks and tail share one exact buffer; each of
-    the two parts is attended by the operator of its pair of codecs and the results are merged exactly by log-sum-exp.
-    Without sinks and tail the store holds everything and nothing is merged.  What the cache holds is a pure function of
-    the tokens: appending one by one gives the same bytes as one prompt (codecs with statistics freeze them at the first
-    append).  Everything is preallocated; `append` and `attend` allocate nothing that grows with the tokens.
+    `tail` says when tokens move from the tail to the store (see `Tail`).  Sinks and tail share one exact buffer; each
+    of the two parts is attended by the operator of its pair of codecs and the results are merged exactly by
+    log-sum-exp.  Without sinks and tail the store holds everything and nothing is merged.  What the cache holds is a
+    pure function of the tokens: appending one by one gives the same bytes as one prompt (codecs with statistics freeze
+    them at the first append).  Everything is preallocated; `append` and `attend` allocate nothing that grows.
 
     batch, kv_heads, q_heads, head_dim, capacity : sizes; q_heads is 1 to 16 times kv_heads
     keys, values : codecs; a pair without an operator is refused
     index, selector : rank the tokens of the store and choose those to attend to (default: all).  An index is a
-        `codecs.Store` of keys with `score(query, storage, keys, lengths=, scale=, stream=, backend=)`; `keys` is the packed
-        store of keys, for an index that reads the codec's own planes.  `selector(scores)` gives the selection.
+        `codecs.Store` of keys with `score(query, storage, keys, lengths=, scale=, stream=, backend=)`; `keys` is the
+        packed store of keys, for an index that reads the codec's own planes.  `selector(scores)` gives the selection.
     sinks : the first tokens, kept exact forever and always attended
     dtype : of the tokens that are appended, of those kept exact, and of queries and outputs
     device : "cpu", "cuda", "cuda:1"        backend : of the operators (default: that of the device)
@@ -99,10 +107,9 @@ class KVCache:
                  values: codecs.Codec, index=None, selector=None, sinks: int = 0, tail: Tail = Tail(),
                  dtype: str = "float16", device="cpu", backend: str | None = None):
         sizes = dict(batch=batch, kv_heads=kv_heads, q_heads=q_heads, head_dim=head_dim, capacity=capacity)
-        for name, value in (*sizes.items(), ("sinks", sinks)):
-            least = 0 if name == "sinks" else 1
-            _require(not isinstance(value, bool) and isinstance(value, int) and value >= least, name,
-                     f"an integer of at least {least}", value)
+        for name, value in sizes.items():
+            _require_integer("KVCache", name, value, 1)
+        _require_integer("KVCache", "sinks", sinks, 0)
         _require(q_heads % kv_heads == 0 and q_heads // kv_heads <= 16, "q_heads",
                  f"1 to 16 times the {kv_heads} KV heads", q_heads)
         _require(isinstance(tail, Tail), "tail", "a Tail", tail)
@@ -113,6 +120,7 @@ class KVCache:
             _require(codec.head_dim == head_dim, name, f"a codec for head_dim {head_dim}", codec)
             _require(dtype in codec.inputs, "dtype", f"one that {name}={codec} takes: {', '.join(codec.inputs)}", dtype)
         for name, store in (("keys", keys), ("values", values), ("index", index)):
+            _require(store is None or isinstance(store, codecs.Store), name, "a codecs.Store", store)
             granule = 1 if store is None else store.granule
             _require(tail.block % granule == 0, "tail", f"blocks of whole granules of {granule} tokens ({name})", tail)
 
@@ -126,11 +134,11 @@ class KVCache:
         exact = codecs.Float16(head_dim, dtype)
         exact_slots = min(capacity, sinks + tail.slots)
         store_slots = int(tail.encoded(max(capacity - sinks, 0)))
-        self._owned: dict[str, tuple[codecs.Codec, codecs.Packed]] = {}      # what holds tokens, by name
+        self._owned: dict[str, tuple[codecs.Store, codecs.Packed]] = {}      # what holds tokens, by name
         for name, codec, slots in (("exact.keys", exact, exact_slots), ("exact.values", exact, exact_slots),
                                    ("store.keys", keys, store_slots), ("store.values", values, store_slots),
                                    ("store.index", index, store_slots)):
-            if codec is not None and slots:
+            if codec is not None:                       # without slots too: the statistics of a prompt need a place
                 self._owned[name] = codec, codec.allocate(batch, kv_heads, slots, self.device)
         self._parts = [part for part, slots in (("exact", exact_slots), ("store", store_slots)) if slots]
 
@@ -145,7 +153,7 @@ class KVCache:
         self._stream = self._scratch["counts"].stream
 
     def _follow(self, stream: int) -> None:
-        """Queue further work on `stream`, behind all that this cache has queued elsewhere: once for a change of streams."""
+        """Queue further work on `stream`, behind all that this cache has queued on the stream used before."""
         if self.device.kind == "cpu" or stream == self._stream:
             return
 
@@ -185,13 +193,14 @@ class KVCache:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits that an appended number really takes: 8 nbytes_used / (numbers in all keys and values); nan when empty."""
+        """Bits that an appended number really takes, 8 nbytes_used / (numbers in keys and values); nan when empty."""
         elements = 2 * int(self._lengths.sum()) * self.kv_heads * self.head_dim
         return 8 * self.nbytes_used / elements if elements else float("nan")
 
     def __repr__(self) -> str:
-        return (f"KVCache(batch={self.batch}, kv_heads={self.kv_heads}, q_heads={self.q_heads}, head_dim={self.head_dim}, "
-                f"capacity={self.capacity}, keys={self.keys}, values={self.values}, tokens={self._lengths.tolist()})")
+        return (f"KVCache(batch={self.batch}, kv_heads={self.kv_heads}, q_heads={self.q_heads}, "
+                f"head_dim={self.head_dim}, capacity={self.capacity}, keys={self.keys}, values={self.values}, "
+                f"tokens={self._lengths.tolist()})")
 
     def clear(self) -> None:
         """Forget all tokens; the memory is kept."""
@@ -214,8 +223,8 @@ class KVCache:
         new = {"keys": arguments.take("k", k, shape, (self.dtype,), strided=True),
                "values": arguments.take("v", v, shape, (self.dtype,), strided=True)}
         if q is not None:
-            new["queries"] = arguments.take("q", q, f"{self.batch} {self.q_heads} tokens {self.head_dim}", (self.dtype,),
-                                            strided=True)
+            shape = f"{self.batch} {self.q_heads} tokens {self.head_dim}"
+            new["queries"] = arguments.take("q", q, shape, (self.dtype,), strided=True)
         self._require_device(arguments, "k")
         tokens = arguments.sizes["tokens"]
         arguments.require(tokens > 0, "k", "at least one token", tokens)
@@ -223,8 +232,9 @@ class KVCache:
         grown = self._lengths + added
         if grown.max() > self.capacity:
             sequence = int(grown.argmax())
-            raise CapacityError(f"KVCache.append: k: expected at most {self.capacity - self._lengths[sequence]} more tokens for "
-                                f"sequence {sequence} (capacity {self.capacity}), got {added[sequence]}; nothing was written: "
+            room = self.capacity - self._lengths[sequence]
+            raise CapacityError(f"KVCache.append: k: expected at most {room} more tokens for sequence {sequence} "
+                                f"(capacity {self.capacity}), got {added[sequence]}; nothing was written: "
                                 "make the cache with a larger capacity")
 
         self._follow(arguments.stream)
@@ -234,7 +244,8 @@ class KVCache:
             if count:
                 chunk = {name: _part(x, sequences, 0, count) for name, x in new.items()}
                 if old == 0:
-                    self._prepare(sequences, chunk, options)
+                    for encoder, packed, side in self._encoders():
+                        encoder.prepare(packed, sequences, chunk[side], chunk.get("queries"), **options)
                 self._extend(sequences, old, count, chunk, options)
         self._set_lengths(grown)
 
@@ -249,12 +260,6 @@ class KVCache:
         arguments.require(lengths.min() >= 0 and lengths.max() <= tokens, "lengths",
                           f"values between 0 and the {tokens} tokens given", lengths.tolist())
         return lengths.astype(np.int64)
-
-    def _prepare(self, sequences: slice, new: dict[str, arrays.Array], options: dict) -> None:
-        for name in ("keys", "values", "index"):
-            if f"store.{name}" in self._stores:
-                codec, packed = self._stores[f"store.{name}"]
-                codec.prepare(packed, sequences, new[_SOURCE[name]], new.get("queries"), **options)
 
     def _extend(self, sequences: slice, old: int, count: int, new: dict[str, arrays.Array], options: dict) -> None:
         """Append `count` tokens to sequences that all hold `old`."""
@@ -274,7 +279,7 @@ class KVCache:
                 stop = min(first - (first - encoded) % block, goal)
                 for position, slot, n in self.tail.runs(encoded, stop, encoded):
                     self._write_store(sequences, position, self._exact_views(sequences, self.sinks + slot, n), options)
-                self._close_gap(sequences, encoded, stop, first, options)
+                self._close_gap(sequences, encoded, stop, first, options["stream"])
                 encoded = stop
             elif first > encoded:                               # a block began in the tail: the new tokens complete it
                 self._write_tail(sequences, new, shift, first, encoded + block, encoded, options)
@@ -285,35 +290,43 @@ class KVCache:
                 first = encoded = goal
         self._write_tail(sequences, new, shift, first, last, encoded, options)
 
-    def _close_gap(self, sequences: slice, encoded: int, stop: int, last: int, options: dict) -> None:
-        """Tokens [encoded, stop) have left the tail, which ends at `last`: move those behind the ring to their new slots.
+    def _close_gap(self, sequences: slice, encoded: int, stop: int, last: int, stream: int) -> None:
+        """Tokens [encoded, stop) have left the tail, which ends at `last`: move those behind the ring to new slots.
 
-        Fewer tokens lie behind the ring's new end than blocks have left, so no move overwrites what a later one reads.
+        They go to slots of tokens that left, or forward by more than their own number: no move overwrites what it, or
+        a later one, reads.
         """
         for position, slot, n in self.tail.runs(max(encoded + self.tail.ring, stop), last, stop):
-            moved = self._exact_views(sequences, self.sinks + position - encoded, n)
-            self._write_exact(sequences, self.sinks + slot, moved, 0, n, options)
+            for b, h, name in product(range(sequences.start, sequences.stop), range(self.kv_heads), _SIDES):
+                head = self._stores[f"exact.{name}"][1].tokens.narrow(0, b, b + 1).narrow(1, h, h + 1)
+                source = self.sinks + position - encoded
+                target = self.sinks + slot
+                head.narrow(2, target, target + n).copy_from(head.narrow(2, source, source + n), stream)
 
-    def _write_tail(self, sequences: slice, new: dict[str, arrays.Array], shift: int, first: int, last: int, encoded: int,
-                    options: dict) -> None:
+    def _write_tail(self, sequences: slice, new: dict[str, arrays.Array], shift: int, first: int, last: int,
+                    encoded: int, options: dict) -> None:
         for position, slot, n in self.tail.runs(first, last, encoded):
             self._write_exact(sequences, self.sinks + slot, new, position - shift, n, options)
 
     def _write_exact(self, sequences: slice, slot: int, x: dict[str, arrays.Array], start: int, count: int,
                      options: dict) -> None:
-        for name in ("keys", "values"):
+        for name in _SIDES:
             codec, packed = self._stores[f"exact.{name}"]
             codec.write(packed, sequences, slot, x[name].narrow(2, start, start + count), **options)
 
     def _write_store(self, sequences: slice, position: int, x: dict[str, arrays.Array], options: dict) -> None:
-        for name in ("keys", "values", "index"):
-            if f"store.{name}" in self._stores:
-                codec, packed = self._stores[f"store.{name}"]
-                codec.write(packed, sequences, position, x[_SOURCE[name]], **options)
+        for encoder, packed, side in self._encoders():
+            encoder.write(packed, sequences, position, x[side], **options)
+
+    def _encoders(self) -> list[tuple[codecs.Store, codecs.Packed, str]]:
+        """The codecs and the index, what they write into, and which of the new tokens they encode."""
+        return [(*self._stores[f"store.{name}"], side)
+                for name, side in (("keys", "keys"), ("values", "values"), ("index", "keys"))
+                if f"store.{name}" in self._stores]
 
     def _exact_views(self, sequences: slice, slot: int, count: int) -> dict[str, arrays.Array]:
         return {name: _part(self._stores[f"exact.{name}"][1].tokens, sequences, slot, slot + count)
-                for name in ("keys", "values")}
+                for name in _SIDES}
 
     def _split(self, lengths: np.ndarray) -> np.ndarray:
         """[2, batch]: tokens in the exact part and in the store."""
@@ -321,9 +334,10 @@ class KVCache:
         return np.stack([lengths - encoded, encoded])
 
     def _set_lengths(self, lengths: np.ndarray) -> None:
+        # Filled on the device: a copy from the host would have to wait until it is done.
         for sequences in _equal_runs(lengths):
             for row, count in enumerate(self._split(lengths[sequences.start])):
-                _fill(self._scratch["counts"].narrow(0, row, row + 1).narrow(1, sequences.start, sequences.stop), int(count))
+                self._scratch["counts"].narrow(0, row, row + 1).narrow(1, sequences.start, sequences.stop).fill(count)
         self._lengths = lengths
 
     # --------------------------------------------------------------------------------------------------------- attend
@@ -341,7 +355,7 @@ class KVCache:
         arguments = arrays.Arguments("KVCache.attend")
         query = arguments.take("q", q, f"{self.batch} {self.q_heads} {self.head_dim}", (self.dtype,))
         self._require_device(arguments, "q")
-        arguments.require(scale is None or np.isfinite(scale), "scale", "a finite number", scale)
+        scale = attention.check_scale(arguments, scale, self.head_dim)
         result = arguments.result("out", out, query.shape, (query.dtype, "float32"))
         lse = arguments.result("lse", None, query.shape[:2], "float32") if return_lse else None
 
@@ -356,14 +370,15 @@ class KVCache:
             attention.merge(outputs, lses, out=result, lse=self._scratch["lse"] if lse is None else lse, **options)
         return (result.give(), lse.give()) if return_lse else result.give()
 
-    def _attend_part(self, part: str, query: arrays.Array, scale: float | None, out: arrays.Array, lse: arrays.Array | None,
+    def _attend_part(self, part: str, query: arrays.Array, scale: float, out: arrays.Array, lse: arrays.Array | None,
                      options: dict) -> None:
         (key_codec, keys), (value_codec, values) = self._stores[f"{part}.keys"], self._stores[f"{part}.values"]
         lengths = _row(self._scratch["counts"], 0 if part == "exact" else 1)
         selection = None
         if part == "store" and self.index is not None:
-            scores = self.index.score(query, self._stores["store.index"][1], keys, lengths=lengths, scale=scale, **options)
-            selection = self.last_selection = self.selector(scores)
+            index = self._stores["store.index"][1]
+            selection = self.selector(self.index.score(query, index, keys, lengths=lengths, scale=scale, **options))
+            self.last_selection = selection
         codecs.attend(query, key_codec, keys, value_codec, values, lengths=lengths, scale=scale, out=out, lse=lse,
                       workspace=self._workspace, selection=selection, **options)
 
@@ -380,8 +395,7 @@ class KVCache:
             for sequence in np.flatnonzero(self._lengths):
                 used = codec.used(packed, int(sequence), int(counts[name.split(".")[0]][sequence]))
                 for field, view in used.arrays().items():
-                    if view.nbytes:
-                        yield f"{name}.{field}.{sequence}", view
+                    yield f"{name}.{field}.{sequence}", view
 
     def save(self, path) -> None:
         """Write the present tokens and all parameters to a safetensors file; `load` gives the same cache.
@@ -401,7 +415,8 @@ class KVCache:
         return {name: getattr(self, name) for name in ("keys", "values", "index", "selector")}
 
     def __deepcopy__(self, memo) -> KVCache:
-        copy = KVCache(**self._parameters(), **self._part_objects(), tail=self.tail, device=self.device, backend=self.backend)
+        copy = KVCache(**self._parameters(), **self._part_objects(), tail=self.tail, device=self.device,
+                       backend=self.backend)
         copy._follow(self._stream)
         copy._set_lengths(self.lengths)
         for (_, target), (_, source) in zip(copy._views(), self._views()):
@@ -419,13 +434,17 @@ def load(path, device="cpu", capacity: int | None = None, backend: str | None = 
     ValueError, with the path, for a file that is truncated, damaged, foreign or of a newer format; CapacityError if the
     tokens do not fit into `capacity`.
     """
+    device = arrays.Device.parse(device)
+    if capacity is not None:
+        _require_integer("load", "capacity", capacity, 1)
     tensors, content = storage.read(path, _FORMAT, _VERSION)
     try:
         lengths = np.array(content["lengths"], np.int64)
         parameters = content["parameters"]
         if capacity is not None:
             if lengths.max() > capacity:
-                raise CapacityError(f"load: capacity: expected at least the {lengths.max()} tokens of {path}, got {capacity}")
+                raise CapacityError(f"load: capacity: expected at least the {lengths.max()} tokens of {path}, "
+                                    f"got {capacity}")
             parameters = {**parameters, "capacity": capacity}
         parts = {name: config and codecs.rebuild(config) for name, config in content["parts"].items()}
         cache = KVCache(**parameters, **parts, tail=Tail(**content["tail"]), device=device, backend=backend)
@@ -441,11 +460,6 @@ def load(path, device="cpu", capacity: int | None = None, backend: str | None = 
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the content of a cache: {error}") from error
     return cache
-
-
-def _require(condition: bool, name: str, expected, given) -> None:
-    if not condition:
-        raise ValueError(f"KVCache: {name}: expected {expected}, got {given!r}")
 
 
 def _equal_runs(*columns: np.ndarray) -> Iterator[slice]:
@@ -464,14 +478,3 @@ def _part(array: arrays.Array, sequences: slice, start: int, stop: int) -> array
 def _row(array: arrays.Array, i: int) -> arrays.Array:
     """array[i]"""
     return array.narrow(0, i, i + 1).reshape(*array.shape[1:])
-
-
-def _fill(array: arrays.Array, value: int) -> None:
-    """array[...] = value, for contiguous int32; on a device queued on the array's stream, without a copy from the host."""
-    if array.device.kind == "cpu":
-        array.numpy()[...] = value
-    else:
-        driver = arrays._driver()
-        with driver.on(array.device):
-            driver("cuMemsetD32Async", ctypes.c_uint64(array.pointer), ctypes.c_uint(value), ctypes.c_size_t(array.size),
-                   ctypes.c_void_p(array.stream))

@@ -1,4 +1,4 @@
-"""Named caches: each preset is one published system (or the baseline) as a combination of codecs, index and selector."""
+"""Named caches: each preset is a published system, or the baseline, made of codecs, an index and a selector."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ __all__ = ["PRESETS", "KVCache", "Preset", "Tail", "exact", "load"]
 
 
 class Preset(NamedTuple):
-    """function(batch, kv_heads, q_heads, head_dim, capacity, ...) -> KVCache, one line that says what it is, its source."""
+    """function(batch, kv_heads, q_heads, head_dim, capacity, ...) -> KVCache; one line on what it is; its source."""
 
     function: Callable[..., KVCache]
     description: str
@@ -30,5 +30,6 @@ def exact(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int,
 
 
 PRESETS: dict[str, Preset] = {
-    "exact": Preset(exact, "16-bit keys and values, dense attention", "arXiv 1706.03762, section 3.2.1; groups: 2305.13245"),
+    "exact": Preset(exact, "16-bit keys and values, dense attention",
+                    "arXiv 1706.03762, section 3.2.1; grouped query heads: arXiv 2305.13245"),
 }

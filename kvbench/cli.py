@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -89,9 +88,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     bench.add_argument("kernels", nargs="*", metavar="KERNEL", help="a kernel or an algorithm (default: all)")
     backend(bench, "cuda where there is a GPU, else cpu")
     bench.add_argument("--axis", action="append", default=[], type=_axis, metavar="NAME=V1,V2",
-                       help="values of one axis, such as tokens=4096,32768; repeat for more axes")
+                       help="values of one axis, such as tokens=4K,32K or heads=32:8; repeat for more axes")
     bench.add_argument("--baseline", type=lambda text: text.split(","), default=[], metavar="NAME,...",
-                       help="also time these")
+                       help="also time these, or all")
     bench.add_argument("--quick", action="store_true", help="few samples: a look, not a result")
     json_path(bench)
     return parser, list(commands.choices)
@@ -113,7 +112,8 @@ def _demo(options) -> int:
     shown = demo.run(_progress)
     options.html.write_text(shown.page, encoding="utf-8")
     print(table(shown.head, shown.rows, "l" + "r" * (len(shown.head) - 1)))
-    print(f"\n{textwrap.fill(shown.legend, 120)}\n\nA page to look at: {options.html.resolve()}")
+    print("", *(f"{term:<12} {meaning}" for term, meaning in shown.legend.items()), sep="\n")
+    print(f"\nA page to look at: {options.html.resolve()}")
     return HELD
 
 
@@ -154,16 +154,46 @@ def _prove(options) -> int:
 
 def _verify(options) -> int:
     from kvbench import loaders, registry
+
+    kernels = registry.select(options.kernels)
+    if options.backend:
+        loaders.require(options.backend)
+        backends = [options.backend]
+    else:
+        backends = [backend for backend in BACKENDS if backend != "reference" and loaders.availability(backend) is None]
+    pairs = [(kernel, backend) for kernel in kernels for backend in backends if backend in kernel.backends]
+    if not pairs:
+        raise ValueError(f"none of {', '.join(kernel.name for kernel in kernels)} has the backend {options.backend!r}")
+
     from kvbench.verify import verify
 
-    pairs = []
-    for kernel in registry.select(options.kernels):
-        pairs += []
-    raise NotImplementedError
+    def verdicts():
+        for number, (kernel, backend) in enumerate(pairs, start=1):
+            _progress(f"{kernel.name} on {backend} ({number} of {len(pairs)})")
+            yield verify(kernel, backend, options.examples, seed=0)
+
+    done, interrupted = _until_interrupted(verdicts())
+    _progress("")
+    _write_json(options.json, {"schema": "kvbench.verify/1", "kvbench": __version__, "complete": not interrupted, "verdicts": [
+        {"kernel": v.kernel, "backend": v.backend, "examples": v.examples, "agrees": not v.failures, "failures": v.failures}
+        for v in done]})
+    print(table(["kernel", "backend", "examples", "verdict"],
+                [[v.kernel, v.backend, v.examples, f"{len(v.failures)} FAILED" if v.failures else "agrees"] for v in done],
+                "llr"))
+    for v in done:
+        for failure in v.failures:
+            print(f"\n{v.kernel} on {v.backend}:\n{failure}")
+    return INTERRUPTED if interrupted else FELL_SHORT if any(v.failures for v in done) else HELD
 
 
 def _bench(options) -> int:
-    raise NotImplementedError
+    from kvbench import bench
+
+    axes: dict[str, list[str]] = {}
+    for name, values in options.axis:
+        axes.setdefault(name, []).extend(values)
+    return bench.run(options.kernels, options.backend, axes, options.baseline, options.quick, options.json,
+                     _progress).exit_status
 
 
 # Pieces
@@ -223,9 +253,9 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _axis(text: str) -> tuple[str, list]:
+def _axis(text: str) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
-    values = [int(value) if value.isdecimal() else value for value in values.split(",") if value]
+    values = [value for value in values.split(",") if value]
     if not (name and equals and values):
         raise argparse.ArgumentTypeError(f"expected NAME=V1,V2, got {text!r}")
     return name, values

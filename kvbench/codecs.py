@@ -65,7 +65,7 @@ class Packed:
 
 
 class Store(Part, ABC):
-    """What lays out one store of a cache: packed arrays, as `arrays.Array`, with room for `capacity` tokens of a sequence.
+    """What lays out one store of a cache: packed arrays, as `arrays.Array`, with room for `capacity` tokens.
 
     granule  tokens that are encoded together (1: every token on its own); a cache writes whole granules on that grid
     """
@@ -74,10 +74,11 @@ class Store(Part, ABC):
 
     @abstractmethod
     def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> Packed:
-        """Packed storage for `capacity` tokens of each sequence; its content is undefined."""
+        """Packed storage for `capacity` (0 or more) tokens of each sequence; its content is undefined."""
 
     @abstractmethod
-    def write(self, storage: Packed, sequences: slice, start: int, x: arrays.Array, *, stream=None, backend=None) -> None:
+    def write(self, storage: Packed, sequences: slice, start: int, x: arrays.Array, *, stream=None,
+              backend=None) -> None:
         """Encode x [len(sequences), kv_heads, tokens, head_dim] into slots [start, start + tokens) of those sequences.
 
         start and tokens are multiples of `granule`.  What a slot holds depends on its own granule alone (and on what
@@ -121,7 +122,7 @@ class Codec(Store):
 
     @abstractmethod
     def logits(self, q, packed: Packed, scale: float | None = None):
-        """scale <q_h, x_hat_t>: q [batch, q_heads, head_dim] -> [batch, q_heads, tokens] float32, in the framework of q.
+        """scale <q_h, x_hat_t>: q [batch, q_heads, head_dim] -> [batch, q_heads, tokens] float32, in q's framework.
 
         scale defaults to head_dim ** -0.5.
         """
@@ -166,15 +167,14 @@ class Float16(Codec):
         return self._copy("Float16.decode", "packed.tokens", packed.tokens)
 
     def logits(self, q, packed: Float16Tokens, scale: float | None = None):
-        """As `Codec.logits`; a diagnostic that is computed by NumPy in float32, on the host for arrays of any device."""
+        """As `Codec.logits`, in float32: a diagnostic that NumPy computes on the host, whatever the device."""
         arguments = arrays.Arguments("Float16.logits")
         query = arguments.take("q", q, f"batch q_heads {self.head_dim}", arrays.FLOATS)
         keys = arguments.take("packed.tokens", packed.tokens, f"batch kv_heads tokens {self.head_dim}", self.inputs,
                               strided=True)
         batch, q_heads, kv_heads = (arguments.sizes[name] for name in ("batch", "q_heads", "kv_heads"))
         arguments.require(q_heads % kv_heads == 0, "q", f"a multiple of the {kv_heads} KV heads as q_heads", q_heads)
-        scale = self.head_dim**-0.5 if scale is None else float(scale)
-        arguments.require(np.isfinite(scale), "scale", "a finite number", scale)
+        scale = attention.check_scale(arguments, scale, self.head_dim)
         result = arguments.result("logits", None, (batch, q_heads, keys.shape[2]), "float32")
 
         heads = query.to_host().astype(np.float32).reshape(batch, kv_heads, -1, self.head_dim)
@@ -221,10 +221,10 @@ class Fused:
     sparse: Callable | None = None
 
 
-def _attend_exact(query, key_codec: Float16, keys: Float16Tokens, value_codec: Float16, values: Float16Tokens, *, lengths,
-                  scale, out, lse, workspace, stream, backend) -> None:
-    attention.decode(query, keys.tokens, values.tokens, lengths=lengths, scale=scale, return_lse=lse is not None, out=out,
-                     lse=lse, workspace=workspace, stream=stream, backend=backend)
+def _attend_exact(query, key_codec: Float16, keys: Float16Tokens, value_codec: Float16, values: Float16Tokens, *,
+                  lengths, scale, out, lse, workspace, stream, backend) -> None:
+    attention.decode(query, keys.tokens, values.tokens, lengths=lengths, scale=scale, out=out, lse=lse,
+                     workspace=workspace, stream=stream, backend=backend)
 
 
 FUSED: dict[tuple[type[Codec], type[Codec]], Fused] = {
@@ -233,7 +233,7 @@ FUSED: dict[tuple[type[Codec], type[Codec]], Fused] = {
 
 
 def fused(keys: Codec, values: Codec, *, sparse: bool = False) -> Fused:
-    """The operators for keys stored by one codec and values stored by another; ValueError lists the pairs that exist."""
+    """The operators for keys stored by one codec and values by another; ValueError lists the pairs that exist."""
     found = FUSED.get((type(keys), type(values)))
     if found is None or (sparse and found.sparse is None):
         kind = "sparse" if sparse else "decode"
@@ -243,8 +243,8 @@ def fused(keys: Codec, values: Codec, *, sparse: bool = False) -> Fused:
     return found
 
 
-def attend(query, key_codec: Codec, keys: Packed, value_codec: Codec, values: Packed, *, lengths, out, lse=None, scale=None,
-           workspace=None, selection=None, stream=None, backend=None) -> None:
+def attend(query, key_codec: Codec, keys: Packed, value_codec: Codec, values: Packed, *, lengths, out, lse=None,
+           scale=None, workspace=None, selection=None, stream=None, backend=None) -> None:
     """out = softmax(scale <q, k_hat>) v_hat over the packed tokens, by the operator of this pair of codecs.
 
     query : [batch, q_heads, head_dim]        out : same shape, written        lse : [batch, q_heads] float32, written

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from importlib import metadata
 
@@ -66,8 +65,6 @@ def _installed(distributions: tuple[str, ...]) -> str | None:
 
 def _output(*command: str) -> list[str]:
     """The lines that a program prints; none if it is absent or fails."""
-    if shutil.which(command[0]) is None:
-        return []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

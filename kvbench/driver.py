@@ -1,7 +1,7 @@
 """The few calls of the NVIDIA driver that kvbench makes itself: copies, order between streams, whose memory it is.
 
-They go through `libcuda.so.1`, which every machine with an NVIDIA GPU has, so that no array framework is needed for them.
-All work is done in the device's primary context, the one that PyTorch, JAX, CuPy, Numba and the CUDA runtime use.
+They go through `libcuda.so.1`, which every machine with an NVIDIA GPU has, so that no array framework is needed for
+them. All work is done in the device's primary context, the one that PyTorch, JAX, CuPy, Numba and the CUDA runtime use.
 Streams are handles (int); 0 is the legacy default stream.
 """
 
@@ -103,10 +103,14 @@ class Driver:
                 self("cuMemcpyAsync", ctypes.c_uint64(target + row * target_pitch),
                      ctypes.c_uint64(source + row * source_pitch), ctypes.c_size_t(width), ctypes.c_void_p(stream))
 
-    def clear(self, index: int, stream: int, pointer: int, nbytes: int) -> None:
-        """Queues the filling of `nbytes` with zeros."""
+    def fill(self, index: int, stream: int, pointer: int, pattern: bytes, count: int) -> None:
+        """Queues `count` repetitions of `pattern`: of 1, 2 or 4 bytes, or of 8 of which both halves are the same."""
+        if len(pattern) == 8:
+            pattern, count = pattern[:4], 2 * count
+        name, kind = {1: ("cuMemsetD8Async", ctypes.c_ubyte), 2: ("cuMemsetD16Async", ctypes.c_ushort),
+                      4: ("cuMemsetD32Async", ctypes.c_uint)}[len(pattern)]
         with self.on(index):
-            self("cuMemsetD8Async", ctypes.c_uint64(pointer), ctypes.c_ubyte(0), ctypes.c_size_t(nbytes),
+            self(name, ctypes.c_uint64(pointer), kind.from_buffer_copy(pattern), ctypes.c_size_t(count),
                  ctypes.c_void_p(stream))
 
     def synchronize(self, index: int) -> None:
@@ -130,9 +134,9 @@ def driver() -> Driver:
 class Loan:
     """Keeps `value`, whose memory work on `stream` uses, until that work is done.
 
-    Needed where the producer's allocator does not follow our stream: it may reuse the memory as soon as it gets it back,
-    while kernels that read it are still queued. When the loan dies, its value therefore waits behind an event. Waiting
-    values are let go whenever another loan is made or dies; the host never blocks.
+    Needed where the producer's allocator does not follow our stream: it may reuse the memory as soon as it gets it
+    back, while kernels that read it are still queued. When the loan dies, its value therefore waits behind an event.
+    Waiting values are let go whenever another loan is made or dies; the host never blocks.
     """
 
     _waiting: deque = deque()

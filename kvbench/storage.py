@@ -67,11 +67,11 @@ def read(path: str | os.PathLike, format: str, version: int) -> tuple[dict[str, 
     if not isinstance(found_version, int) or found_version < 1:
         raise ValueError(f"{path}: damaged: expected a format version of 1 or more, got {found_version!r}")
     if found_version > version:
-        raise ValueError(f"{path}: format version {found_version} is newer than this kvbench, which reads versions up to "
-                         f"{version}: upgrade kvbench")
+        raise ValueError(f"{path}: format version {found_version} is newer than this kvbench, which reads versions "
+                         f"up to {version}: upgrade kvbench")
     recorded = _CHECKSUM.search(header)
     if recorded is None or recorded[1].decode() != _checksum(path, header, recorded.start(1)):
-        raise ValueError(f"{path}: damaged: its checksum does not fit its bytes (truncated, or changed after it was written)")
+        raise ValueError(f"{path}: damaged: its checksum does not fit its bytes (truncated, or changed since)")
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, about["content"]

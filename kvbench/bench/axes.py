@@ -40,12 +40,8 @@ def _typed(kernel: Kernel, axis: str, value) -> dict:
         return _heads(value)
     examples = kernel.axes[axis]
     if isinstance(value, str):
-        if all(isinstance(example, bool) for example in examples):
-            value = {"true": True, "false": False}.get(value.lower(), value)
-        elif all(isinstance(example, int) for example in examples):
-            value = _integer(value)
-        elif all(isinstance(example, (int, float)) for example in examples):
-            value = _number(value)
+        named = {str(example): example for example in examples}
+        value = _integer(value) if all(type(example) is int for example in examples) else named.get(value, value)
     kernel.problem(**{axis: value})        # refuses what the kernel does not take, and says what it does
     return {axis: value}
 
@@ -53,17 +49,11 @@ def _typed(kernel: Kernel, axis: str, value) -> dict:
 def _heads(value) -> dict:
     query, _, kv = str(value).partition(":")
     if not (query.isdecimal() and kv.isdecimal() and int(kv) and int(query) and int(query) % int(kv) == 0):
-        raise ValueError(f"axis 'heads': expected QUERY:KV such as 32:8, the first a multiple of the second, got {value!r}")
+        raise ValueError(f"axis 'heads': expected QUERY:KV such as 32:8, the first a multiple of the second, "
+                         f"got {value!r}")
     return {"kv_heads": int(kv), "group": int(query) // int(kv)}
 
 
 def _integer(text: str) -> int | str:
     digits, factor = (text[:-1], SUFFIXES[text[-1].upper()]) if text[-1:].upper() in SUFFIXES else (text, 1)
     return int(digits) * factor if digits.isdecimal() else text
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text

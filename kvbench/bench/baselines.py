@@ -5,8 +5,9 @@ A baseline gets the very arrays that the kernel gets and must come close to the 
 """
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,34 +32,40 @@ class Baseline:
     summary: str
 
 
-def names() -> list[str]:
-    return list(dict.fromkeys(baseline.name for baseline in BASELINES))
-
-
-def resolve(requested: list[str]) -> list[str]:
-    """The requested names, "all" spelled out; ValueError for a name that no baseline has."""
+def choose(requested: Sequence[str], kernels: Sequence[str], device: str) -> list[str]:
+    """The requested names, "all" spelled out; ValueError for one that does no kernel's work on this device."""
+    known = list(dict.fromkeys(baseline.name for baseline in BASELINES))
+    useful = list(dict.fromkeys(baseline.name for kernel in kernels for baseline in of(kernel, device, known)))
     for name in requested:
-        if name != "all" and name not in names():
-            raise ValueError(f"unknown baseline {name!r}{nearest(name, [*names(), 'all'])}")
-    return names() if "all" in requested else list(dict.fromkeys(requested))
+        if name not in known and name != "all":
+            raise ValueError(f"unknown baseline {name!r}{nearest(name, [*known, 'all'])}")
+        if name not in useful and name != "all":
+            raise ValueError(f"baseline {name!r} does the work of none of {', '.join(kernels)} on {device}; "
+                             f"those that do: {', '.join(useful) or 'none'}")
+    return useful if "all" in requested else list(dict.fromkeys(requested))
 
 
-def find(name: str, kernel: str, device: str) -> Baseline:
-    """The baseline of that name for a kernel on a device ("cpu", "cuda"); Missing if there is none."""
-    same_name = [baseline for baseline in BASELINES if baseline.name == name]
-    same_work = [baseline for baseline in same_name if baseline.kernel == kernel]
-    if not same_work:
-        raise Missing(f"does not do the work of {kernel}")
-    for baseline in same_work:
-        if device in baseline.devices:
-            return baseline
-    raise Missing(f"runs on {same_work[0].devices[0]} only")
+def load(names: Sequence[str]) -> None:
+    """Import the libraries of these baselines, before any kernel runs.
+
+    The order matters on the CPU: if Numba's OpenMP threads start first, PyTorch joins that library with the nesting
+    that Numba switched on, and runs several times slower than by itself.
+    """
+    for framework in {baseline.framework for baseline in BASELINES if baseline.name in names}:
+        with contextlib.suppress(Missing):     # said again, with the reason, for every case that misses it
+            _import(framework)
+
+
+def of(kernel: str, device: str, names: Sequence[str]) -> list[Baseline]:
+    """The baselines of these names that do a kernel's work on a device ("cpu", "cuda")."""
+    return [baseline for baseline in BASELINES
+            if baseline.name in names and baseline.kernel == kernel and device in baseline.devices]
 
 
 def allowed_error(inputs: dict) -> float:
     """Relative RMS error that a baseline may have: a few roundings in the storage type, and float32 sums.
 
-    One rounding costs half an eps; inputs, probabilities and output are each rounded once.  Wrong work is off by far more.
+    One rounding costs half an eps; inputs, probabilities and output are each rounded once.  Wrong work is off by more.
     """
     dtypes = [arrays.borrow(value, name).dtype for name, value in inputs.items() if hasattr(value, "__dlpack__")]
     eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -191,8 +198,10 @@ BASELINES: tuple[Baseline, ...] = (
              "FlashInfer single decode on CUDA cores"),
     Baseline("flashinfer-tensor", "attention.decode", ("cuda",), "torch", _flashinfer_decode(True),
              "FlashInfer single decode on tensor cores"),
-    Baseline("torch", "attention.decode", ("cpu",), "torch", _torch_decode(None, False), "PyTorch SDPA on the CPU"),
+    Baseline("torch", "attention.decode", ("cpu",), "torch", _torch_decode(None, True),
+             "PyTorch SDPA on the CPU, query heads of a group as query tokens"),
     Baseline("numpy", "attention.decode", ("cpu",), "numpy", _numpy_decode, "NumPy and its BLAS in float32"),
-    Baseline("torch", "rotation.rotate", ("cpu", "cuda"), "torch", _torch_rotate, "PyTorch matrix product in the type of x"),
+    Baseline("torch", "rotation.rotate", ("cpu", "cuda"), "torch", _torch_rotate,
+             "PyTorch matrix product in the type of x"),
     Baseline("numpy", "rotation.rotate", ("cpu",), "numpy", _numpy_rotate, "NumPy and its BLAS in float32"),
 )

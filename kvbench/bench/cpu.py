@@ -24,7 +24,7 @@ HOT_SECONDS = 200e-6       # least length of a hot sample, a thousand times the 
 class Cpu:
     """The host as a place to run a case: inputs, stopwatches, yardsticks."""
 
-    kind = "cpu"
+    kind, framework = "cpu", "numpy"
     device = arrays.Device("cpu")
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -39,19 +39,24 @@ class Cpu:
     def stopwatch(self, call: Callable, framework: str = "numpy") -> Stopwatch:
         return Stopwatch(call, self)
 
-    def yardsticks(self) -> dict[str, tuple[Stopwatch, int]]:
-        """name -> (stopwatch, bytes moved per call).  The buffers are twice the flushed size: hot calls miss every cache."""
+    def yardsticks(self) -> dict[str, tuple[Stopwatch, int, tuple[str, ...]]]:
+        """name -> (stopwatch, bytes moved per call, ways to time it).  The buffers are larger than any cache."""
         source = np.ones(2 * self._flush_buffer.size, np.int64)
         target = np.zeros_like(source)
         return {
-            "copy": (self.stopwatch(lambda: self._on_every_thread(np.copyto, target, source)), 2 * source.nbytes),
-            "read": (self.stopwatch(lambda: self._on_every_thread(np.max, source)), source.nbytes),
-            "empty_call": (self.stopwatch(lambda: None), 0),
+            "copy": (self.stopwatch(lambda: self._on_every_thread(np.copyto, target, source)), 2 * source.nbytes,
+                     ("hot",)),
+            "read": (self.stopwatch(lambda: self._on_every_thread(np.max, source)), source.nbytes, ("hot",)),
+            "empty_call": (self.stopwatch(lambda: None), 0, ("hot",)),
         }
 
     def flush(self) -> None:
         """Write twice the last-level cache, each thread its part, so that the caches of the single cores go too."""
         self._on_every_thread(lambda part: np.add(part, 1, out=part), self._flush_buffer)
+
+    def describe(self) -> dict:
+        """What a result says about the machine besides its processor."""
+        return {"gpu": None, "state_before": {}}
 
     def current(self, framework: str):
         """The host has no streams."""
@@ -73,7 +78,7 @@ class Cpu:
         return ThreadPoolExecutor(self.threads)
 
     def _on_every_thread(self, work: Callable, *whole: np.ndarray) -> None:
-        """work on equal parts of the arrays, one part a thread: NumPy holds no interpreter lock inside these functions."""
+        """work on equal parts of the arrays, one part a thread: inside NumPy they do not wait for each other."""
         parts = zip(*(np.array_split(array, self.threads) for array in whole))
         list(self._pool.map(lambda part: work(*part), parts))
 

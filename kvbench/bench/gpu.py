@@ -3,9 +3,9 @@
     cold   a buffer of at least twice the L2 is written before each sample, on the same stream and outside of the events
     hot    many calls captured in one graph; a sample is the graph's time over the calls
 
-The flush also hides the host: while it runs, the start event, the graph and the end event are queued, so the GPU meets them
-without a gap.  Nothing is subtracted; what the events alone cost is in the yardsticks.  A call that cannot be captured is
-timed between plain events, and the result says so (`timer`, `note`).
+The flush also hides the host: while it runs, the start event, the graph and the end event are queued, so the GPU meets
+them without a gap.  Nothing is subtracted; what the events alone cost is in the yardsticks.  A call that cannot be
+captured is timed between plain events, and the result says so (`timer`, `note`).
 """
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from kvbench.bench import machine, trees
 from kvbench.errors import BackendUnavailable
 
 LEAST_FLUSH_BYTES = 256 << 20
-HOT_SECONDS = 200e-6           # least length of a hot sample: far above the events' own cost, and above the host's per launch
+HOT_SECONDS = 200e-6           # least length of a hot sample: far above what events cost the GPU and a launch the host
 MOST_HOT_CALLS = 200
 YARDSTICK_BYTES = 512 << 20    # per buffer: ten times the L2, long enough that ramps at both ends do not count
 ON_DEVICE_ELEMENTS = 1 << 16   # smaller draws stay on the host: they are lengths, seeds, choices
 
-READ_KERNEL = r"""
+YARDSTICK_KERNELS = r"""
 // Reads `count` 16-byte words once.  One thread in 2^32 writes what it saw; without that the loads could be dropped.
 extern "C" __global__ void read_words(const uint4* words, long long count, unsigned* seldom)
 {
@@ -46,9 +46,9 @@ extern "C" __global__ void empty() {}
 
 
 class Gpu:
-    """The first GPU as a place to run a case: inputs, stopwatches, yardsticks.  Uses CuPy for stream, events and graphs."""
+    """The first GPU as a place to run a case: inputs, stopwatches, yardsticks.  Streams, events, graphs: CuPy's."""
 
-    kind = "cuda"
+    kind, framework = "cuda", "cupy"
 
     def __init__(self):
         try:
@@ -73,7 +73,7 @@ class Gpu:
         with self.stream:
             try:
                 drawn, where = kernel.inputs(problem, DeviceGenerator(self.cupy, seed)), "device"
-            except Exception as error:     # CuPy refuses in many ways; a fault of the input maker itself shows again below
+            except Exception as error:     # CuPy refuses in many ways; a fault of the input maker shows again below
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 drawn, where = kernel.inputs(problem, np.random.default_rng(seed)), f"host ({reason})"
             placed = {name: self._place(value) for name, value in drawn.items()}
@@ -84,14 +84,15 @@ class Gpu:
     def stopwatch(self, call: Callable, framework: str = "cupy", graph: bool = True) -> Stopwatch:
         return Stopwatch(call, self, framework, graph)
 
-    def yardsticks(self) -> dict[str, tuple[Stopwatch, int]]:
-        """name -> (stopwatch, bytes moved per call)."""
+    def yardsticks(self) -> dict[str, tuple[Stopwatch, int, tuple[str, ...]]]:
+        """name -> (stopwatch, bytes moved per call, ways to time it)."""
         cupy = self.cupy
         free, _ = cupy.cuda.runtime.memGetInfo()
         size = min(YARDSTICK_BYTES, free // 8) // 4096 * 4096
-        source, target = cupy.random.default_rng(0).random(size // 8).view(cupy.uint8), cupy.zeros(size, cupy.uint8)
-        seldom = cupy.zeros(1, cupy.uint32)
-        module = cupy.RawModule(code=READ_KERNEL)
+        with self.stream:
+            source, target = cupy.random.default_rng(0).random(size // 8), cupy.zeros(size // 8)
+            seldom = cupy.zeros(1, cupy.uint32)
+        module = cupy.RawModule(code=YARDSTICK_KERNELS)
         read_words, empty = module.get_function("read_words"), module.get_function("empty")
         blocks = 8 * self.properties["multiProcessorCount"]
 
@@ -103,10 +104,10 @@ class Gpu:
 
         return {
             # Plain events: a copy inside a graph may go to a copy engine, which is not what a kernel competes with.
-            "copy": (self.stopwatch(copy, graph=False), 2 * size),
-            "read": (self.stopwatch(read), size),
-            "empty_kernel": (self.stopwatch(lambda: empty((1,), (32,), ())), 0),
-            "empty_graph": (self.stopwatch(lambda: None), 0),
+            "copy": (self.stopwatch(copy, graph=False), 2 * size, ("hot",)),
+            "read": (self.stopwatch(read), size, ("hot",)),
+            "empty_kernel": (self.stopwatch(lambda: empty((1,), (32,), ())), 0, ("cold", "hot")),
+            "empty_graph": (self.stopwatch(lambda: None), 0, ("cold",)),
         }
 
     def flush(self) -> None:
@@ -148,6 +149,10 @@ class Gpu:
                 stack.enter_context(torch.cuda.stream(self.torch_stream))
             yield
 
+    def describe(self) -> dict:
+        """What a result says about the machine besides its processor."""
+        return {"gpu": {**self.facts.describe(), "flush_bytes": self.flush_bytes}, "state_before": self.state()}
+
     def state(self) -> dict:
         """Clocks, temperature, power now."""
         return self.facts.state()
@@ -160,7 +165,7 @@ class Gpu:
             torch.cuda.empty_cache()
 
     def _place(self, value):
-        """Copy an input's arrays to the device.  What a reference made (a rotation, a codebook) is host data everywhere."""
+        """Copy an input's arrays to the device.  What a reference made (a rotation) is host data everywhere."""
         if type(value).__module__.startswith("kvbench.reference"):
             return value
 
@@ -260,7 +265,7 @@ class Stopwatch:
 
     def _capture_cupy(self, repeats):
         cupy, stream = self._gpu.cupy, self._gpu.stream
-        # What a call allocates while it is captured belongs to the graph for good: a pool of its own keeps others out of it.
+        # What a call allocates while it is captured belongs to the graph for good: a pool of its own keeps others out.
         pool = cupy.cuda.MemoryPool()
         with cupy.cuda.using_allocator(pool.malloc):
             stream.begin_capture()

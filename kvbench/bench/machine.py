@@ -27,7 +27,7 @@ def describe() -> dict:
     """The processor and its use by this process.  Threads are named per library: each has a pool of its own."""
     return {
         "system": f"{platform.system()} {platform.release()}", "processor": _processor_name(),
-        "cores": os.cpu_count(), "usable_cores": usable_cores(), "cache_bytes": cache_bytes(), "threads": _threads(),
+        "cores": os.cpu_count(), "usable_cores": usable_cores(), "cache_bytes": cache_bytes(), "threads": threads(),
     }
 
 
@@ -74,7 +74,7 @@ def cache_bytes() -> int:
 
 
 class Gpu:
-    """One NVIDIA GPU, asked through CuPy and, for driver, clocks and temperature, nvidia-smi, which comes with every driver."""
+    """One NVIDIA GPU, asked through CuPy and, for driver, clocks and temperature, nvidia-smi, which drivers bring."""
 
     def __init__(self, index: int = 0):
         import cupy
@@ -128,15 +128,15 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _threads() -> dict:
+def threads() -> dict:
     """Threads of each library that is loaded, and the environment that set them."""
-    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
+    found = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
                                                    "NUMBA_NUM_THREADS") if name in os.environ}
     if numba := sys.modules.get("numba"):
-        threads["numba"] = numba.get_num_threads()
+        found["numba"] = numba.get_num_threads()
     if torch := sys.modules.get("torch"):
-        threads["torch"] = torch.get_num_threads()
-    return threads
+        found["torch"] = torch.get_num_threads()
+    return found
 
 
 def _output(*command: str, folder: Path | None = None) -> str | None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ _MEASUREMENT = _object({
     "converged": _BOOLEAN, "relative_error": _or_null(_NUMBER),
     "samples_us": {"type": "array", "items": _NUMBER, "minItems": 1}})
 _CHECKED = _object({"agrees": _BOOLEAN, "failure": _or_null(_STRING), "parts": _LIST_OF_STRINGS, "of": _COUNT})
-_TIMED = {"checked": _or_null(_CHECKED), "error": _or_null(_NUMBER), "timer": _or_null(_STRING), "note": _or_null(_STRING),
-          "cold": _or_null(_MEASUREMENT), "hot": _or_null(_MEASUREMENT), "gbps": _or_null(_NUMBER),
+_TIMED = {"checked": _or_null(_CHECKED), "error": _or_null(_NUMBER), "timer": _or_null(_STRING),
+          "note": _or_null(_STRING), "cold": _or_null(_MEASUREMENT), "hot": _or_null(_MEASUREMENT),
+          "gbps": _or_null(_NUMBER),
           "percent_of_copy": _or_null(_NUMBER), "percent_of_read": _or_null(_NUMBER)}
 
 SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of kvbench bench", **_object({
@@ -43,7 +45,7 @@ SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A
     "source": _object({"commit": _or_null(_STRING), "dirty": _or_null(_BOOLEAN)}),
     "yardsticks": {"type": "object", "additionalProperties": _object({
         "bytes_moved": _COUNT, "gbps": _or_null(_NUMBER), "timer": _STRING, "cold": _or_null(_MEASUREMENT),
-        "hot": _MEASUREMENT})},
+        "hot": _or_null(_MEASUREMENT)})},
     "skipped": {"type": "array", "items": _object({"kernel": _STRING, "reason": _STRING})},
     "cases": {"type": "array", "items": _object({
         "kernel": _STRING, "backend": _STRING, "problem": _FREE, "command": _STRING, "inputs": _or_null(_STRING),
@@ -145,19 +147,8 @@ def _is(value, name: str) -> bool:
 
 
 def _lists_on_one_line(text: str) -> str:
-    """Indented JSON with each list of numbers on one line: samples are for machines."""
-    lines, joined = [], None
-    for line in text.split("\n"):
-        if line.endswith("_us\": ["):
-            joined = line
-        elif joined is None:
-            lines.append(line)
-        else:
-            joined += line.strip() + (" " if line.endswith(",") and line.strip(" ,")[-1:].isdigit() else "")
-            if line.strip(" ,") == "]":
-                lines.append(joined)
-                joined = None
-    return "\n".join(lines)
+    """Indented JSON with each list of samples on one line: samples are for machines."""
+    return re.sub(r'"samples_us": \[[^]]*\]', lambda found: re.sub(r"\s+", " ", found.group()), text)
 
 
 def _umask() -> int:

@@ -1,9 +1,9 @@
 """When is a time known well enough?  The stop rule, and what is reported of the samples.
 
-The statistic is the median: one slow sample (an interrupt, another user of the machine) does not move it.  Its uncertainty
-comes from order statistics: for n independent samples of any distribution the true median lies between the samples of rank
-k and n - k + 1 with the probability that a fair coin gives neither fewer than k nor more than n - k heads.  Sampling ends
-when that interval is narrow, not after a fixed count; what did not get there in time is reported and flagged.
+The statistic is the median: one slow sample (an interrupt, another user of the machine) does not move it.  Its
+uncertainty comes from order statistics: for n independent samples of any distribution the true median lies between the
+samples of rank k and n - k + 1 with the probability that a fair coin gives neither fewer than k nor more than n - k
+heads.  Sampling ends when that interval is narrow, not after a fixed count; what did not get there is flagged.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGEST_BATCH = 100
 
 @dataclass(frozen=True)
 class StopRule:
-    """Stop once the median is known to +-relative_error, but take minimum_samples and minimum_seconds; give up at the limit."""
+    """Stop once the median is known to +-relative_error, but not before the minima; give up at the limit."""
 
     relative_error: float
     minimum_samples: int
@@ -48,7 +48,7 @@ class Measurement:
 
     @property
     def relative_error(self) -> float:
-        """Half the width of the confidence interval of the median, over the median; inf when the samples are too few."""
+        """Half the width of the confidence interval of the median, over the median; inf if the samples are too few."""
         interval = median_interval(self.samples)
         return (interval[1] - interval[0]) / (2 * self.median) if interval and self.median > 0 else math.inf
 
@@ -107,7 +107,7 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _lower_rank(count: int) -> int:
-    """The largest k with P(B < k) <= (1 - CONFIDENCE) / 2 for B ~ Binomial(count, 1/2): the k-th smallest is the lower end."""
+    """The largest k with P(B < k) <= (1 - CONFIDENCE) / 2 for B ~ Binomial(count, 1/2): the rank of the lower end."""
     if count > 1000:           # normal approximation; exact and approximate rank differ by at most one here
         return math.floor(count / 2 - 1.96 * math.sqrt(count) / 2)
     tail, rank = 0, 0

@@ -11,19 +11,13 @@ from kvbench.bench import timing
 
 
 def measure(place, rule: timing.StopRule) -> dict[str, dict]:
-    """name -> {bytes_moved, gbps or None, median_us, ...}.  Copy and read are hot, on buffers larger than any cache."""
+    """name -> {bytes_moved, gbps, timer, cold, hot}.  Copy and read are hot, on buffers larger than any cache."""
     found = {}
-    for name, (stopwatch, moved) in place.yardsticks().items():
-        if moved:
-            summary = timing.measure(stopwatch.hot, rule).summary()
-            found[name] = {"bytes_moved": moved, "gbps": gbps(moved, summary["median_us"]), "timer": stopwatch.timer,
-                           "cold": None, "hot": summary}
-        else:
-            found[name] = {"bytes_moved": 0, "gbps": None, "timer": stopwatch.timer,
-                           "cold": timing.measure(stopwatch.cold, rule).summary(),
-                           "hot": timing.measure(stopwatch.hot, rule).summary()}
-        stopwatch = None
-    place.release()
+    for name, (stopwatch, moved, ways) in place.yardsticks().items():
+        times = {way: timing.measure(getattr(stopwatch, way), rule).summary() if way in ways else None
+                 for way in ("cold", "hot")}
+        found[name] = {"bytes_moved": moved, "gbps": gbps(moved, times["hot"]["median_us"]) if moved else None,
+                       "timer": stopwatch.timer, **times}
     return found
 
 

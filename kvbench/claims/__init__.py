@@ -29,12 +29,13 @@ SCHEMA = "kvbench.claims/1"
 
 @dataclass(frozen=True)
 class Result:
-    """One claim of one algorithm, the evidence found, and what it takes to find it again."""
+    """One claim of one algorithm, the evidence found, and what it takes to find it again: seed and number of cases."""
 
     algorithm: str
     claim: Claim
     evidence: Evidence
     seed: int
+    cases: int
     seconds: float
 
     @property
@@ -60,7 +61,7 @@ def prove(names: Iterable[str] | str | None = None, samples: int | None = None, 
     """Check the claims of the named algorithms (default: of all) one after another; what was yielded is kept on Ctrl-C.
 
     samples   cases per claim (default: the claim's own number)
-    seed      any integer; with the names of algorithm and claim it fixes the draws, whatever else is run and in what order
+    seed      any integer; with the names of algorithm and claim it fixes the draws, whatever else is run
     progress  told what is being checked, in one line, before each claim; "" at the end
 
     ValueError for an unknown algorithm names the nearest ones.
@@ -80,8 +81,9 @@ def prove(names: Iterable[str] | str | None = None, samples: int | None = None, 
         if progress is not None:
             progress(f"{algorithm}: {claim.name} ({position} of {len(chosen)})")
         start = time.perf_counter()
-        evidence = claim.check(generator(seed, algorithm, claim.name), claim.samples if samples is None else int(samples))
-        yield Result(algorithm, claim, evidence, int(seed), time.perf_counter() - start)
+        cases = claim.samples if samples is None else int(samples)
+        evidence = claim.check(generator(seed, algorithm, claim.name), cases)
+        yield Result(algorithm, claim, evidence, int(seed), cases, time.perf_counter() - start)
     if progress is not None:
         progress("")
 
@@ -104,13 +106,13 @@ def exit_status(results: Iterable[Result]) -> int:
 
 
 def table(results: Iterable[Result]) -> str:
-    """A Markdown table for people.  Intervals are at 6 sigma; a deterministic check reports its worst case and has none."""
+    """A Markdown table for people.  Intervals are at 6 sigma; a deterministic check reports its worst case alone."""
     rows = [("algorithm", "claim", "kind", "estimate", "interval", "expected", "samples", "verdict", "source")]
     for r in results:
         e = r.evidence
         interval = "" if e.low == e.high else f"[{e.low:.5g}, {e.high:.5g}]"
-        rows.append((r.algorithm, r.claim.name, r.claim.kind, f"{e.estimate:.5g}", interval, f"{e.relation} {e.expected:.5g}",
-                     str(e.samples), "holds" if r.holds else "FALSE", r.claim.source))
+        rows.append((r.algorithm, r.claim.name, r.claim.kind, f"{e.estimate:.5g}", interval,
+                     f"{e.relation} {e.expected:.5g}", str(e.samples), "holds" if r.holds else "FALSE", r.claim.source))
     rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
@@ -119,13 +121,17 @@ def table(results: Iterable[Result]) -> str:
 
 def explain(results: Iterable[Result]) -> str:
     """The claims that did not hold, in full: what was stated, what was found, and the call that finds it again."""
-    return "\n".join(
-        f"{r.algorithm}: {r.claim.name} does not hold.\n"
-        f"  stated: {r.claim.statement} ({r.claim.source})\n"
-        f"  found:  {r.evidence.estimate:.8g} in [{r.evidence.low:.8g}, {r.evidence.high:.8g}], expected {r.evidence.relation} "
-        f"{r.evidence.expected:.8g}, {r.evidence.samples} samples{', ' + r.evidence.note if r.evidence.note else ''}\n"
-        f"  again:  kvbench prove {r.algorithm} --seed {r.seed}"
-        for r in results if not r.holds)
+    lines = []
+    for r in results:
+        if not r.holds:
+            e = r.evidence
+            lines += [f"{r.algorithm}: {r.claim.name} does not hold.",
+                      f"  stated: {r.claim.statement} ({r.claim.source})",
+                      f"  found:  {e.estimate:.8g} in [{e.low:.8g}, {e.high:.8g}] from {e.samples} samples; {e.note}",
+                      f"  needed: {e.relation} {e.expected:.8g}",
+                      f"  again:  kvbench prove {r.algorithm} --seed {r.seed}"
+                      + (f" --samples {r.cases}" if r.cases != r.claim.samples else "")]
+    return "\n".join(lines)
 
 
 def to_json(results: Iterable[Result]) -> dict:
@@ -137,7 +143,7 @@ def to_json(results: Iterable[Result]) -> dict:
         "results": [{
             "algorithm": r.algorithm, "claim": r.claim.name, "kind": r.claim.kind,
             "statement": r.claim.statement, "source": r.claim.source,
-            "seed": r.seed, "seconds": round(r.seconds, 6), "holds": r.holds,
+            "seed": r.seed, "cases": r.cases, "seconds": round(r.seconds, 6), "holds": r.holds,
             **{key: None if isinstance(value, float) and not math.isfinite(value) else value
                for key, value in asdict(r.evidence).items()},
         } for r in results],

@@ -10,7 +10,7 @@ class Demo(NamedTuple):
 
     head: list[str]
     rows: list[list[str]]
-    legend: str
+    legend: dict[str, str]
     page: str
 
 
@@ -25,8 +25,13 @@ def run(progress: Callable[[str], None]) -> Demo:
     head = ["preset", "bytes", "bits", "ratio", "error", "logit error", "prompt ms", "step us"]
     rows = [[o.preset, f"{o.nbytes:,}", f"{o.bits_per_element:.2f}", f"{o.ratio:.2f}", f"{o.output_error:.1e}",
              f"{o.logit_error:.1e}", f"{o.prompt_ms:.2f}", f"{o.step_us:.0f}"] for o in outcomes]
-    legend = (f"bytes: all that the cache holds after {len(sample.keys[0, 0])} tokens; bits: the same per stored number; ratio: 16 "
-              "over that; error: of the attention output, relative to exact attention in float64, over all decode steps; logit "
-              "error: the largest of the last step's query on keys in the store; times: medians of appending the prompt, and of "
-              f"one decode step (append and attend), backend {backend} on {machine}")
+    legend = {
+        "bytes": f"all that the cache holds after {len(sample.keys[0, 0])} tokens",
+        "bits": "the same per number of keys and values, scales and padding included",
+        "ratio": "16 bits over that",
+        "error": "of the attention output over all decode steps, relative to exact attention in float64",
+        "logit error": "the largest of the last step's queries on the keys as the preset stores them",
+        "prompt ms": f"time to append the prompt, best of a few passes, backend {backend} on {machine}",
+        "step us": "median time of one decode step (append a token, attend, wait for the result) in the best pass",
+    }
     return Demo(head, rows, legend, page.render(sample, outcomes, head, rows, legend, machine))

@@ -23,6 +23,9 @@ body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sa
        padding: 1rem; }
 h1 { font-size: 1.5rem; margin: 0.5rem 0; }
 p { max-width: 46rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 0.8rem; max-width: 46rem; font-size: 0.9rem; }
+dt { font-weight: 600; }
+dd { margin: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--faint); }
@@ -38,7 +41,8 @@ figcaption, footer { font-size: 0.9rem; }
 <h1>KV-cache compression on real keys and values</h1>
 <p>$intro</p>
 <div class="wide">$table</div>
-<p>$legend</p>
+<dl>$legend</dl>
+<p>These times are those of a call on one small head; <code>kvbench bench</code> measures speed.</p>
 <div class="pictures">
 $figures
 </div>
@@ -48,7 +52,8 @@ $figures
 """)
 
 
-def render(sample: Sample, outcomes: list[Outcome], head: list[str], rows: list[list[str]], legend: str, machine: str) -> str:
+def render(sample: Sample, outcomes: list[Outcome], head: list[str], rows: list[list[str]], legend: dict[str, str],
+           machine: str) -> str:
     """The page as text; the terminal shows the same table and legend."""
     drawn = [
         pictures.bytes_against_error(outcomes),
@@ -62,7 +67,7 @@ def render(sample: Sample, outcomes: list[Outcome], head: list[str], rows: list[
         intro=f"One KV head of a real model with its {group} query heads: a prompt of {steps[0][1]} tokens, then {len(steps)} "
               f"decode steps, each of which appends one token and attends to all of them.",
         table=_table(head, rows),
-        legend=f"{escape(legend)}. The times are those of a call on one small head; <code>kvbench bench</code> measures speed.",
+        legend="\n".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in legend.items()),
         figures="\n".join(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for svg, caption in drawn),
         provenance=f"Keys, values and queries: {escape(about['model'])}, layer {escape(about['layer'])}, KV head "
                    f"{escape(about['kv_head'])}, on {escape(about['text'])}; licence {escape(about['licence'])}. "

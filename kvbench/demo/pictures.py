@@ -26,7 +26,7 @@ ROLES = {
 }
 INK, FAINT, *SERIES = (drawn for drawn, _, _ in ROLES.values())
 LOOK = {
-    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False, "legend.labelcolor": INK,
+    "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "legend.frameon": False, "legend.labelcolor": INK,
     "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.edgecolor": FAINT,
     "xtick.color": FAINT, "ytick.color": FAINT, "grid.color": FAINT, "grid.linewidth": 0.4, "axes.spines.top": False,
     "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none", "svg.fonttype": "none",
@@ -48,6 +48,16 @@ def picture(draw):
             figure, caption = draw(*arguments)
             return _svg(figure), caption
     return drawn
+
+
+def standalone(svg: str) -> str:
+    """The element as a file of its own, light or dark as the reader's system is."""
+    style = (f"svg {{ {colours('light')} background: #ffffff; }} "
+             f"@media (prefers-color-scheme: dark) {{ svg {{ {colours('dark')} background: #12161b; }} }} "
+             "text { font-family: system-ui, sans-serif !important; }")
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    opening, closing, content = svg.partition(">")
+    return f"{opening.replace('<svg', f'<svg {names}', 1)}{closing}<style>{style}</style>{content}\n"
 
 
 @picture

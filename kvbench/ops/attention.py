@@ -66,7 +66,7 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     lengths   : [batch] int32, tokens of each sequence (default: all).  Slots from there on are never read; values outside
                 0..tokens are clamped, since checking them would wait for the device.  Length 0: output 0, lse -inf
     scale     : factor of the logits (default head_dim ** -0.5)
-    splits    : thread blocks per KV head (default: enough to fill the GPU once); the cpu and reference backends do not split
+    splits    : thread blocks per sequence and KV head (default: enough to fill the GPU); the cpu and reference backends do not split
     return_lse: also return the natural log-sum-exp of the logits, with which partial results merge
     out, lse  : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
     workspace : from `workspace(...)`, so that nothing is allocated (default: a temporary one)
@@ -126,9 +126,19 @@ def check_cuda_heads(arguments: Arguments, backend: str, head_dim: int, group: i
     arguments.require(group <= MAX_GROUP, "query", f"at most {MAX_GROUP} query heads per KV head on backend {backend!r}", group)
 
 
-def choose_splits(tiles: int, pairs: int, tiles_per_block: int, resident_blocks: int) -> int:
-    """Splits per (sequence, KV head): as many blocks as the GPU holds at once, none with less than a full round of tiles."""
-    return max(1, min(tiles // tiles_per_block, resident_blocks // pairs, MAX_SPLITS))
+def choose_splits(tiles: int, pairs: int, tiles_per_block: int, multiprocessors: int) -> int:
+    """Splits per (sequence, KV head), such that pairs * splits blocks fill the multiprocessors evenly in few rounds.
+
+    A partly filled last round leaves multiprocessors idle; every further round costs a start, an end and more partial results
+    to merge, about 5 % of a round.  No split gets less than `tiles_per_block` tiles.
+    """
+    most = max(1, min(tiles // tiles_per_block, MAX_SPLITS, 4 * multiprocessors // pairs))
+
+    def merit(splits):
+        rounds = -(-pairs * splits // multiprocessors)
+        return pairs * splits / (rounds * multiprocessors) - 0.05 * rounds
+
+    return max(range(1, most + 1), key=merit)
 
 
 def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, device: Device, framework: str) -> Workspace:
@@ -156,19 +166,16 @@ def split_shared_bytes(copies: int, heads: int, head_dim: int, group: int, split
 def _launch_decode(query, keys, values, lengths, scale, splits, out, lse, workspace, backend, arguments):
     batch, kv_heads, tokens, head_dim = keys.shape
     group, device = query.shape[1] // kv_heads, query.device
-    multiprocessors = loaders.multiprocessors(backend, device)
     if query.dtype == "float32":
-        name, tile, tiles_per_block, resident = f"attention_decode_simple_kernel<{head_dim}>", 32, 1, 4
+        name, tile, tiles_per_block = f"attention_decode_simple_kernel<{head_dim}>", 32, 1
         copies, heads, ring_bytes = 1, MAX_GROUP, (MAX_GROUP * head_dim + 32 * (head_dim + 1)) * 4
     else:
         heads = 8 if group <= 8 else 16
         name = f"attention_decode_kernel<{CXX_TYPE[query.dtype]}, {head_dim}, {heads}>"
         tile, tiles_per_block, copies = 16, 8, 8
-        resident = 1 if head_dim == 256 or heads == 16 else 2            # kResidentBlocks in attention.cu
-        unit_bytes = 16 * head_dim * 2
-        ring_bytes = 8 * (24 * 1024 // resident // unit_bytes) * unit_bytes   # 8 warps, kRingUnits each
+        ring_bytes = (8 * 3 * 16 + heads) * head_dim * 2                 # 8 warps, kRingUnits units of 16 rows; the queries
     if splits is None:
-        splits = choose_splits(-(-tokens // tile), batch * kv_heads, tiles_per_block, multiprocessors * resident)
+        splits = choose_splits(-(-tokens // tile), batch * kv_heads, tiles_per_block, loaders.multiprocessors(backend, device))
     shared_bytes = split_shared_bytes(copies, heads, head_dim, group, splits, 256)
     if query.dtype == "float32":
         shared_bytes += MAX_GROUP * head_dim * 4    # the copies follow the queries

@@ -113,6 +113,18 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same for data that is read once: it is the first to leave the L2 cache, and 128 bytes are fetched from memory at a time.
+__device__ __forceinline__ u64 read_once_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void cp_async_16_once(void* shared, const void* global, bool valid, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   static_cast<u32>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Returns when at most `Pending` of this thread's newest groups are still under way.

@@ -7,6 +7,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(KVB_EMULATE)
+#include "kvb/emu/fiber.h"
+#endif
+
 namespace kvb {
 
 struct Parameter {
@@ -25,7 +29,7 @@ class ExportedKernel {
         address(reinterpret_cast<void (*)()>(kernel)),
         next_(first_) {
 #if defined(KVB_EMULATE)
-    invoke_ = [](void (*kernel)(), void** values) {
+    invoke_ = [](void (*kernel)(), void** values) KVB_EMU_OWN {
       call(reinterpret_cast<void (*)(Args...)>(kernel), values, std::index_sequence_for<Args...>{});
     };
 #endif
@@ -40,7 +44,7 @@ class ExportedKernel {
 
 #if defined(KVB_EMULATE)
   // Runs the kernel's body for one thread; values[i] points to argument i, as for cuLaunchKernel.
-  void invoke(void** values) const { invoke_(address, values); }
+  KVB_EMU_OWN void invoke(void** values) const { invoke_(address, values); }
 #endif
 
   // The instance of that name whatever its spacing, or nullptr.
@@ -77,7 +81,7 @@ class ExportedKernel {
   }
 #if defined(KVB_EMULATE)
   template <class... Args, size_t... I>
-  static void call(void (*kernel)(Args...), void** values, std::index_sequence<I...>) {
+  KVB_EMU_OWN static void call(void (*kernel)(Args...), void** values, std::index_sequence<I...>) {
     kernel(*static_cast<Args*>(values[I])...);
   }
   void (*invoke_)(void (*)(), void**);

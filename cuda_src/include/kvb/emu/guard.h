@@ -64,8 +64,8 @@ struct Guarded {
   KVB_EMU_OWN void make_read_only() const {
     if (low < high) mprotect(low, size_t(high - low), PROT_READ);
   }
-  // The byte around the data that was overwritten and lies nearest to it, or nullptr.  AddressSanitizer has reported
-  // such a write already, at the kernel's line.
+  // The first of the overwritten bytes that lie nearest to the data, or nullptr.  AddressSanitizer has reported such a
+  // write already, at the kernel's line.
   KVB_EMU_OWN const Byte* damaged() const {
     KVB_EMU_ASAN(return nullptr);
     for (const Byte* p = data + size; p < high; ++p)
@@ -81,7 +81,9 @@ struct Guarded {
         }
       }
       --p;
-      if (*p != canary(p)) return p;
+      if (*p == canary(p)) continue;
+      while (p > low && p[-1] != canary(p - 1)) --p;
+      return p;
     }
     return nullptr;
   }

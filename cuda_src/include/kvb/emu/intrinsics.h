@@ -38,8 +38,8 @@ KVB_EMU_OWN void combine_shuffle(Warp& warp, u32 members) {
     int reader = __builtin_ctz(rest);
     Lane& to = warp.lane[reader];
     if (!(members >> to.argument & 1))
-      fail("%s at line %d: lane %d reads lane %d, which is not in the mask or has exited", machine.current->waits_in,
-           machine.current->line, reader, to.argument);
+      fail("%s at line %d: lane %d reads lane %d, which is not in the mask or has exited", blame(warp, reader).what, to.line,
+           reader, to.argument);
     __builtin_memcpy(to.out, warp.lane[to.argument].in, sizeof(T));
   }
 }
@@ -213,8 +213,5 @@ inline float __uint_as_float(unsigned bits) {
 inline int __float_as_int(float a) { return int(__float_as_uint(a)); }
 inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
 
-// cuda_fp16.h gives conversions, operators, minima and maxima on the host, but not the fused forms.
-// Through double: one rounding but for rare ties.
-inline __half __hfma(__half a, __half b, __half c) {
-  return __double2half(double(__half2float(a)) * __half2float(b) + __half2float(c));
-}
+// cuda_fp16.h and cuda_bf16.h bring conversions, operators, minima and maxima for the host; their fused forms, roots and
+// exponentials exist on the device only.

@@ -221,7 +221,7 @@ class FaultHandler {
 KVB_EMU_OWN inline void fiber_entry() {
   entered_from(*machine.switched_from);
   KVB_EMU_TSAN(__tsan_acquire(&machine.start_order));
-  machine.body(machine.body_argument);
+  machine.kernel->invoke(machine.values);
   KVB_EMU_TSAN(__tsan_release(&machine.exit_order));
   Warp& warp = machine.warp[machine.current->warp];
   ++machine.exited;
@@ -298,6 +298,24 @@ KVB_EMU_OWN inline void run_block(const GuardedArrays& arrays) {
   if (!damage.empty()) fail_block("wrote to %s", damage.c_str());
 }
 
+// Subnormal results become zero and subnormal operands count as zero while it lives.
+class FlushScope {
+ public:
+#if defined(__SSE2__)
+  explicit FlushScope(bool flush) : control_(_mm_getcsr()) {
+    if (flush) _mm_setcsr(control_ | 0x8040);
+  }
+  ~FlushScope() { _mm_setcsr(control_); }
+
+ private:
+  const u32 control_;
+#else
+  explicit FlushScope(bool flush) {
+    if (flush) throw Error("flushing of subnormals is emulated on x86-64 only");
+  }
+#endif
+};
+
 // ---- launch ----------------------------------------------------------------------------------------------------------
 inline void check(const Launch& launch) {
   const dim3 &grid = launch.grid, &block = launch.block;
@@ -327,7 +345,6 @@ inline void close_shared_memory() {
 
 KVB_EMU_OWN inline void run_grid(const Launch& launch, const GuardedArrays& arrays) {
   const u64 blocks = u64(launch.grid.x) * launch.grid.y * launch.grid.z;
-  machine.kernel_name = launch.kernel->name.c_str();
   machine.random = launch.seed != 0;
   machine.random_state = launch.seed * 0x9E3779B97F4A7C15ull;   // odd factor: never zero, and small seeds differ at once
   machine.error[0] = 0;
@@ -338,22 +355,14 @@ KVB_EMU_OWN inline void run_grid(const Launch& launch, const GuardedArrays& arra
   // Blocks may run in any order: a random schedule starts anywhere and walks backwards or forwards.
   const u64 start = machine.random ? random_bits(31) % blocks : 0;
   const bool backwards = machine.random && random_bits(1);
-#if defined(__SSE2__)
-  const u32 control = _mm_getcsr();
-  if (launch.flush) _mm_setcsr(control | 0x8040);   // flush results, read subnormals as zero
-#endif
-  {
-    FaultHandler faults(arrays);
-    for (u64 i = 0; i < blocks && !machine.error[0]; ++i) {
-      const u64 b = (start + (backwards ? blocks - i : i)) % blocks;
-      blockIdx = {u32(b % launch.grid.x), u32(b / launch.grid.x % launch.grid.y),
-                  u32(b / (u64(launch.grid.x) * launch.grid.y))};
-      run_block(arrays);
-    }
+  const FlushScope flush(launch.flush);
+  const FaultHandler faults(arrays);
+  for (u64 i = 0; i < blocks && !machine.error[0]; ++i) {
+    const u64 b = (start + (backwards ? blocks - i : i)) % blocks;
+    blockIdx = {u32(b % launch.grid.x), u32(b / launch.grid.x % launch.grid.y),
+                u32(b / (u64(launch.grid.x) * launch.grid.y))};
+    run_block(arrays);
   }
-#if defined(__SSE2__)
-  _mm_setcsr(control);
-#endif
 }
 
 // Runs the grid to its end.  Throws Error, naming kernel, block and thread, at the first fault; the caller's arrays are
@@ -367,9 +376,8 @@ inline void run(const Launch& launch, const std::vector<Argument>& arguments) {
     pointers[i] = arguments[i].array ? arrays.copy_of(arguments[i]) : nullptr;
     values[i] = arguments[i].scalar.empty() ? static_cast<void*>(&pointers[i]) : const_cast<char*>(arguments[i].scalar.data());
   }
-  const auto body = [&] { launch.kernel->invoke(values.data()); };
-  machine.body = [](const void* f) { (*static_cast<decltype(body)*>(f))(); };
-  machine.body_argument = &body;
+  machine.kernel = launch.kernel;
+  machine.values = values.data();
   open_shared_memory(launch.dynamic_shared);
   run_grid(launch, arrays);
   close_shared_memory();

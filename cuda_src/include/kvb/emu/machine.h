@@ -14,6 +14,7 @@
 
 #include "kvb/emu/fiber.h"
 #include "kvb/emu/guard.h"
+#include "kvb/export.h"
 
 // NVIDIA's own type headers compile with g++ and bring __half, __nv_bfloat16, float4, dim3, ...
 #include <cuda_bf16.h>
@@ -59,6 +60,8 @@ struct Lane {                      // one lane's part in a warp collective
   int argument;                    // shuffle: source lane
   u32 mask;
   Combine combine;
+  const char* what;                // the call, for reports
+  int line;
 };
 struct Warp {
   Lane lane[32];
@@ -91,8 +94,8 @@ struct Machine {
   Context scheduler;
   Context* switched_from;          // by the latest switch
   Fiber* current;
-  void (*body)(const void*);       // what each thread runs
-  const void* body_argument;
+  const ExportedKernel* kernel;
+  void** values;                   // of its arguments
   u32 threads, exited;
   // block barrier
   u32 barrier_arrived;
@@ -106,7 +109,6 @@ struct Machine {
   // schedule
   u64 random_state;
   bool random;
-  const char* kernel_name;
   char error[1024];
   // Addresses that name orderings to ThreadSanitizer.  Barriers alternate between two, or a thread that wakes late
   // would seem ordered after one that has already reached the next barrier.
@@ -137,7 +139,7 @@ KVB_EMU_OWN inline void to_fiber(Context& from, Fiber& fiber) {
 KVB_EMU_OWN inline void set_error(bool name_thread, const char* format, va_list arguments) {
   char* const end = machine.error + sizeof machine.error;
   char* at = machine.error;
-  at += std::snprintf(at, size_t(end - at), "%.400s: block (%u,%u,%u)", machine.kernel_name, blockIdx.x, blockIdx.y,
+  at += std::snprintf(at, size_t(end - at), "%.400s: block (%u,%u,%u)", machine.kernel->name.c_str(), blockIdx.x, blockIdx.y,
                       blockIdx.z);
   if (name_thread)
     at += std::snprintf(at, size_t(end - at), " thread (%u,%u,%u)", threadIdx.x, threadIdx.y, threadIdx.z);
@@ -250,14 +252,20 @@ KVB_EMU_OWN inline Lane& my_lane() { return machine.warp[machine.current->warp].
 KVB_EMU_OWN inline void collective(u32 mask, Combine combine, const char* what, int line) {
   u32 me = 1u << machine.current->lane;
   if (!(mask & me)) fail("%s at line %d: mask %08x lacks the calling lane", what, line, mask);
-  // Combine functions report their errors in the name of the lane that arrives last: its line stands for all.
-  machine.current->waits_in = what;
-  machine.current->line = line;
-  my_lane().mask = mask;
-  my_lane().combine = combine;
+  Lane& lane = my_lane();
+  lane.mask = mask;
+  lane.combine = combine;
+  lane.what = what;
+  lane.line = line;
   machine.warp[machine.current->warp].in_collective |= me;
   try_combine(machine.current->warp, mask);
   wait(what, line);
+}
+
+// For combine functions, which run in whichever lane arrives last: the lane at fault, which the report then names.
+KVB_EMU_OWN inline const Lane& blame(const Warp& warp, int lane) {
+  threadIdx = machine.fiber[(&warp - machine.warp) * 32 + lane].thread;
+  return warp.lane[lane];
 }
 
 // Orders of __syncwarp, one per mask in use; an eighth mask and later ones share the last entry.

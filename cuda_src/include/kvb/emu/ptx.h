@@ -26,15 +26,16 @@ struct MmaOperands {
 };
 static_assert(sizeof(MmaOperands) <= sizeof(Lane::in), "a lane's operands fit its slot");
 
-KVB_EMU_OWN inline void need_whole_warp(u32 members) {
-  if (members != ~0u)
-    fail("%s at line %d needs all 32 lanes, has %08x", machine.current->waits_in, machine.current->line, members);
+KVB_EMU_OWN inline void need_whole_warp(const Warp& warp, u32 members) {
+  if (members == ~0u) return;
+  const Lane& lane = blame(warp, __builtin_ctz(members));
+  fail("%s at line %d needs all 32 lanes, has %08x", lane.what, lane.line, members);
 }
 
 // Sums in double and rounds once.  Tensor cores sum in another order and truncate: compare with a tolerance.
 template <class T>
 KVB_EMU_OWN void combine_mma_m16n8k16(Warp& warp, u32 members) {
-  need_whole_warp(members);
+  need_whole_warp(warp, members);
   double a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     MmaOperands in;
@@ -62,7 +63,7 @@ KVB_EMU_OWN void combine_mma_m16n8k16(Warp& warp, u32 members) {
 }
 
 KVB_EMU_OWN inline void combine_mma_m16n8k32(Warp& warp, u32 members) {
-  need_whole_warp(members);
+  need_whole_warp(warp, members);
   int a[16][32], b[32][8];
   for (int lane = 0; lane < 32; ++lane) {
     MmaOperands in;
@@ -97,13 +98,13 @@ KVB_EMU_OWN void mma(D (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Combine co
 
 // Lane 8 j + r has left row r of matrix j.
 KVB_EMU_OWN inline void combine_ldmatrix_x4(Warp& warp, u32 members) {
-  need_whole_warp(members);
+  need_whole_warp(warp, members);
   for (int lane = 0; lane < 32; ++lane)
     for (int j = 0; j < 4; ++j)
       __builtin_memcpy(warp.lane[lane].out + 4 * j, warp.lane[8 * j + lane / 4].in + 4 * (lane % 4), 4);
 }
 KVB_EMU_OWN inline void combine_ldmatrix_x4_trans(Warp& warp, u32 members) {
-  need_whole_warp(members);
+  need_whole_warp(warp, members);
   for (int lane = 0; lane < 32; ++lane)
     for (int j = 0; j < 4; ++j)
       for (int half = 0; half < 2; ++half)
@@ -181,6 +182,12 @@ KVB_EMU_OWN inline void cp_async_16(void* shared, const void* global, bool valid
       emu::fail("cp_async_16 at line %d: more than %u copies under way", line, emu::kMaxCopies);
     fiber.copies[fiber.copy_count++] = copy;
   }
+}
+// Caches are not emulated: a policy is a number, and data that is read once is copied like any other.
+inline u64 read_once_policy() { return 1; }
+KVB_EMU_OWN inline void cp_async_16_once(void* shared, const void* global, bool valid, u64 policy, int line = __builtin_LINE()) {
+  if (policy != read_once_policy()) emu::fail("cp_async_16_once at line %d: not a policy", line);
+  cp_async_16(shared, global, valid, line);
 }
 KVB_EMU_OWN inline void cp_async_commit() { ++emu::machine.current->group; }
 template <int Pending>

@@ -1,0 +1,981 @@
+"""KVCache: contents as a pure function of the tokens, exact attention, errors that change nothing, files that hold."""
+import copy
+import functools
+import io
+import json
+import os
+import pickle
+import tempfile
+import tracemalloc
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from kvbench import arrays, caches, codecs, loaders, storage
+from kvbench.cache import KVCache, Tail
+from kvbench.errors import CapacityError
+from kvbench.ops import attention
+from kvbench.ops.dispatch import EPSILON, assert_close
+from kvbench.reference import attention as reference
+
+NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+HEAD_DIM = 8
+
+
+def normal(rng, shape, dtype="float16"):
+    return rng.standard_normal(shape, dtype=np.float32).astype(NUMPY[dtype])
+
+
+# ----------------------------------------------------------------------------------------- a codec made for these tests
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPeaks(codecs.Packed):
+    tokens: object      # [batch, kv_heads, capacity, head_dim] float16, divided by the peak of their granule
+    peaks: object       # [batch, kv_heads, capacity / granule, head_dim] float16
+    centre: object      # [batch, kv_heads, 1, head_dim] float16, the first token ever given
+
+
+@codecs.part
+@dataclass(frozen=True)
+class BlockCodec(codecs.Codec):
+    """A codec with all that the frame promises to carry: granules of several tokens, statistics of the first append.
+
+    Stores x / peak and the peak of each channel and granule; the first token of the prompt only as something frozen.
+    """
+
+    head_dim: int
+    granule: int = 2
+    inputs = ("float16",)
+    bits_per_element = 32.0
+
+    def encode(self, x): raise NotImplementedError
+    def decode(self, packed): raise NotImplementedError
+    def logits(self, q, packed, scale=None): raise NotImplementedError
+
+    def allocate(self, batch, kv_heads, capacity, device):
+        shape = (batch, kv_heads)
+        return BlockPeaks(arrays.empty((*shape, capacity, self.head_dim), "float16", device),
+                          arrays.empty((*shape, capacity // self.granule, self.head_dim), "float16", device),
+                          arrays.zeros((*shape, 1, self.head_dim), "float16", device))
+
+    def prepare(self, storage, sequences, x, queries, *, stream=None, backend=None):
+        storage.centre.numpy()[sequences] = x.numpy()[:, :, :1]
+
+    def write(self, storage, sequences, start, x, *, stream=None, backend=None):
+        x = x.numpy().astype(np.float32)
+        assert start % self.granule == 0 and x.shape[2] % self.granule == 0, "not on the grid"
+        groups = x.reshape(*x.shape[:2], -1, self.granule, self.head_dim)
+        peaks = np.maximum(abs(groups).max(axis=3), 1e-3).astype(np.float16)
+        packed = (groups / peaks[:, :, :, None]).reshape(x.shape).astype(np.float16)
+        storage.tokens.numpy()[sequences, :, start:start + x.shape[2]] = packed
+        storage.peaks.numpy()[sequences, :, start // self.granule:(start + x.shape[2]) // self.granule] = peaks
+
+    def used(self, storage, sequence, tokens):
+        one = {name: array.narrow(0, sequence, sequence + 1) for name, array in storage.arrays().items()}
+        return BlockPeaks(one["tokens"].narrow(2, 0, tokens), one["peaks"].narrow(2, 0, tokens // self.granule),
+                          one["centre"])
+
+    def dequantise(self, storage):
+        tokens, peaks = (array.numpy().astype(np.float64) for array in (storage.tokens, storage.peaks))
+        with np.errstate(invalid="ignore"):         # unused slots hold anything
+            return tokens * np.repeat(peaks, self.granule, axis=2)
+
+
+def attend_blocks(query, key_codec, keys, value_codec, values, *, lengths, scale, out, lse, workspace, stream, backend,
+                  selection=None):
+    """The dense and the sparse operator of BlockCodec: the reference over what is stored."""
+    keys, values = key_codec.dequantise(keys), value_codec.dequantise(values)
+    result, log_sum = decode_selected(query.numpy(), keys, values, lengths.numpy(), selection, scale)
+    out.numpy()[...] = result
+    if lse is not None:
+        lse.numpy()[...] = log_sum
+
+
+def decode_selected(query, keys, values, lengths, selection, scale):
+    """reference.decode over the selected slots (a boolean [batch, tokens]; None: all)."""
+    results = []
+    for b, length in enumerate(lengths):
+        kept = np.arange(length) if selection is None else np.flatnonzero(selection[b, :length])
+        results.append(reference.decode(query[b:b + 1], keys[b:b + 1, :, kept], values[b:b + 1, :, kept], scale=scale,
+                                        return_lse=True))
+    return (np.concatenate(column) for column in zip(*results))
+
+
+@codecs.part
+@dataclass(frozen=True)
+class BlockIndex(codecs.Store):
+    """An index that keeps nothing of its own: it scores by the codec's packed keys."""
+
+    granule: int = 2
+
+    def allocate(self, batch, kv_heads, capacity, device):
+        return codecs.Float16Tokens(arrays.zeros((batch, kv_heads, capacity, 1), "float16", device))
+
+    def prepare(self, storage, sequences, x, queries, *, stream=None, backend=None):
+        self.seen.append((sequences, x.shape, None if queries is None else queries.shape))
+
+    def write(self, storage, sequences, start, x, *, stream=None, backend=None):
+        storage.tokens.numpy()[sequences, :, start:start + x.shape[2]] = x.numpy()[..., :1]
+
+    def score(self, query, storage, keys, *, lengths, scale, stream, backend):
+        # The first channel of every key, which the index and the codec both saw.
+        return np.where(np.arange(storage.tokens.shape[2]) < lengths.numpy()[:, None],
+                        storage.tokens.numpy()[:, 0, :, 0].astype(np.float64), -np.inf)
+
+
+BlockIndex.seen = []
+
+
+@codecs.part
+@dataclass(frozen=True)
+class Largest(codecs.Part):
+    """Selects the `count` best scores of each sequence."""
+
+    count: int
+
+    def __call__(self, scores):
+        order = np.argsort(-scores, axis=1, kind="stable")
+        return np.argsort(order, axis=1, kind="stable") < self.count
+
+
+@pytest.fixture(autouse=True)
+def operators(monkeypatch):
+    monkeypatch.setitem(codecs.FUSED, (BlockCodec, BlockCodec), codecs.Fused(attend_blocks, attend_blocks))
+
+
+# --------------------------------------------------------------------------------------------------------- strategies
+
+tails = st.builds(Tail, recent=st.integers(0, 9), block=st.integers(1, 5))
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from(sorted(NUMPY))
+
+
+@st.composite
+def problems(draw, dtypes=dtypes, codec=None):
+    """Arguments of a cache, tokens for it (with ragged lengths), and a query."""
+    batch, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    group, head_dim = draw(st.integers(1, 16)), draw(st.sampled_from((2, HEAD_DIM, 64)))
+    dtype, tail, sinks = draw(dtypes), draw(tails), draw(st.integers(0, 5))
+    if codec is not None:
+        tail = Tail(tail.recent, 2 * tail.block)
+    tokens = draw(st.integers(1, 40))
+    ragged = st.lists(st.integers(0, tokens), min_size=batch, max_size=batch)
+    lengths = draw(st.one_of(st.just([tokens] * batch), ragged))
+    capacity = max(1, max(lengths) + draw(st.integers(0, 8)))
+    made = codecs.Float16(head_dim, dtype) if codec is None else codec(head_dim)
+    rng = np.random.default_rng(draw(seeds))
+    shape = (batch, kv_heads, tokens, head_dim)
+    sizes = (batch, kv_heads, kv_heads * group, head_dim, capacity)
+    options = dict(keys=made, values=made, tail=tail, sinks=sinks, dtype=dtype)
+    return (sizes, options, normal(rng, shape, dtype), normal(rng, shape, dtype), np.array(lengths),
+            normal(rng, (batch, kv_heads * group, head_dim), dtype))
+
+
+def cuts(seed, lengths):
+    """Per-sequence counts of consecutive appends that add up to `lengths`: steps in lockstep, or ragged chunks."""
+    rng = np.random.default_rng(seed)
+    longest = rng.choice([1, 3, 20])
+    parts, left = [], np.array(lengths)
+    while left.any():
+        same = rng.integers(1, longest + 1)
+        parts.append(np.minimum(left, same if rng.random() < 0.5 else rng.integers(0, longest + 1, len(left))))
+        left = left - parts[-1]
+    return parts
+
+
+def append_in_parts(made, keys, values, parts):
+    """Appends token ranges [done, done + part) of every sequence, padded to the longest."""
+    done = np.zeros(len(keys), int)
+    for part in parts:
+        shape = (len(keys), keys.shape[1], max(part.max(), 1), keys.shape[3])
+        chunk = [np.full(shape, np.nan, keys.dtype) for _ in range(2)]
+        for b, count in enumerate(part):
+            for target, source in zip(chunk, (keys, values)):
+                target[b, :, :count] = source[b, :, done[b]:done[b] + count]
+        made.append(*chunk, lengths=part)
+        done += part
+
+
+def poison(made):
+    """Whatever was never written is NaN, so that reading it shows."""
+    for _, packed in made._owned.values():
+        for array in packed.arrays().values():
+            array.numpy()[...] = np.nan
+
+
+def state(made):
+    """Every byte that a cache holds, used or not, and what it believes to hold."""
+    memory = {f"{name}.{field}": array.to_host().tobytes() for name, (_, packed) in made._owned.items()
+              for field, array in packed.arrays().items()}
+    return memory, made._scratch["counts"].to_host().tobytes(), made.lengths.tobytes()
+
+
+def used(made):
+    return {name: view.to_host().tobytes() for name, view in made._views()}
+
+
+def assert_attends_to(made, keys, values, lengths, query, scale=None, **options):
+    output, lse = made.attend(query, scale=scale, return_lse=True, **options)
+    assert_is_attention(output, lse, query, keys, values, lengths, scale)
+
+
+def assert_is_attention(output, lse, query, keys, values, lengths, scale=None):
+    """Equal to reference.decode within the tolerance of the operator and of one merge of two parts."""
+    output, lse = np.asarray(output), np.asarray(lse)
+    expected, expected_lse = reference.decode(query, keys, values, lengths=lengths, scale=scale, return_lse=True)
+    dtype = query.dtype.name
+    allowed, allowed_lse = attention.decode_tolerance(query, keys, values, lengths, scale,
+                                                      0.0 if dtype == "float32" else EPSILON[dtype])
+    # The merge: weights exp(lse_i - lse) in float32, where a difference of size |lse| was rounded.
+    finite = np.where(np.isfinite(expected_lse), abs(expected_lse), 0) + allowed_lse
+    relative = EPSILON["float32"] * (10 + 2 * finite) + 2 * allowed_lse
+    largest = abs(np.nan_to_num(np.asarray(values).astype(np.float64))).max(initial=0)
+    assert_close(expected, output, output.dtype.name, allowed + relative[..., None] * largest, "output")
+    assert_close(expected_lse, lse, "float32", relative, "log-sum-exp")
+
+
+# --------------------------------------------------------------------------------------------------------------- tail
+
+
+def test_tail_follows_the_published_rules():
+    for tokens in range(1, 1500):
+        # KIVI attends before it flushes: a step sees the state that the tokens before it left.
+        assert Tail(1, block=128).encoded(tokens) == 128 * ((tokens - 1) // 128)
+        # RaBitQCache: n_idx = sinks + 128 floor(max(0, T - sinks - recent) / 128).
+        assert 4 + Tail(128, block=128).encoded(max(tokens - 4, 0)) == 4 + 128 * (max(0, tokens - 4 - 128) // 128)
+        assert Tail().encoded(tokens) == tokens
+        assert Tail(7).encoded(tokens) == max(0, tokens - 7)
+    assert Tail(128, block=128).slots == 255 and Tail().slots == 0 and Tail(7).slots == 7
+
+
+@given(tails, st.integers(0, 60))
+def test_tail_fills_its_slots_without_holes(tail, tokens):
+    encoded = int(tail.encoded(tokens))
+    assert encoded % tail.block == 0 and min(tokens, tail.recent) <= tokens - encoded < tail.recent + tail.block
+    runs = list(tail.runs(encoded, tokens, encoded))
+    slots = [slot + i for _, slot, count in runs for i in range(count)]
+    positions = [position + i for position, _, count in runs for i in range(count)]
+    assert positions == list(range(encoded, tokens)) and sorted(slots) == list(range(tokens - encoded))
+    assert len(slots) <= tail.slots
+
+
+@pytest.mark.parametrize("arguments", [dict(recent=-1), dict(block=0), dict(recent=1.0), dict(block=True)])
+def test_tail_refuses(arguments):
+    with pytest.raises(ValueError, match=f"Tail: {next(iter(arguments))}: expected an integer"):
+        Tail(**arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------- contents
+
+
+@given(problems(), st.data())
+def test_contents_are_where_the_docstring_says(problem, data):
+    sizes, options, keys, values, lengths, _ = problem
+    made = KVCache(*sizes, **options)
+    poison(made)
+    append_in_parts(made, keys, values, cuts(data.draw(seeds), lengths))
+    sinks, tail = options["sinks"], options["tail"]
+    bits = lambda x: x.view(f"u{x.dtype.itemsize}")      # noqa: E731
+    for b, length in enumerate(lengths.tolist()):
+        encoded = int(tail.encoded(max(length - sinks, 0)))
+        for side, tokens in (("keys", keys), ("values", values)):
+            if encoded:
+                store = made._owned[f"store.{side}"][1].tokens.numpy()[b, :, :encoded]
+                assert (bits(store) == bits(tokens[b, :, sinks:sinks + encoded])).all()
+            if length - encoded:
+                exact = made._owned[f"exact.{side}"][1].tokens.numpy()[b, :, :length - encoded]
+                kept = np.concatenate([tokens[b, :, :min(sinks, length)], tokens[b, :, sinks + encoded:length]], axis=1)
+                by_token = [sorted(token.tobytes() for token in x.swapaxes(0, 1)) for x in (exact, kept)]
+                assert by_token[0] == by_token[1]
+    assert (made.lengths == lengths).all() and len(made) == lengths.max()
+    exact_count, store_count = made._scratch["counts"].numpy()
+    assert (exact_count + store_count == lengths).all()
+
+
+@given(problems(), st.data())
+def test_any_cut_gives_the_bytes_of_one_prompt(problem, data):
+    sizes, options, keys, values, lengths, query = problem
+    whole, parts = KVCache(*sizes, **options), KVCache(*sizes, **options)
+    assume(lengths.any())
+    whole.append(keys, values, lengths=lengths)
+    append_in_parts(parts, keys, values, cuts(data.draw(seeds), lengths))
+    assert used(parts) == used(whole)
+    assert parts.attend(query).tobytes() == whole.attend(query).tobytes()
+
+
+@given(problems(st.just("float16"), BlockCodec), st.data())
+def test_any_cut_gives_the_same_granules(problem, data):
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    whole, parts = KVCache(*sizes, **options), KVCache(*sizes, **options)
+    whole.append(keys, values, lengths=lengths)
+    append_in_parts(parts, keys, values, cuts(data.draw(seeds), lengths))
+    assert used(parts) == used(whole)
+    assert parts.attend(query).tobytes() == whole.attend(query).tobytes()
+
+
+@pytest.mark.parametrize("tail", [Tail(), Tail(3), Tail(1, 4), Tail(4, 4), Tail(6, 4), Tail(9, 4), Tail(2, 5)])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_token_by_token_equals_one_prompt(tail, sinks):
+    rng = np.random.default_rng(0)
+    keys, values = normal(rng, (2, 2, 50, HEAD_DIM)), normal(rng, (2, 2, 50, HEAD_DIM))
+    codec = codecs.Float16(HEAD_DIM)
+    stepwise = KVCache(2, 2, 4, HEAD_DIM, 50, keys=codec, values=codec, tail=tail, sinks=sinks)
+    for t in range(50):
+        stepwise.append(keys[:, :, t:t + 1], values[:, :, t:t + 1])
+        whole = KVCache(2, 2, 4, HEAD_DIM, 50, keys=codec, values=codec, tail=tail, sinks=sinks)
+        whole.append(keys[:, :, :t + 1], values[:, :, :t + 1])
+        assert used(stepwise) == used(whole)
+
+
+@given(problems())
+def test_bytes_are_counted_as_they_are_held(problem):
+    sizes, options, keys, values, lengths, _ = problem
+    made = KVCache(*sizes, **options)
+    batch, kv_heads, _, head_dim, capacity = sizes
+    token_bytes = 2 * kv_heads * head_dim * keys.dtype.itemsize
+    assert np.isnan(made.bits_per_element) and made.nbytes_used == 0
+    # Sinks, tail and store are apart: beyond the capacity there is only the room in which a block is completed.
+    assert batch * capacity * token_bytes <= made.nbytes <= batch * (capacity + options["tail"].slots) * token_bytes
+    assert made.nbytes == sum(len(memory) for memory in state(made)[0].values())
+    assume(lengths.any())
+    made.append(keys, values, lengths=lengths)
+    assert made.nbytes_used == lengths.sum() * token_bytes
+    assert made.bits_per_element == 8 * keys.dtype.itemsize
+
+
+def test_exact_without_a_tail_holds_nothing_beside_the_tokens():
+    made = caches.exact(2, 3, 6, HEAD_DIM, 100)
+    assert made.nbytes == 2 * 3 * 100 * HEAD_DIM * 2 * 2
+
+
+def test_append_copies():
+    rng = np.random.default_rng(0)
+    keys, values = normal(rng, (1, 1, 9, HEAD_DIM)), normal(rng, (1, 1, 9, HEAD_DIM))
+    made = caches.exact(1, 1, 1, HEAD_DIM, 20, tail=4)
+    made.append(keys, values)
+    before = used(made)
+    keys[...], values[...] = 0, 0
+    assert used(made) == before
+
+
+@pytest.mark.parametrize("tail", [0, 16])
+def test_append_and_attend_allocate_nothing_that_grows(tail):
+    token = np.ones((1, 2, 1, 64), np.float16)
+    query = np.ones((1, 4, 64), np.float16)
+    out = np.empty_like(query)
+    made = caches.exact(1, 2, 4, 64, 4096, tail=tail)
+    made.append(np.ones((1, 2, 4000, 64), np.float16), np.ones((1, 2, 4000, 64), np.float16))
+    made.append(token, token), made.attend(query, out=out)              # compiled and warm
+    tracemalloc.start()
+    made.append(token, token)
+    made.attend(query, out=out)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 1024, f"{peak} bytes, where the cache holds {made.nbytes}"
+
+
+# ------------------------------------------------------------------------------------------------------------- attend
+
+
+@given(problems(), st.data())
+def test_attend_equals_the_reference(problem, data):
+    sizes, options, keys, values, lengths, query = problem
+    made = KVCache(*sizes, **options)
+    poison(made)
+    append_in_parts(made, keys, values, cuts(data.draw(seeds), lengths))
+    assert_attends_to(made, keys, values, lengths, query, scale=data.draw(st.sampled_from((None, 0.5, -1.0, 0.0))))
+
+
+@given(problems(), st.sampled_from(("own", "float32")))
+def test_attend_writes_where_it_is_told(problem, dtype):
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    made = KVCache(*sizes, **options)
+    made.append(keys, values, lengths=lengths)
+    out = np.empty(query.shape, query.dtype if dtype == "own" else np.float32)
+    assert_attends_to(made, keys, values, lengths, query, out=out)
+    assert made.attend(query, out=out) is out
+    if dtype == "own":
+        assert made.attend(query).tobytes() == out.tobytes()
+
+
+@given(problems())
+def test_an_empty_cache_gives_zero_and_minus_infinity(problem):
+    sizes, options, _, _, _, query = problem
+    made = KVCache(*sizes, **options)
+    poison(made)
+    output, lse = made.attend(query, return_lse=True)
+    assert (output == 0).all() and np.isneginf(lse).all()
+
+
+@given(problems(st.just("float32")), st.data())
+def test_a_batch_gives_what_single_sequences_give(problem, data):
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    together = KVCache(*sizes, **options)
+    append_in_parts(together, keys, values, cuts(data.draw(seeds), lengths))
+    output, lse = together.attend(query, return_lse=True)
+    for b, length in enumerate(lengths.tolist()):
+        alone = KVCache(1, *sizes[1:], **options)
+        if length:
+            alone.append(keys[b:b + 1, :, :length], values[b:b + 1, :, :length])
+        alone_output, alone_lse = alone.attend(query[b:b + 1], return_lse=True)
+        assert alone_output.tobytes() == output[b:b + 1].tobytes() and alone_lse.tobytes() == lse[b:b + 1].tobytes()
+
+
+@given(problems(), st.data())
+def test_nan_in_one_token_stays_with_its_head(problem, data):
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    b = data.draw(st.sampled_from(np.flatnonzero(lengths).tolist()))
+    g, t = data.draw(st.integers(0, sizes[1] - 1)), data.draw(st.integers(0, int(lengths[b]) - 1))
+    side = data.draw(st.sampled_from(("keys", "values")))
+    clean, spoilt = KVCache(*sizes, **options), KVCache(*sizes, **options)
+    clean.append(keys, values, lengths=lengths)
+    bad = {"keys": keys.copy(), "values": values.copy()}
+    bad[side][b, g, t] = np.nan
+    spoilt.append(bad["keys"], bad["values"], lengths=lengths)
+
+    differing = [(name, np.argwhere(np.any(spoiled != view.to_host(), axis=-1)))
+                 for (name, view), spoiled in zip(clean._views(), (v.to_host() for _, v in spoilt._views()))]
+    assert [len(rows) for _, rows in differing if len(rows)] == [1]         # one token of one head, in the whole memory
+    hit = np.zeros((sizes[0], sizes[2]), bool)
+    hit[b, g * sizes[2] // sizes[1]:(g + 1) * sizes[2] // sizes[1]] = True
+    expected, actual = clean.attend(query), spoilt.attend(query)
+    assert np.isnan(actual[hit].astype(np.float32)).all()
+    assert actual[~hit].tobytes() == expected[~hit].tobytes()
+
+
+def test_frameworks_get_back_their_own():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    keys, values, query = (normal(rng, shape, "float32") for shape in ((2, 2, 20, 8), (2, 2, 20, 8), (2, 6, 8)))
+    made = caches.exact(2, 2, 6, 8, 30, dtype="bfloat16", tail=5, sinks=2)
+    tensors = [torch.from_numpy(x).to(torch.bfloat16) for x in (keys, values, query)]
+    as_tokens_first = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)       # strided, as models make them
+    made.append(as_tokens_first, tensors[1], lengths=torch.tensor([20, 13]))
+    output, lse = made.attend(tensors[2], return_lse=True)
+    assert isinstance(output, torch.Tensor) and output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    host = [x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) for x in tensors]
+    assert_attends_to(made, host[0], host[1], np.array([20, 13]), host[2])
+
+
+def test_jax_queries():
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    keys, query = normal(rng, (1, 2, 20, 8)), normal(rng, (1, 4, 8))
+    made = caches.exact(1, 2, 4, 8, 30, tail=5)
+    made.append(jax.numpy.asarray(keys), jax.numpy.asarray(keys))
+    output = made.attend(jax.numpy.asarray(query))
+    assert isinstance(output, jax.Array) and np.asarray(output).tobytes() == made.attend(query).tobytes()
+
+
+@pytest.mark.parametrize("backend", ["reference", "simt"])
+def test_other_backends_of_the_host(backend):
+    if loaders.availability(backend):
+        pytest.skip(loaders.availability(backend))
+    rng = np.random.default_rng(0)
+    keys, values, query = normal(rng, (2, 1, 40, 64)), normal(rng, (2, 1, 40, 64)), normal(rng, (2, 4, 64))
+    made = caches.exact(2, 1, 4, 64, 64, tail=5, backend=backend)
+    made.append(keys, values, lengths=[40, 3])
+    assert_attends_to(made, keys, values, np.array([40, 3]), query)
+
+
+# ------------------------------------------------------------------------------------- index, selector, and statistics
+
+
+@given(problems(st.just("float16"), BlockCodec), st.integers(0, 12), st.data())
+def test_a_selector_chooses_among_the_store_and_the_exact_part_is_always_attended(problem, count, data):
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    made = KVCache(*sizes, **options, index=BlockIndex(), selector=Largest(count))
+    append_in_parts(made, keys, values, cuts(data.draw(seeds), lengths))
+    output, lse = made.attend(query, out=np.empty(query.shape, np.float32), return_lse=True)
+
+    sinks, tail = options["sinks"], options["tail"]
+    for b, length in enumerate(lengths.tolist()):
+        encoded = int(tail.encoded(max(length - sinks, 0)))
+        stored = slice(sinks, sinks + encoded)
+        best = np.argsort(-keys[b, 0, stored, 0].astype(np.float64), kind="stable")[:count] + sinks
+        kept = sorted({*range(min(sinks, length)), *best.tolist(), *range(sinks + encoded, length)})
+        if encoded:
+            assert (np.flatnonzero(made.last_selection[b, :encoded]) + sinks == np.sort(best)).all()
+        x = {}
+        for side, tokens in (("keys", keys), ("values", values)):
+            x[side] = tokens[b:b + 1, :, :length].astype(np.float64)
+            if encoded:
+                codec, packed = made._owned[f"store.{side}"]
+                x[side][0, :, stored] = codec.dequantise(packed)[b, :, :encoded]
+        one = slice(b, b + 1)
+        assert_is_attention(output[one], lse[one], query[one], x["keys"][:, :, kept], x["values"][:, :, kept], None)
+
+
+def test_the_first_append_prepares_each_sequence_once_with_its_queries():
+    BlockIndex.seen.clear()
+    codec = BlockCodec(4)
+    made = KVCache(2, 1, 2, 4, 40, keys=codec, values=codec, tail=Tail(2, 2), index=BlockIndex(), selector=Largest(3))
+    x, q = np.ones((2, 1, 12, 4), np.float16), np.ones((2, 2, 12, 4), np.float16)
+    made.append(x, x, q=q, lengths=[12, 0])
+    made.append(x, x, q=q, lengths=[5, 7])
+    made.append(x, x)
+    assert BlockIndex.seen == [(slice(0, 1), (1, 1, 12, 4), (1, 2, 12, 4)), (slice(1, 2), (1, 1, 7, 4), (1, 2, 7, 4))]
+    made.clear()
+    made.append(x, x)
+    assert BlockIndex.seen[2:] == [(slice(0, 2), (2, 1, 12, 4), None)]
+
+
+# --------------------------------------------------------------------------------- errors, and that they change nothing
+
+
+@given(problems(), st.data())
+def test_a_full_cache_is_left_as_it_was(problem, data):
+    sizes, options, keys, values, lengths, query = problem
+    made = KVCache(*sizes, **options)
+    poison(made)
+    if lengths.any():
+        made.append(keys, values, lengths=lengths)
+    before = state(made)
+    b = data.draw(st.integers(0, sizes[0] - 1))
+    added = np.zeros(sizes[0], int)
+    added[b] = sizes[4] - lengths[b] + data.draw(st.integers(1, 3))
+    x = np.ones((sizes[0], sizes[1], added[b], sizes[3]), keys.dtype)
+    with pytest.raises(CapacityError, match=f"sequence {b} .*capacity {sizes[4]}.*nothing was written"):
+        made.append(x, x, lengths=added)
+    assert state(made) == before
+    if (added := sizes[4] - lengths[b]) and data.draw(st.booleans()):
+        room = np.zeros(sizes[0], int)
+        room[b] = added
+        made.append(x, x, lengths=room)                                # exactly full is allowed
+        assert made.lengths[b] == sizes[4]
+
+
+TOKENS = np.ones((2, 2, 3, 8), np.float16)
+BAD_APPENDS = {
+    "k: expected dtype float16, got float32": dict(k=TOKENS.astype(np.float32)),
+    "v: expected dtype float16, got int8": dict(v=TOKENS.astype(np.int8)),
+    "k: expected .*2.*, got .*1": dict(k=TOKENS[:1]),
+    "v: expected .*8.*, got .*7": dict(v=TOKENS[..., :7].copy()),
+    "v: expected .*3.*, got .*2": dict(v=TOKENS[:, :, :2]),
+    "k: expected at least one token, got 0": dict(k=TOKENS[:, :, :0], v=TOKENS[:, :, :0]),
+    "k: expected a contiguous last dimension": dict(k=np.ones((2, 2, 3, 16), np.float16)[..., ::2]),
+    "k: expected shape": dict(k=TOKENS[0]),
+    "q: expected .*4.*, got .*3": dict(q=np.ones((2, 3, 3, 8), np.float16)),
+    "q: expected .*3.*, got .*2": dict(q=np.ones((2, 4, 2, 8), np.float16)),
+    "lengths: expected 2 integers": dict(lengths=[3]),
+    "lengths: expected 2 integers, one for each sequence, got float64": dict(lengths=[1.0, 2.0]),
+    "lengths: expected values between 0 and the 3 tokens given": dict(lengths=[1, 4]),
+    "lengths: expected values between 0 and the 3": dict(lengths=[-1, 1]),
+    "k: expected an array": dict(k=[1.0]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_APPENDS)
+@pytest.mark.parametrize("tail", [0, 4])
+def test_wrong_arguments_of_append_change_nothing(message, tail):
+    made = caches.exact(2, 2, 4, 8, 20, tail=tail)
+    made.append(TOKENS, TOKENS, lengths=[3, 2])
+    before = state(made)
+    with pytest.raises((ValueError, TypeError), match="KVCache.append: " + message):
+        made.append(**{"k": TOKENS, "v": TOKENS, **BAD_APPENDS[message]})
+    assert state(made) == before
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(q=np.ones((2, 4, 8), np.float32)), "q: expected dtype float16, got float32"),
+    (dict(q=np.ones((2, 2, 8), np.float16)), "q: expected .*4.*, got .*2"),
+    (dict(q=np.ones((2, 4, 8), np.float16), scale=float("nan")), "scale: expected a finite number"),
+    (dict(q=np.ones((2, 4, 8), np.float16), out=np.ones((2, 4, 8), np.int16)), "out: expected dtype"),
+    (dict(q=np.ones((2, 4, 8), np.float16), out=np.ones((2, 4, 9), np.float16)), "out: expected shape"),
+])
+def test_wrong_arguments_of_attend(arguments, message):
+    made = caches.exact(2, 2, 4, 8, 20, tail=2)
+    made.append(TOKENS, TOKENS)
+    before = state(made)
+    with pytest.raises((ValueError, TypeError), match=f"KVCache.attend: {message}"):
+        made.attend(**arguments)
+    assert state(made) == before
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(batch=0), "batch: expected an integer of at least 1, got 0"),
+    (dict(capacity=True), "capacity: expected an integer of at least 1, got True"),
+    (dict(kv_heads=2.0), "kv_heads: expected an integer"),
+    (dict(q_heads=5), "q_heads: expected 1 to 16 times the 2 KV heads, got 5"),
+    (dict(q_heads=34), "q_heads: expected 1 to 16 times the 2 KV heads, got 34"),
+    (dict(sinks=-1), "sinks: expected an integer of at least 0, got -1"),
+    (dict(tail=4), "tail: expected a Tail, got 4"),
+    (dict(keys="Float16"), "keys: expected a codec, got 'Float16'"),
+    (dict(values=codecs.Float16(4)), "values: expected a codec for head_dim 8"),
+    (dict(dtype="bfloat16"), "dtype: expected one that keys=.* takes: float16, got 'bfloat16'"),
+    (dict(index="RaBitQ", selector=Largest(2)), "index: expected a codecs.Store, got 'RaBitQ'"),
+    (dict(index=BlockIndex()), "selector: expected an index and a selector, or neither"),
+    (dict(keys=BlockCodec(8), values=BlockCodec(8), tail=Tail(4, 3)), "tail: expected blocks of whole granules of 2"),
+    (dict(values=BlockCodec(8), tail=Tail(4, 2)), "no decode attention for keys Float16 x values Block"),
+    (dict(index=BlockIndex(), selector=Largest(2), tail=Tail(0, 2)), "no sparse attention for keys Float16"),
+    (dict(device="tpu"), "device"),
+])
+def test_wrong_parameters(changes, message):
+    codec = codecs.Float16(8)
+    good = dict(batch=1, kv_heads=2, q_heads=4, head_dim=8, capacity=10, keys=codec, values=codec)
+    KVCache(**good)
+    with pytest.raises(ValueError, match=message):
+        KVCache(**{**good, **changes})
+
+
+# ----------------------------------------------------------------------------------------------- clear, copies, presets
+
+
+def test_clear_forgets():
+    made = caches.exact(2, 2, 4, 8, 5, tail=2)
+    made.append(TOKENS, TOKENS)
+    made.clear()
+    assert len(made) == 0 and made.nbytes_used == 0 and made.last_selection is None
+    assert (made.attend(np.ones((2, 4, 8), np.float16)) == 0).all()
+    made.append(2 * TOKENS, 2 * TOKENS)
+    assert (made.attend(np.ones((2, 4, 8), np.float16)) == 2).all()
+
+
+@given(problems())
+def test_a_deep_copy_is_independent(problem):
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any() and lengths.max() < sizes[4])
+    made = KVCache(*sizes, **options)
+    made.append(keys, values, lengths=lengths)
+    other = copy.deepcopy(made)
+    assert used(other) == used(made) and other.attend(query).tobytes() == made.attend(query).tobytes()
+    before = state(made)
+    other.append(keys[:, :, :1], values[:, :, :1])
+    assert state(made) == before and len(other) == len(made) + 1
+
+
+def test_addresses_are_not_pickled_or_shared():
+    made = caches.exact(1, 1, 1, 8, 5)
+    for attempt in (copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="use save and load, or copy.deepcopy"):
+            attempt(made)
+
+
+@pytest.mark.parametrize("name", caches.PRESETS)
+def test_presets_work_with_the_common_arguments(name):
+    preset = caches.PRESETS[name]
+    assert preset.description and "\n" not in preset.description and preset.source
+    rng = np.random.default_rng(0)
+    made = preset.function(1, 2, 4, 64, 300)
+    keys, values, query = normal(rng, (1, 2, 300, 64)), normal(rng, (1, 2, 300, 64)), normal(rng, (1, 4, 64))
+    made.append(keys, values)
+    assert len(made) == 300 and made.attend(query).shape == (1, 4, 64) and made.nbytes_used <= made.nbytes
+
+
+# -------------------------------------------------------------------------------------------------------- save and load
+
+
+@given(st.one_of(problems(), problems(st.just("float16"), BlockCodec)), st.booleans(), st.data())
+def test_what_is_saved_is_loaded(problem, selective, data):
+    sizes, options, keys, values, lengths, query = problem
+    if isinstance(options["keys"], BlockCodec) and selective:
+        options |= dict(index=BlockIndex(), selector=Largest(4))
+    made = KVCache(*sizes, **options)
+    append_in_parts(made, keys, values, cuts(data.draw(seeds), lengths))
+    room = data.draw(st.integers(0, 5))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kv.safetensors"
+        made.save(path)
+        first = path.read_bytes()
+        made.save(path)
+        assert path.read_bytes() == first and os.listdir(folder) == ["kv.safetensors"]
+        assert len(first) < made.nbytes_used + 4096 + 256 * 6 * sizes[0]       # the used tokens and a header
+        loaded, larger = caches.load(path), caches.load(str(path), capacity=sizes[4] + room)
+        if lengths.max() > 1:
+            with pytest.raises(CapacityError, match=f"capacity: expected at least the {lengths.max()} tokens"):
+                caches.load(path, capacity=int(lengths.max()) - 1)
+        assert path.read_bytes() == first
+    for other, capacity in ((loaded, sizes[4]), (larger, sizes[4] + room)):
+        assert used(other) == used(made) and (other.lengths == lengths).all() and other.capacity == capacity
+        assert other._part_objects() == made._part_objects() and other.tail == made.tail
+        assert other.attend(query).tobytes() == made.attend(query).tobytes()
+    more = np.full((sizes[0], sizes[1], room, sizes[3]), 0.5, keys.dtype)
+    if room:                                        # and goes on as if it had never been away
+        other = KVCache(*sizes[:4], sizes[4] + room, **options)
+        append_in_parts(other, keys, values, cuts(data.draw(seeds), lengths))
+        other.append(more, more), larger.append(more, more)
+        assert used(other) == used(larger)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    made = caches.exact(2, 1, 2, 4, 12, tail=2, sinks=1)
+    rng = np.random.default_rng(0)
+    made.append(normal(rng, (2, 1, 7, 4)), normal(rng, (2, 1, 7, 4)), lengths=[7, 4])
+    path = tmp_path / "kv.safetensors"
+    made.save(path)
+    return path
+
+
+def refused(path, match=None):
+    with pytest.raises(ValueError, match=match) as error:
+        caches.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_every_flipped_byte_is_found(saved):
+    content = saved.read_bytes()
+    masks = np.random.default_rng(1).integers(1, 256, len(content))
+    for place, mask in enumerate(masks.tolist()):
+        saved.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1:])
+        refused(saved)
+    saved.write_bytes(content)
+    caches.load(saved)
+
+
+@functools.cache
+def smallest_file():
+    """The bytes of a saved cache of three tokens."""
+    made = caches.exact(1, 1, 1, 2, 4, tail=1)
+    tokens = np.arange(6, dtype=np.float16).reshape(1, 1, 3, 2)
+    made.append(tokens, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(Path(folder) / "kv")
+        return (Path(folder) / "kv").read_bytes()
+
+
+@given(place=st.integers(0), mask=st.integers(1, 255))
+def test_any_flipped_byte_is_found(place, mask):
+    content = bytearray(smallest_file())
+    content[place % len(content)] ^= mask
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kv.safetensors"
+        path.write_bytes(content)
+        refused(path)
+
+
+def test_every_truncation_and_extension_is_found(saved):
+    content = saved.read_bytes()
+    for length in range(len(content)):
+        saved.write_bytes(content[:length])
+        refused(saved)
+    saved.write_bytes(content + b"\0")
+    refused(saved, "damaged")
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"", b"\0" * 8, b"text that is no cache", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}",
+                    b"\x02\0\0\0\0\0\0\0[]", b"\x08\0\0\0\0\0\0\0[[[[[[[[" * 3):
+        path.write_bytes(content)
+        refused(path, "not a kvbench.cache file")
+    deep = b"[" * 100_000
+    path.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    refused(path, "not a kvbench.cache file")
+    safetensors.numpy.save_file({"a": np.zeros(3)}, path)
+    refused(path, "not a kvbench.cache file")
+    safetensors.numpy.save_file({"a": np.zeros(3)}, path, {"kvbench": "[]"})
+    refused(path, "not a kvbench.cache file")
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    path.write_bytes(buffer.getvalue())
+    refused(path, "not a kvbench.cache file")
+    storage.write(path, {}, None, "kvbench.capture", 1)
+    refused(path, "expected a kvbench.cache file, got 'kvbench.capture'")
+    with pytest.raises(FileNotFoundError):
+        caches.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("version, message", [
+    (2, "version 2 is newer than this kvbench, which reads versions up to 1: upgrade"),
+    (0, "damaged: expected a format version"),
+    ("1", "damaged: expected a format version"),
+])
+def test_other_versions_are_refused(tmp_path, version, message):
+    storage.write(tmp_path / "kv", {"x": np.zeros(3)}, {}, "kvbench.cache", version)
+    refused(tmp_path / "kv", message)
+
+
+def tampered(change):
+    """A change to the content, the arrays, or both, of a file whose checksum is right again."""
+    def apply(path):
+        tensors, content = storage.read(path, "kvbench.cache", 1)
+        change(tensors, content)
+        storage.write(path, tensors, content, "kvbench.cache", 1)
+    return apply
+
+
+def widen(tensors, content):
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name].astype(np.float32)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t, c: c.pop("lengths"), "'lengths'"),
+    (lambda t, c: c["lengths"].append(1), "lengths: expected 2 lengths"),
+    (lambda t, c: c.update(lengths=[7, -4]), "lengths: expected 2 lengths"),
+    (lambda t, c: c.update(lengths=[13, 4]), "lengths: expected 2 lengths of at most 12"),
+    (lambda t, c: c.update(lengths=[6, 4]), "expected float16"),
+    (lambda t, c: c["parts"]["keys"].update(part="Float8"), "unknown codec, index or selector 'Float8'"),
+    (lambda t, c: c["parts"]["keys"].update(bits=3), "bits"),
+    (lambda t, c: c["parts"].update(keys=None), "keys: expected a codec"),
+    (lambda t, c: c["tail"].update(block=0), "Tail: block"),
+    (lambda t, c: c["parameters"].update(batch=-1), "batch: expected an integer of at least 1"),
+    (lambda t, c: c["parameters"].pop("dtype") and c["parameters"].update(device="cuda"), "device"),
+    (lambda t, c: t.pop(sorted(t)[0]), "arrays: expected"),
+    (lambda t, c: t.update(extra=np.zeros(2)), "arrays: expected"),
+    (widen, "expected float16"),
+])
+def test_inconsistent_content_is_refused(saved, change, message):
+    tampered(change)(saved)
+    refused(saved, message)
+
+
+@pytest.mark.parametrize("place", [(os, "replace"), (os, "fsync"), (safetensors.numpy, "save_file")])
+@pytest.mark.parametrize("crash", [OSError, KeyboardInterrupt])
+def test_a_crash_while_saving_leaves_the_old_file(saved, monkeypatch, place, crash):
+    before = saved.read_bytes()
+    module, name = place
+
+    def fails(*arguments, **options):
+        raise crash("on purpose")
+
+    other = caches.exact(1, 1, 1, 4, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, fails)
+        with pytest.raises(crash):
+            other.save(saved)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
+    assert (caches.load(saved).lengths == [7, 4]).all()
+    other.save(saved)
+    assert len(caches.load(saved)) == 0
+
+
+def test_saving_follows_a_symbolic_link(saved, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(saved)
+    caches.exact(1, 1, 1, 4, 3).save(link)
+    assert link.is_symlink() and len(caches.load(saved)) == 0
+
+
+def test_a_saved_cache_is_an_ordinary_safetensors_file(saved):
+    tensors = safetensors.numpy.load_file(saved)
+    assert tensors["store.keys.tokens.0"].shape == (1, 1, 4, 4) and tensors["exact.keys.tokens.1"].shape == (1, 1, 3, 4)
+    content = saved.read_bytes()
+    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    about = json.loads(header["__metadata__"]["kvbench"])
+    assert (about["format"], about["version"]) == ("kvbench.cache", 1) and len(about["sha256"]) == 64
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+gpu_cases = pytest.mark.parametrize("tail, sinks", [(Tail(), 0), (Tail(17), 3), (Tail(1, 16), 0), (Tail(16, 16), 4)])
+
+
+def gpu_cache(tail, sinks, dtype="float16", capacity=700, device="cuda"):
+    codec = codecs.Float16(64, dtype)
+    return KVCache(2, 2, 8, 64, capacity, keys=codec, values=codec, tail=tail, sinks=sinks, dtype=dtype, device=device)
+
+
+@pytest.mark.gpu
+@gpu_cases
+@pytest.mark.parametrize("framework", ["torch", "cupy"])
+@pytest.mark.parametrize("dtype", sorted(NUMPY))
+def test_gpu_equals_the_reference(framework, tail, sinks, dtype):
+    module = pytest.importorskip(framework)
+    rng = np.random.default_rng(0)
+    host = [normal(rng, shape, dtype) for shape in ((2, 2, 600, 64), (2, 2, 600, 64), (2, 8, 64))]
+    if framework == "torch":
+        keys, values, query = (module.from_numpy(x.astype(np.float32)).to(getattr(module, dtype)).cuda() for x in host)
+    else:
+        keys, values, query = (module.asarray(x) for x in host)
+    on_gpu, on_host = gpu_cache(tail, sinks, dtype), gpu_cache(tail, sinks, dtype, device="cpu")
+    for made, k, v in ((on_gpu, keys, values), (on_host, *host[:2])):
+        made.append(k[:, :, :500], v[:, :, :500], lengths=[500, 333])
+        for t in range(500, 560):
+            made.append(k[:, :, t:t + 1], v[:, :, t:t + 1])
+    assert used(on_gpu) == used(on_host)
+    output, lse = on_gpu.attend(query, return_lse=True)
+    assert type(output) is type(query) and output.device == query.device
+    seen = [np.concatenate([x[:, :, :333], x[:, :, 500:560]], axis=2) for x in (host[0][1:], host[1][1:])]
+    output, lse = (arrays.borrow(x, "result").to_host() for x in (output, lse))
+    for b, (k, v) in enumerate(((host[0][:1, :, :560], host[1][:1, :, :560]), seen)):
+        assert_is_attention(output[b:b + 1], lse[b:b + 1], host[2][b:b + 1], k, v, None)
+
+
+@pytest.mark.gpu
+def test_gpu_refuses_arrays_of_the_host_and_the_other_way_round():
+    x = np.ones((2, 2, 3, 64), np.float16)
+    made = gpu_cache(Tail(), 0)
+    message = "expected an array on the cache's device cuda:0, got one on cpu"
+    with pytest.raises(ValueError, match=f"KVCache.append: k: {message}"):
+        made.append(x, x)
+    with pytest.raises(ValueError, match=f"KVCache.attend: q: {message}"):
+        made.attend(np.ones((2, 8, 64), np.float16))
+
+
+@pytest.mark.gpu
+@gpu_cases
+def test_gpu_streams_are_followed(tail, sinks):
+    """Appends and attention queued on changing streams, behind slow work, give what one stream gives."""
+    torch = pytest.importorskip("torch")
+    keys, values = torch.randn(2, 2, 2, 600, 64, device="cuda", dtype=torch.float16)
+    query = torch.randn(2, 8, 64, device="cuda", dtype=torch.float16)
+    plain, moved = gpu_cache(tail, sinks), gpu_cache(tail, sinks)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for start in range(0, 600, 40):
+        plain.append(keys[:, :, start:start + 40], values[:, :, start:start + 40])
+        expected = plain.attend(query)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[start // 40 % 3]):
+            torch.cuda._sleep(2_000_000)
+            moved.append(keys[:, :, start:start + 40], values[:, :, start:start + 40])
+        with torch.cuda.stream(streams[start // 40 * 2 % 3]):
+            output = moved.attend(query)
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+@gpu_cases
+def test_gpu_attend_is_captured_once_and_sees_later_tokens(tail, sinks):
+    torch = pytest.importorskip("torch")
+    keys, values = torch.randn(2, 2, 2, 600, 64, device="cuda", dtype=torch.float16)
+    query = torch.randn(2, 8, 64, device="cuda", dtype=torch.float16)
+    out = torch.empty_like(query)
+    made, eager = gpu_cache(tail, sinks), gpu_cache(tail, sinks)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        made.append(keys[:, :, :100], values[:, :, :100])
+        made.attend(query, out=out)                       # compiled before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            made.attend(query, out=out)
+        eager.append(keys[:, :, :100], values[:, :, :100])
+        for t in range(100, 160):
+            made.append(keys[:, :, t:t + 1], values[:, :, t:t + 1])
+            eager.append(keys[:, :, t:t + 1], values[:, :, t:t + 1])
+            graph.replay()
+            assert torch.equal(out, eager.attend(query))
+
+
+@pytest.mark.gpu
+@gpu_cases
+def test_gpu_saves_and_loads(tail, sinks, tmp_path):
+    torch = pytest.importorskip("torch")
+    keys, values = torch.randn(2, 2, 2, 600, 64, device="cuda", dtype=torch.float16)
+    query = torch.randn(2, 8, 64, device="cuda", dtype=torch.float16)
+    made = gpu_cache(tail, sinks)
+    made.append(keys, values, lengths=torch.tensor([600, 77], device="cuda"))
+    made.save(tmp_path / "kv")
+    assert torch.equal(caches.load(tmp_path / "kv", device="cuda").attend(query), made.attend(query))
+    assert torch.equal(copy.deepcopy(made).attend(query), made.attend(query))
+    assert used(caches.load(tmp_path / "kv")) == used(made)
+    before = state(made)
+    with pytest.raises(CapacityError):
+        made.append(keys, values)
+    assert state(made) == before
