@@ -6,8 +6,8 @@ kvbench.bindings._simt     the kernels compiled by g++ for the emulator; needs N
 Nothing that is missing stops the installation: the reason is written beside the module, for ``kvbench doctor``.
 
 KVBENCH_CUDA=0               builds without nvcc, even if it is there
-KVBENCH_CUDA_ARCHS=80,90     compiles for these GPU generations ("native": those in this machine). Default: the GPUs that
-                             nvidia-smi shows; where there are none sm_80, sm_90 and sm_100, the last also as PTX
+KVBENCH_CUDA_ARCHS=80,90     compiles for these GPU generations ("native": those in this machine). Default: the GPUs
+                             that nvidia-smi shows; where there are none sm_80, sm_90, sm_100, the last also as PTX
 KVBENCH_BUILD_CACHE=FOLDER   keeps compiled objects there instead of build/objects, for repeated builds
 CXX                          the C++ compiler, g++ by default
 """
@@ -71,7 +71,9 @@ class BuildKernels(build_ext):
             device = (nvcc, "-std=c++17", "-O3", "-DKVB_NATIVE", "-Xcompiler=-fPIC,-fvisibility=hidden",
                       *toolchain.gpu_architectures(nvcc))
             steps = [toolchain.Step(device, path, (INCLUDE,)) for path in self.kernel_files()]
-            steps.append(toolchain.Step((*host, "-DKVB_NATIVE"), BINDINGS / "native.cpp", includes, (toolkit / "include",)))
+            steps.append(
+                toolchain.Step((*host, "-DKVB_NATIVE"), BINDINGS / "native.cpp", includes, (toolkit / "include",))
+            )
             libraries = [f"-L{toolkit / folder}" for folder in ("lib64", "targets/x86_64-linux/lib", "lib")]
             # The static runtime needs no CUDA library, and so no driver, to be imported.
             self.link(steps, [*libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread"], target)
@@ -102,12 +104,24 @@ class BuildKernels(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["kvbench", "kvbench.*"]), "kvbench.reference", "kvbench.cuda_src", "kvbench.bindings"],
-    package_dir={"kvbench": "kvbench", "kvbench.reference": "reference", "kvbench.cuda_src": "cuda_src",
-                 "kvbench.bindings": "bindings"},
-    include_package_data=False,   # the list below alone decides
-    package_data={"kvbench": ["data/*"], "kvbench.cuda_src": ["*.cu", "include/**/*"],
-                  "kvbench.bindings": ["*.cpp", "*.h"]},
+    packages=[
+        *find_packages(include=["kvbench", "kvbench.*"]),
+        "kvbench.reference",
+        "kvbench.cuda_src",
+        "kvbench.bindings",
+    ],
+    package_dir={
+        "kvbench": "kvbench",
+        "kvbench.reference": "reference",
+        "kvbench.cuda_src": "cuda_src",
+        "kvbench.bindings": "bindings",
+    },
+    include_package_data=False,  # the list below alone decides
+    package_data={
+        "kvbench": ["data/*"],
+        "kvbench.cuda_src": ["*.cu", "include/**/*"],
+        "kvbench.bindings": ["*.cpp", "*.h"],
+    },
     ext_modules=[Extension(f"kvbench.bindings.{name}", [], optional=True) for name in ("_native", "_simt")],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -42,8 +42,8 @@ class DeviceScope {
 };
 
 // An argument is bytes (a scalar, little endian), an address on the device, or None (a null pointer).
-void launch(const std::string& name, std::array<unsigned, 3> grid, std::array<unsigned, 3> block, const py::sequence& args,
-            size_t shared_bytes, uintptr_t stream, int device) {
+void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py::sequence& args, size_t shared_bytes,
+            uintptr_t stream, int device) {
   const kvb::ExportedKernel& kernel = kvb::find_kernel(name);
   kvb::check_argument_count(kernel, args.size());
   std::vector<std::string> scalars(args.size());
@@ -56,7 +56,8 @@ void launch(const std::string& name, std::array<unsigned, 3> grid, std::array<un
       continue;
     }
     if (!kernel.parameters[i].is_pointer) throw kvb::argument_error(kernel, i, "the bytes of a scalar");
-    if (!value.is_none() && !py::isinstance<py::int_>(value)) throw kvb::argument_error(kernel, i, "an address or None");
+    if (!value.is_none() && !py::isinstance<py::int_>(value))
+      throw kvb::argument_error(kernel, i, "an address or None");
     pointers[i] = value.is_none() ? nullptr : reinterpret_cast<void*>(value.cast<uintptr_t>());
     values[i] = &pointers[i];
   }
@@ -67,8 +68,8 @@ void launch(const std::string& name, std::array<unsigned, 3> grid, std::array<un
   cudaError_t status;
   {
     py::gil_scoped_release release;
-    status = cudaLaunchKernel(function, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), values.data(),
-                              shared_bytes, reinterpret_cast<cudaStream_t>(stream));
+    status = cudaLaunchKernel(function, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
+                              values.data(), shared_bytes, reinterpret_cast<cudaStream_t>(stream));
   }
   check(status, kernel.name);
 }
@@ -96,8 +97,7 @@ py::dict properties(int device) {
 #else
 constexpr bool has_cuda = false;
 
-void launch(const std::string& name, std::array<unsigned, 3>, std::array<unsigned, 3>, const py::sequence&, size_t, uintptr_t,
-            int) {
+void launch(const std::string& name, kvb::Sizes, kvb::Sizes, const py::sequence&, size_t, uintptr_t, int) {
   throw std::runtime_error(name + ": this build of kvbench has no CUDA kernels");
 }
 int device_count() { return 0; }

@@ -18,8 +18,8 @@ kvb::emu::Argument array(const py::tuple& span, const kvb::Parameter& parameter)
   return argument;
 }
 
-void launch(const std::string& name, std::array<unsigned, 3> grid, std::array<unsigned, 3> block, const py::sequence& args,
-            size_t shared_bytes, kvb::u64 seed, bool ftz) {
+void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py::sequence& args, size_t shared_bytes,
+            kvb::u64 seed, bool ftz) {
   const kvb::ExportedKernel& kernel = kvb::find_kernel(name);
   kvb::check_argument_count(kernel, args.size());
   std::vector<kvb::emu::Argument> arguments;

@@ -15,7 +15,7 @@ from pathlib import Path
 # Flags for CUDA sources and their hosts as C++:
 #   -fno-strict-aliasing      kernels reinterpret memory (uint4 over halves); CUDA compilers allow it
 #   -ffp-contract=off         no fused multiply-add that the source does not ask for
-#   -fvisibility=hidden       inline variables are GNU-unique symbols: the loader would merge the machines of all modules
+#   -fvisibility=hidden       inline variables are GNU-unique symbols: the loader would merge those of all modules
 #   -fstack-clash-protection  a large frame touches every page, so that it cannot jump over a stack's guard page
 CXX_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off",
              "-fstack-clash-protection", "-Wno-unknown-pragmas", "-DKVB_EMULATE")
@@ -51,8 +51,10 @@ def find_nvcc() -> str:
     homes = [os.environ[name] + "/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if path := shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", os.defpath)])):
         return path
-    raise Missing("no nvcc when kvbench was installed: install a CUDA toolkit (12.3 or newer), put nvcc on the PATH and "
-                  "reinstall kvbench")
+    raise Missing(
+        "no nvcc when kvbench was installed: install a CUDA toolkit (12.3 or newer), put nvcc on the PATH and "
+        "reinstall kvbench"
+    )
 
 
 def toolkit_root(nvcc: str) -> Path:
@@ -64,7 +66,7 @@ def toolkit_root(nvcc: str) -> Path:
 
 
 def find_cuda_headers() -> list[Path]:
-    """Folders that together provide cuda_fp16.h and what it includes: a toolkit's, or those of NVIDIA's header wheels."""
+    """Folders that together provide cuda_fp16.h and what it includes: a toolkit's, or those of header wheels."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     try:
         roots.append(toolkit_root(find_nvcc()))
@@ -95,7 +97,9 @@ def gpu_architectures(nvcc: str) -> list[str]:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
         numbers = [str(number) for number in DEFAULT_ARCHITECTURES if f"compute_{number}" in known]
         if not numbers:
-            raise Missing(f"{nvcc} supports none of the GPU generations {DEFAULT_ARCHITECTURES}: install CUDA 12.3 or newer")
+            raise Missing(
+                f"{nvcc} supports none of the GPU generations {DEFAULT_ARCHITECTURES}: install CUDA 12.3 or newer"
+            )
     options = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return [*options, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
 
@@ -140,11 +144,14 @@ VERSIONED_HEADERS = ("cuda_fp16.h", "cuda_bf16.h", "cuda_runtime_api.h", "patchl
 def emulation_step(source: Path, includes: list[Path], flags=PLAIN_FLAGS) -> Step:
     """Compile a .cu or .cpp for the emulator. includes: the kernels' own include folders, then any others."""
     language = ("-x", "c++") if source.suffix == ".cu" else ()
-    return Step((find_cxx(), *CXX_FLAGS, *flags, *language), source, tuple(map(Path, includes)), tuple(find_cuda_headers()))
+    return Step(
+        (find_cxx(), *CXX_FLAGS, *flags, *language), source, tuple(map(Path, includes)), tuple(find_cuda_headers())
+    )
 
 
 def compile_all(steps: list[Step], project_headers: list[Path], cache: Path) -> list[Path]:
-    """Objects of all steps, compiled in parallel; one whose sources, headers, flags and compiler are known is reused."""
+    """Objects of all steps, compiled in parallel; those of known sources, headers, flags and compiler are reused."""
+
     def compile_one(step: Step) -> Path:
         return make(cache / f"{step.source.stem}-{step.digest(project_headers)}.o", step.compile)
 

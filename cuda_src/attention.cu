@@ -364,22 +364,22 @@ __global__ void __launch_bounds__(256) attention_merge_kernel(const In* __restri
 }  // namespace kvb
 
 #define KVB_EXPORT_DECODE(T)                                  \
-  KVB_EXPORT(128, kvb::attention_decode_kernel<T, 64, 8>)     \
-  KVB_EXPORT(255, kvb::attention_decode_kernel<T, 64, 16>)    \
+  KVB_EXPORT(96, kvb::attention_decode_kernel<T, 64, 8>)      \
+  KVB_EXPORT(128, kvb::attention_decode_kernel<T, 64, 16>)    \
   KVB_EXPORT(128, kvb::attention_decode_kernel<T, 128, 8>)    \
-  KVB_EXPORT(255, kvb::attention_decode_kernel<T, 128, 16>)   \
-  KVB_EXPORT(255, kvb::attention_decode_kernel<T, 256, 8>)    \
-  KVB_EXPORT(255, kvb::attention_decode_kernel<T, 256, 16>)
+  KVB_EXPORT(168, kvb::attention_decode_kernel<T, 128, 16>)   \
+  KVB_EXPORT(168, kvb::attention_decode_kernel<T, 256, 8>)    \
+  KVB_EXPORT(224, kvb::attention_decode_kernel<T, 256, 16>)
 KVB_EXPORT_DECODE(__half)
 KVB_EXPORT_DECODE(__nv_bfloat16)
-KVB_EXPORT(128, kvb::attention_decode_simple_kernel<64>)
-KVB_EXPORT(128, kvb::attention_decode_simple_kernel<128>)
-KVB_EXPORT(128, kvb::attention_decode_simple_kernel<256>)
+KVB_EXPORT(96, kvb::attention_decode_simple_kernel<64>)
+KVB_EXPORT(96, kvb::attention_decode_simple_kernel<128>)
+KVB_EXPORT(104, kvb::attention_decode_simple_kernel<256>)
 
 #define KVB_EXPORT_MERGE(In)                                      \
-  KVB_EXPORT(64, kvb::attention_merge_kernel<In, float>)          \
-  KVB_EXPORT(64, kvb::attention_merge_kernel<In, __half>)         \
-  KVB_EXPORT(64, kvb::attention_merge_kernel<In, __nv_bfloat16>)
+  KVB_EXPORT(40, kvb::attention_merge_kernel<In, float>)          \
+  KVB_EXPORT(40, kvb::attention_merge_kernel<In, __half>)         \
+  KVB_EXPORT(40, kvb::attention_merge_kernel<In, __nv_bfloat16>)
 KVB_EXPORT_MERGE(float)
 KVB_EXPORT_MERGE(__half)
 KVB_EXPORT_MERGE(__nv_bfloat16)

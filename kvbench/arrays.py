@@ -277,7 +277,8 @@ class Array:
             index = self.device.index
             driver().order(index, stream, self.stream)
         for target, source, *rows in _rectangles(self, other):
-            driver().copy(index, stream, self.pointer + target, other.pointer + source, *rows)
+            driver().copy(index, stream, self.pointer + target, other.pointer + source, *rows,
+                          to_host=self.device.kind == "cpu", from_host=other.device.kind == "cpu")
         if self.device != other.device:
             driver().synchronize(index)
 

@@ -15,7 +15,7 @@ from collections import deque
 
 from kvbench.errors import BackendUnavailable
 
-_UNIFIED = 4                    # CU_MEMORYTYPE_UNIFIED: the address itself says where it is
+_HOST, _DEVICE = 1, 2           # CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE
 _LONGEST_PITCH = 2**31 - 1      # CU_DEVICE_ATTRIBUTE_MAX_PITCH, the same on every device
 _OWNING_DEVICE = 9              # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _WITHOUT_TIMING = 2             # CU_EVENT_DISABLE_TIMING
@@ -29,6 +29,11 @@ class _Rectangle(ctypes.Structure):
         ("x", ctypes.c_size_t), ("y", ctypes.c_size_t), ("memory_type", ctypes.c_uint), ("host", ctypes.c_void_p),
         ("device", ctypes.c_uint64), ("array", ctypes.c_void_p), ("pitch", ctypes.c_size_t))
     ] + [("width", ctypes.c_size_t), ("height", ctypes.c_size_t)]
+
+
+def _side(name, address, pitch, on_host):
+    kind, field = (_HOST, "_host") if on_host else (_DEVICE, "_device")
+    return {f"{name}_memory_type": kind, name + field: address, f"{name}_pitch": pitch}
 
 
 class Driver:
@@ -54,8 +59,9 @@ class Driver:
     def on(self, index: int):
         """Makes the primary context of device `index` current, and restores what was current before."""
         if index not in self._contexts:
-            context = ctypes.c_void_p()
-            self("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(index))
+            device, context = ctypes.c_int(), ctypes.c_void_p()
+            self("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
+            self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
             self._contexts[index] = context
         self("cuCtxPushCurrent_v2", self._contexts[index])
         try:
@@ -88,16 +94,15 @@ class Driver:
         self("cuEventDestroy_v2", event)                # the driver keeps it until the wait is over
 
     def copy(self, index: int, stream: int, target: int, source: int, width: int, height: int = 1,
-             target_pitch: int = 0, source_pitch: int = 0) -> None:
-        """Queues a copy of `height` rows of `width` bytes; both addresses may be in host or device memory."""
+             target_pitch: int = 0, source_pitch: int = 0, *, to_host: bool = False, from_host: bool = False) -> None:
+        """Queues a copy of `height` rows of `width` bytes, by default from device to device memory."""
         with self.on(index):
             # A pitch below the width (a broadcast row) or beyond the driver's limit cannot be said as one rectangle.
             if height > 1 and width <= min(target_pitch, source_pitch) \
                     and max(target_pitch, source_pitch) <= _LONGEST_PITCH:
-                self("cuMemcpy2DAsync_v2", ctypes.byref(_Rectangle(
-                    source_memory_type=_UNIFIED, source_device=source, source_pitch=source_pitch,
-                    target_memory_type=_UNIFIED, target_device=target, target_pitch=target_pitch,
-                    width=width, height=height)), ctypes.c_void_p(stream))
+                rectangle = _Rectangle(**_side("source", source, source_pitch, from_host),
+                                       **_side("target", target, target_pitch, to_host), width=width, height=height)
+                self("cuMemcpy2DAsync_v2", ctypes.byref(rectangle), ctypes.c_void_p(stream))
                 return
             for row in range(height):
                 self("cuMemcpyAsync", ctypes.c_uint64(target + row * target_pitch),

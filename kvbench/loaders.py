@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvbench.arrays import Array, Device
+from kvbench.bindings import missing
 from kvbench.errors import BackendUnavailable
 
 
@@ -83,21 +84,14 @@ def availability(backend: str) -> str | None:
             return f"CuPy finds no usable GPU ({error}); it needs an NVIDIA GPU and its driver"
         return "CuPy finds no GPU; it needs an NVIDIA GPU and its driver"
     if backend == "native":
-        try:
+        reason = missing("_native")
+        if reason is None:
             from kvbench.bindings import _native
-        except ImportError as error:
-            return f"the native module is not built ({error}); with g++ and nvcc installed: pip install --force-reinstall kvbench"
-        if not _native.has_cuda:
-            return "the native module was built without nvcc; with nvcc installed: pip install --force-reinstall kvbench"
-        if _native.device_count() == 0:
-            return "no NVIDIA GPU or driver is present"
-        return None
+
+            reason = None if _native.device_count() else "no NVIDIA GPU or driver is present"
+        return reason
     if backend == "simt":
-        try:
-            from kvbench.bindings import _simt  # noqa: F401
-        except ImportError as error:
-            return f"the emulator is not built ({error}); with g++ installed: pip install --force-reinstall kvbench"
-        return None
+        return missing("_simt")
     raise ValueError(f"backend: expected one of reference, cpu, cuda, native, simt, got {backend!r}")
 
 

@@ -636,6 +636,10 @@ class Library:
     def cuInit(self, flags):
         return 0
 
+    def cuDeviceGet(self, device, index):
+        device._obj.value = index.value
+        return 0
+
     def cuDevicePrimaryCtxRetain(self, context, index):
         context._obj.value = 1000 + index.value
         return 0
@@ -686,8 +690,10 @@ class Library:
         fields = struct.unpack(f"={side}{side}QQ", raw)
         (source_x, source_y, source_type, source_host, source, source_array, source_pitch,
          target_x, target_y, target_type, target_host, target, target_array, target_pitch, width, height) = fields
-        assert source_type == target_type == 4
-        assert not any((source_x, source_y, source_host, source_array, target_x, target_y, target_host, target_array))
+        assert not any((source_x, source_y, source_array, target_x, target_y, target_array))
+        self.sides = source_type, target_type
+        source, target = ((host if type == 1 else address) for type, host, address in
+                          ((source_type, source_host, source), (target_type, target_host, target)))
         if width > min(source_pitch, target_pitch) or max(source_pitch, target_pitch) > 2**31 - 1:
             return 1                                    # CUDA_ERROR_INVALID_VALUE
         for row in range(height):
@@ -796,6 +802,16 @@ def test_device_copies_equal_numpy_copies_for_every_pair_of_layouts(data):
 def test_appending_to_a_cache_is_one_copy(emulated, target, source, copies):
     on_device(target).copy_from(on_device(source))
     assert len(emulated.copies) == copies and (target == 1).all()
+
+
+def test_rectangles_say_which_side_is_host_memory(emulated):
+    target, source = np.zeros((3, 40), np.uint8)[:, :8], np.ones((3, 8), np.uint8)
+    on_device(target).copy_from(source)
+    assert emulated.sides == (1, 2) and (target == 1).all()
+    on_device(target).to_host()
+    assert emulated.sides == (2, 1)
+    on_device(np.zeros_like(source)).copy_from(on_device(target))
+    assert emulated.sides == (2, 2)
 
 
 def test_a_pitch_beyond_the_drivers_limit_is_copied_row_by_row(emulated, monkeypatch):

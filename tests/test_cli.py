@@ -13,6 +13,7 @@ import pytest
 
 from kvbench import bench, claims, cli, doctor, registry
 from kvbench.errors import BackendUnavailable
+from kvbench.reference.claim import MINIMUM_SAMPLES
 
 README = Path(__file__).parents[1] / "README.md"
 TINY = ("--axis", "tokens=64", "--axis", "kv_heads=1")
@@ -70,7 +71,7 @@ def test_list_tells_what_is_absent():
 
 def test_prove_writes_what_it_prints(tmp_path):
     path = tmp_path / "claims.json"
-    printed = held("prove", "attention", "--samples", 100, "--seed", 7, "--json", path).stdout
+    printed = held("prove", "attention", "--samples", MINIMUM_SAMPLES, "--seed", 7, "--json", path).stdout
     results = json.loads(path.read_text())["results"]
     assert len(results) == len(claims.algorithms()["attention"])
     for result in results:
@@ -188,7 +189,7 @@ def test_a_wrong_kernel_is_not_timed(wrong_kernel, capsys):
 
 
 def test_a_false_claim_is_reported(monkeypatch, tmp_path, capsys):
-    result = next(claims.prove(["attention"], samples=100))
+    result = next(claims.prove(["attention"], samples=MINIMUM_SAMPLES))
     false = dataclasses.replace(result, evidence=dataclasses.replace(result.evidence, strain=float("nan")))
     monkeypatch.setattr(claims, "prove", lambda *arguments: iter([result, false]))
     path = tmp_path / "claims.json"
@@ -198,7 +199,7 @@ def test_a_false_claim_is_reported(monkeypatch, tmp_path, capsys):
 
 
 def test_interrupted_prove_keeps_what_is_done(monkeypatch, tmp_path, capsys):
-    first = next(claims.prove(["attention"], samples=100))
+    first = next(claims.prove(["attention"], samples=MINIMUM_SAMPLES))
 
     def interrupted(*arguments):
         yield first

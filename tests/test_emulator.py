@@ -61,7 +61,7 @@ def test_the_wrappers_compile_for_gpus(architecture):
     assert len(lowered) > 70 and all(name.encode() in cubin for name in lowered.values())
 
 
-# ---- faults: order of threads --------------------------------------------------------------------------------------
+# ---- faults: order of threads ----------------------------------------------------------------------------------------
 
 def rotated(faulty, kernel, seed, threads):
     x, out = np.arange(1000, 1000 + threads, dtype=i32), np.zeros(threads, i32)
@@ -88,10 +88,16 @@ def test_a_schedule_replays_exactly_and_another_differs(faulty):
 @pytest.mark.parametrize("barrier", ["__syncthreads", "shuffle"])
 def test_divergent_barriers(faulty, barrier):
     kernel, message = {
-        "__syncthreads": ("two_barriers_kernel", r"block \(0,0,0\) thread \((3[2-9]|[4-6]\d),0,0\): __syncthreads at line "
-                                                 r"(\d+) while other threads wait at the barrier of line (?!\2)\d+"),
-        "shuffle": ("stuck_kernel", r"block \(0,0,0\): deadlock: threads wait from thread \(0,0,0\) in __shfl_sync at line \d+, "
-                                    r"from thread \(1,0,0\) in __syncthreads at line \d+"),
+        "__syncthreads": (
+            "two_barriers_kernel",
+            r"block \(0,0,0\) thread \((3[2-9]|[4-6]\d),0,0\): __syncthreads at line "
+            r"(\d+) while other threads wait at the barrier of line (?!\2)\d+",
+        ),
+        "shuffle": (
+            "stuck_kernel",
+            r"block \(0,0,0\): deadlock: threads wait from thread \(0,0,0\) in __shfl_sync at line \d+, "
+            r"from thread \(1,0,0\) in __syncthreads at line \d+",
+        ),
     }[barrier]
     with pytest.raises(RuntimeError, match=f"kvb::{kernel}: {message}"):
         faulty(kernel, 1, 64 if "two" in kernel else 32, np.zeros(64, i32))
@@ -125,8 +131,11 @@ def test_a_wait_covers_a_threads_own_copies_only(faulty):
 # ---- faults: warp collectives ----------------------------------------------------------------------------------------
 
 def test_a_shuffle_from_a_lane_that_has_left(faulty):
-    with pytest.raises(RuntimeError, match=r"early_exit_kernel: block \(0,0,0\) thread \(1,0,0\): __shfl_sync at line \d+: "
-                                           r"lane 1 reads lane 0, which is not in the mask or has exited"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"early_exit_kernel: block \(0,0,0\) thread \(1,0,0\): __shfl_sync at line \d+: "
+        r"lane 1 reads lane 0, which is not in the mask or has exited",
+    ):
         faulty("early_exit_kernel", 1, 32, np.zeros(32, i32))
 
 
@@ -136,13 +145,17 @@ def test_a_shuffle_from_a_lane_outside_the_mask(faulty):
 
 
 def test_a_lane_outside_its_own_mask(faulty):
-    with pytest.raises(RuntimeError, match=r"thread \(8,0,0\): __shfl_sync at line \d+: mask 000000ff lacks the calling lane"):
+    with pytest.raises(
+        RuntimeError, match=r"thread \(8,0,0\): __shfl_sync at line \d+: mask 000000ff lacks the calling lane"
+    ):
         faulty("shuffle_members_kernel", 1, 32, np.zeros(32, i32), u32(0x1FF), u32(0xFF), i32(0))
 
 
 def test_a_mask_that_names_lanes_which_do_not_come(faulty):
     out = np.zeros(32, i32)
-    faulty("shuffle_members_kernel", 1, 32, out, u32(0xFF), FULL, i32(3))   # they have exited: only their values are missing
+    faulty(
+        "shuffle_members_kernel", 1, 32, out, u32(0xFF), FULL, i32(3)
+    )  # they have exited: only their values are missing
     assert (out[:8] == 3).all()
     with pytest.raises(RuntimeError, match="deadlock: .* in __shfl_sync .* in __ballot_sync"):
         faulty("two_collectives_kernel", 1, 32, out)
@@ -153,14 +166,19 @@ def test_an_mma_needs_the_whole_warp(faulty):
         faulty("half_a_warp_mma_kernel", 1, 32, np.zeros(32, f32))
 
 
-# ---- faults: bounds of global memory ----------------------------------------------------------------------------------
+# ---- faults: bounds of global memory ---------------------------------------------------------------------------------
 
 PLACE = r"block \(1,0,0\) thread \(5,0,0\): "
 elements = st.integers(1, 3000)
 
 
-@given(size=st.integers(1, 750).map(lambda n: 4 * n), distance=st.integers(0, 2**20), after=st.booleans(), write=st.booleans(),
-       seed=schedules)
+@given(
+    size=st.integers(1, 750).map(lambda n: 4 * n),
+    distance=st.integers(0, 2**20),
+    after=st.booleans(),
+    write=st.booleans(),
+    seed=schedules,
+)
 def test_an_access_outside_an_array_is_found_where_it_happens(faulty, size, distance, after, write, seed):
     """The first element past the end faults. Before the start lies the rest of a page, which only writes show."""
     x, out = np.zeros(size, i32), np.zeros(size, i32)
@@ -169,10 +187,14 @@ def test_an_access_outside_an_array_is_found_where_it_happens(faulty, size, dist
     assume(write or not near)
     with pytest.raises(RuntimeError) as caught:
         faulty("global_access_kernel<int>", 2, 32, x, out, i64(index), i32(write), seed=seed)
-    place = f"byte {4 * index} of " + (rf"argument 1 \({4 * size} bytes\)" if write else rf"argument 0 \({4 * size} bytes, read-only\)")
+    place = f"byte {4 * index} of " + (
+        rf"argument 1 \({4 * size} bytes\)" if write else rf"argument 0 \({4 * size} bytes, read-only\)"
+    )
     at_once = PLACE + ("write to " if write else "read of ") + place
     at_block_end = r"block \(1,0,0\): wrote to " + place
-    assert re.fullmatch(f"kvb::global_access_kernel<int>: ({at_once}{'|' + at_block_end if near else ''})", str(caught.value))
+    assert re.fullmatch(
+        f"kvb::global_access_kernel<int>: ({at_once}{'|' + at_block_end if near else ''})", str(caught.value)
+    )
     assert not x.any() and not out.any()
 
 
@@ -193,18 +215,21 @@ def test_a_write_to_a_read_only_array(faulty):
         faulty("global_access_kernel<int>", 2, 32, out.copy(), out, i64(3), i32(1))
 
 
-def test_what_the_kernel_declares_const_is_left_alone(faulty):
-    """Even a caller's writable array is neither writable for the kernel nor copied back."""
-    x, out = np.arange(64, dtype=i32), np.zeros(64, i32)
+def test_what_the_kernel_declares_const_is_left_alone(faulty, tmp_path):
+    """It may lie in memory that cannot be written at all."""
+    np.arange(64, dtype=i32).tofile(tmp_path / "x")
+    x, out = np.memmap(tmp_path / "x", i32, "r"), np.zeros(64, i32)
     faulty("global_access_kernel<int>", 2, 32, x, out, i64(7), i32(0))
-    assert out[0] == 7 and (x == np.arange(64)).all()
+    assert out[0] == 7
 
 
 def test_null_and_wild_pointers(faulty):
     out = np.zeros(64, i32)
     with pytest.raises(RuntimeError, match=PLACE + "read of address 0xc: null pointer"):
         faulty("global_access_kernel<int>", 2, 32, None, out, i64(3), i32(0))
-    with pytest.raises(RuntimeError, match=PLACE + "(read of address 0x[0-9a-f]+, which belongs to no argument|.*cannot exist)"):
+    with pytest.raises(
+        RuntimeError, match=PLACE + "(read of address 0x[0-9a-f]+, which belongs to no argument|.*cannot exist)"
+    ):
         faulty("global_access_kernel<int>", 2, 32, None, out, i64(2**44), i32(0))
     with pytest.raises(RuntimeError, match=PLACE + ".*address that cannot exist"):
         faulty("global_access_kernel<int>", 2, 32, None, out, i64(2**60), i32(0))
@@ -246,7 +271,8 @@ def test_addresses_that_ptx_refuses(faulty, which, message):
         faulty("bad_address_kernel", 1, 32, words, i32(which))
 
 
-# ---- faults: shared memory, stack, arithmetic -----------------------------------------------------------------------------
+# ---- faults: shared memory, stack, arithmetic ------------------------------------------------------------------------
+
 
 @given(distance=st.integers(0, 2000), after=st.booleans(), write=st.booleans(), dynamic=st.booleans())
 def test_an_access_outside_a_shared_array(faulty, distance, after, write, dynamic):
@@ -254,8 +280,11 @@ def test_an_access_outside_a_shared_array(faulty, distance, after, write, dynami
     index = size + distance if after else -1 - distance
     assume(after or write)         # before the start lies the rest of a page, which only writes show
     name = "dynamic shared memory" if dynamic else "tile"
-    with pytest.raises(RuntimeError, match=rf"shared_access_kernel: block \(1,0,0\)( thread \(5,0,0\))?: (read of|write to|wrote to) "
-                                           rf"byte {4 * index} of {name} \({4 * size} bytes of shared memory\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"shared_access_kernel: block \(1,0,0\)( thread \(5,0,0\))?: (read of|write to|wrote to) "
+        rf"byte {4 * index} of {name} \({4 * size} bytes of shared memory\)",
+    ):
         faulty("shared_access_kernel", 2, 32, np.zeros(32, i32), i32(index), i32(write), i32(dynamic), shared=160)
 
 
@@ -263,7 +292,9 @@ def test_shared_memory_limits(faulty):
     out = np.zeros(32, i32)
     faulty("static_shared_kernel<49152>", 1, 32, out, shared=(227 - 48) * 1024)
     assert (out == 1).all()
-    with pytest.raises(RuntimeError, match="static_shared_kernel<49153>.*shared memory exhausted by block: 49153 bytes static"):
+    with pytest.raises(
+        RuntimeError, match="static_shared_kernel<49153>.*shared memory exhausted by block: 49153 bytes static"
+    ):
         faulty("static_shared_kernel<49153>", 1, 32, out)
     with pytest.raises(RuntimeError, match="shared memory exhausted by block: 49152 bytes static .*, 183297 dynamic"):
         faulty("static_shared_kernel<49152>", 1, 32, out, shared=(227 - 48) * 1024 + 1)
@@ -282,21 +313,34 @@ def test_shared_memory_starts_poisoned_in_every_block(faulty, scalar, numpy_type
 def test_a_stack_overrun(faulty):
     out = np.zeros(32, i32)
     faulty("big_frame_kernel<32768>", 1, 32, out)
-    for size in (80000, 500000):   # the second is larger than the guard page below the stack
-        with pytest.raises(RuntimeError, match=rf"big_frame_kernel<{size}>: block \(0,0,0\) thread \(0,0,0\): overran its stack"):
+    for size in (80000, 500000):  # the second is larger than the guard page below the stack
+        with pytest.raises(
+            RuntimeError, match=rf"big_frame_kernel<{size}>: block \(0,0,0\) thread \(0,0,0\): overran its stack"
+        ):
             faulty(f"big_frame_kernel<{size}>", 1, 32, out)
 
 
 def test_a_division_by_zero(faulty):
-    with pytest.raises(RuntimeError, match=r"divide_kernel: block \(0,0,0\) thread \(0,0,0\): integer division by zero"):
+    with pytest.raises(
+        RuntimeError, match=r"divide_kernel: block \(0,0,0\) thread \(0,0,0\): integer division by zero"
+    ):
         faulty("divide_kernel", 1, 32, np.zeros(32, i32), i32(0))
 
 
-# ---- faults: the launch itself ----------------------------------------------------------------------------------------------
+# ---- faults: the launch itself ---------------------------------------------------------------------------------------
+
 
 def test_launches_that_cuda_refuses(faulty):
     x = np.zeros(128, i32)
-    for grid, block in [((0,), 32), (1, 0), (1, 1025), (1, (32, 33)), (1, (1, 1, 65)), ((1, 65536), 32), ((2**31,), 32)]:
+    for grid, block in [
+        ((0,), 32),
+        (1, 0),
+        (1, 1025),
+        (1, (32, 33)),
+        (1, (1, 1, 65)),
+        ((1, 65536), 32),
+        ((2**31,), 32),
+    ]:
         with pytest.raises(RuntimeError, match="rotate_kernel<true>: a (block|grid) has"):
             faulty("rotate_kernel<true>", grid, block, x, x)
 
@@ -308,7 +352,9 @@ def test_kernels_and_arguments_are_checked(faulty):
         faulty("absent_kernel", 1, 32)
     with pytest.raises(ValueError, match="rotate_kernel<true>: expected 2 arguments, got 1"):
         faulty("rotate_kernel<true>", 1, 128, x)
-    with pytest.raises(ValueError, match="divide_kernel: argument 1: expected a scalar of 4 bytes, got a scalar of 8 bytes"):
+    with pytest.raises(
+        ValueError, match="divide_kernel: argument 1: expected a scalar of 4 bytes, got a scalar of 8 bytes"
+    ):
         faulty("divide_kernel", 1, 32, x, i64(1))
     with pytest.raises(ValueError, match="argument 0: expected a pointer, got a scalar of 4 bytes"):
         faulty("divide_kernel", 1, 32, i32(1), i32(1))
@@ -342,7 +388,8 @@ def test_faults_outside_kernels_are_left_to_the_process():
         import emulator
         run = emulator.Emulator("faults.cu")
         try:
-            run("global_access_kernel<int>", 2, 32, np.zeros(4, np.int32), np.zeros(4, np.int32), np.int64(4), np.int32(0))
+            x = np.zeros(4, np.int32)
+            run("global_access_kernel<int>", 2, 32, x, x.copy(), np.int64(4), np.int32(0))
         except RuntimeError:
             ctypes.string_at(0)
     """)
@@ -361,7 +408,8 @@ def test_what_has_no_meaning_here_does_not_compile(tmp_path, line, message):
         toolchain.compile_all([toolchain.emulation_step(source, [emulator.INCLUDE], ("-fsyntax-only",))], [], tmp_path)
 
 
-# ---- the grid and its barriers -----------------------------------------------------------------------------------------------
+# ---- the grid and its barriers ---------------------------------------------------------------------------------------
+
 
 @given(grid=st.tuples(*[st.integers(1, 4)] * 3), block=st.tuples(*[st.integers(1, 9)] * 3), seed=schedules)
 def test_every_thread_of_the_grid_runs_once_at_its_place(run, grid, block, seed):
@@ -396,12 +444,15 @@ def test_threads_that_have_left_do_not_hold_up_a_barrier(run, threads, share, se
     assert (out[:stay] == stay * (stay - 1) // 2).all() and (out[stay:] == -1).all()
 
 
-# ---- warp collectives ------------------------------------------------------------------------------------------------------
+# ---- warp collectives ------------------------------------------------------------------------------------------------
+
 
 def shuffle_source(kind, lane, argument, width):
     """PTX ISA, shfl.sync: segments of `width` lanes; a source outside the own segment means the own value."""
     first = lane // width * width
-    source = {"idx": first + argument % width, "up": lane - argument, "down": lane + argument, "xor": lane ^ argument}[kind]
+    source = {"idx": first + argument % width, "up": lane - argument, "down": lane + argument, "xor": lane ^ argument}[
+        kind
+    ]
     if kind == "up":
         return source if source >= first else lane
     return source if source < first + width else lane
@@ -409,8 +460,13 @@ def shuffle_source(kind, lane, argument, width):
 
 @pytest.mark.parametrize("scalar, numpy_type", [("int", i32), ("float", f32), ("double", np.float64),
                                                 ("unsigned long long", u64)])
-@given(kind=st.sampled_from(("idx", "up", "down", "xor")), argument=st.integers(0, 31), width=st.sampled_from((1, 2, 4, 8, 16, 32)),
-       mask=st.just(2**32 - 1) | masks, seed=schedules)
+@given(
+    kind=st.sampled_from(("idx", "up", "down", "xor")),
+    argument=st.integers(0, 31),
+    width=st.sampled_from((1, 2, 4, 8, 16, 32)),
+    mask=st.just(2**32 - 1) | masks,
+    seed=schedules,
+)
 def test_shuffles(run, scalar, numpy_type, kind, argument, width, mask, seed):
     lanes = [lane for lane in range(32) if mask >> lane & 1]
     source = {lane: shuffle_source(kind, lane, argument, width) for lane in lanes}
@@ -424,7 +480,9 @@ def test_shuffles(run, scalar, numpy_type, kind, argument, width, mask, seed):
     np.testing.assert_array_equal(out, expected)
 
 
-@given(votes=st.integers(0, 2**32 - 1) | st.just(2**32 - 1) | st.just(0), mask=st.just(2**32 - 1) | masks, seed=schedules)
+@given(
+    votes=st.integers(0, 2**32 - 1) | st.just(2**32 - 1) | st.just(0), mask=st.just(2**32 - 1) | masks, seed=schedules
+)
 def test_warp_votes(run, votes, mask, seed):
     predicate = np.array([votes >> lane & 1 for lane in range(32)], i32) * i32(5)
     out = np.zeros((32, 3), u32)
@@ -434,17 +492,29 @@ def test_warp_votes(run, votes, mask, seed):
         assert tuple(out[lane]) == expected
 
 
-# ---- atomics ---------------------------------------------------------------------------------------------------------------
+# ---- atomics ---------------------------------------------------------------------------------------------------------
 
 ATOMICS = {
-    "add": lambda old, v: old + v, "sub": lambda old, v: old - v, "min": min, "max": max, "and": lambda old, v: old & v,
-    "or": lambda old, v: old | v, "xor": lambda old, v: old ^ v, "exchange": lambda old, v: v, "compare": lambda old, v: old + v,
+    "add": lambda old, v: old + v,
+    "sub": lambda old, v: old - v,
+    "min": min,
+    "max": max,
+    "and": lambda old, v: old & v,
+    "or": lambda old, v: old | v,
+    "xor": lambda old, v: old ^ v,
+    "exchange": lambda old, v: v,
+    "compare": lambda old, v: old + v,
 }
 
 
 @pytest.mark.parametrize("scalar, numpy_type", [("int", i32), ("unsigned int", u32)])
-@given(operation=st.sampled_from(sorted(ATOMICS)), threads=st.integers(1, 200), start=st.integers(0, 2**31 - 1), data=seeds,
-       seed=schedules)
+@given(
+    operation=st.sampled_from(sorted(ATOMICS)),
+    threads=st.integers(1, 200),
+    start=st.integers(0, 2**31 - 1),
+    data=seeds,
+    seed=schedules,
+)
 def test_atomics(run, scalar, numpy_type, operation, threads, start, data, seed):
     """There is an order of the threads in which each finds what the one before it has left."""
     low, high = (-2**20, 2**20) if scalar == "int" else (0, 2**20)
@@ -456,8 +526,8 @@ def test_atomics(run, scalar, numpy_type, operation, threads, start, data, seed)
     def next_value(old, v):
         return int(np.array([ATOMICS[operation](int(old), int(v)) & 0xFFFFFFFF], u32).view(numpy_type)[0])
 
-    # Each thread is an edge from what it found to what it left: an Eulerian walk from start to end exists exactly if all
-    # edges hang together and every value is left as often as it is found, start and end aside.
+    # Each thread is an edge from what it found to what it left: an Eulerian walk from start to end exists exactly if
+    # all edges hang together and every value is left as often as it is found, start and end aside.
     edges = [(int(old), next_value(old, v)) for old, v in zip(before, value)]
     assert Counter([a for a, _ in edges] + [int(target[0])]) == Counter([b for _, b in edges] + [start])
     reached, fresh = {start}, [start]
@@ -485,11 +555,35 @@ def test_wide_atomic_sums(run, kernel, numpy_type, threads, data, seed):
     assert target[0] == value.sum(dtype=numpy_type)
 
 
-# ---- element-wise intrinsics ---------------------------------------------------------------------------------------------------
+# ---- element-wise intrinsics -----------------------------------------------------------------------------------------
 
 COUNT = 256
-SPECIAL = np.array([0, 1, 2, 31, 32, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFE, 0xFFFFFFFF,
-                    0x7F800000, 0xFF800000, 0x7FC00000, 0x00800000, 0x007FFFFF, 0x3F800000, 0x4F000000, 0xCF000000], u32)
+SPECIAL = np.array(
+    [
+        0,
+        1,
+        2,
+        31,
+        32,
+        0x7F,
+        0x80,
+        0xFF,
+        0x7FFFFFFF,
+        0x80000000,
+        0x80000001,
+        0xFFFFFFFE,
+        0xFFFFFFFF,
+        0x7F800000,
+        0xFF800000,
+        0x7FC00000,
+        0x00800000,
+        0x007FFFFF,
+        0x3F800000,
+        0x4F000000,
+        0xCF000000,
+    ],
+    u32,
+)
 
 
 def words(rng):
@@ -640,7 +734,9 @@ def assert_same_bits(actual, expected, inputs):
     if not same.all():
         at = tuple(np.argwhere(~same)[0])
         given_values = [a[at[0]] for a in inputs]
-        pytest.fail(f"{(~same).sum()} of {same.size} differ; first: f({given_values}) = {actual[at]!r}, expected {expected[at]!r}")
+        pytest.fail(
+            f"{(~same).sum()} of {same.size} differ; first: f({given_values}) = {actual[at]!r}, not {expected[at]!r}"
+        )
 
 
 @pytest.mark.parametrize("name", sorted(EXACT))
@@ -673,7 +769,9 @@ def test_rsqrtf(run, data):
     normal = np.isfinite(x) & (x >= 2.0**-126)
     assert (ulps(out[normal], x[normal].astype(np.float64) ** -0.5) <= 2).all()
     edge = np.array([0, -0.0, np.inf, -1, np.nan], f32)
-    np.testing.assert_array_equal(apply(run, "rsqrtf", [edge], edge), np.array([np.inf, -np.inf, 0, np.nan, np.nan], f32))
+    np.testing.assert_array_equal(
+        apply(run, "rsqrtf", [edge], edge), np.array([np.inf, -np.inf, 0, np.nan, np.nan], f32)
+    )
 
 
 @given(data=seeds, ftz=st.booleans())
@@ -704,15 +802,16 @@ def test_flushing_of_subnormals():
     assert np.float32(2.0**-126) * np.float32(0.5) != 0, "the process itself is back to normal"
 
 
-# ---- tensor cores and asynchronous copies ----------------------------------------------------------------------------------------
+# ---- tensor cores and asynchronous copies ----------------------------------------------------------------------------
+
 
 def fragments(matrix, rows, columns):
     """Elements of a matrix in lane order, packed in pairs or fours into 32-bit words: [32, words]."""
     return np.ascontiguousarray(matrix[rows, columns]).view(u32)
 
 
-# The fragment layouts of the PTX ISA ("Matrix Fragments for mma.m16n8k16 with floating point type" and "for mma.m16n8k32"),
-# element i of lane `lane`, in the ISA's own words: groupID = lane >> 2, threadID_in_group = lane % 4.
+# The fragment layouts of the PTX ISA ("Matrix Fragments for mma.m16n8k16 with floating point type" and "for
+# mma.m16n8k32"), element i of lane `lane`, in the ISA's own words: groupID = lane >> 2, threadID_in_group = lane % 4.
 def a_k16(lane, i):
     row = lane >> 2 if 0 <= i < 2 or 4 <= i < 6 else (lane >> 2) + 8
     return row, (lane % 4) * 2 + (i & 1) + (8 if i >= 4 else 0)
@@ -745,7 +844,15 @@ def multiply(run, kernel, a, b, c, layouts, seed):
     layout_a, layout_b = layouts
     per_word = 4 // a.itemsize
     d = np.ascontiguousarray(c[places(d_any, 4)])
-    run(kernel, 1, 32, fragments(a, *places(layout_a, 4 * per_word)), fragments(b, *places(layout_b, 2 * per_word)), d, seed=seed)
+    run(
+        kernel,
+        1,
+        32,
+        fragments(a, *places(layout_a, 4 * per_word)),
+        fragments(b, *places(layout_b, 2 * per_word)),
+        d,
+        seed=seed,
+    )
     out = np.empty_like(c)
     out[places(d_any, 4)] = d
     return out
@@ -757,7 +864,9 @@ def test_mma_m16n8k16(run, scalar, numpy_type, data, seed):
     rng = np.random.default_rng(data)
     a, b = (rng.integers(-16, 17, shape).astype(f32) / 4 for shape in ((16, 16), (16, 8)))   # sums are exact
     c = rng.integers(-1000, 1000, (16, 8)).astype(f32)
-    out = multiply(run, f"mma_k16_kernel<{scalar}>", a.astype(numpy_type), b.astype(numpy_type), c, (a_k16, b_k16), seed)
+    out = multiply(
+        run, f"mma_k16_kernel<{scalar}>", a.astype(numpy_type), b.astype(numpy_type), c, (a_k16, b_k16), seed
+    )
     np.testing.assert_array_equal(out, a @ b + c)
 
 
@@ -806,11 +915,12 @@ def test_ldmatrix(run, transposed, data, seed):
         assert out[lane, j] == int(pair[0]) | int(pair[1]) << 16
 
 
+@pytest.mark.parametrize("once", [False, True])
 @given(chunks=st.integers(1, 6), missing=st.integers(0, 6), seed=st.just(0) | schedules)
-def test_a_ring_of_asynchronous_copies(run, chunks, missing, seed):
+def test_a_ring_of_asynchronous_copies(run, once, chunks, missing, seed):
     """Chunks that are not valid come out as zeros, and global memory is not read for them: the array ends before."""
     present = max(0, chunks - missing)
     x = np.arange(1, 128 * present + 1, dtype=i32)
     out = np.full(128 * chunks, -1, i32)
-    run("ring_kernel", 1, 32, x, out, i32(chunks), i32(present), seed=seed)
+    run(f"ring_kernel<{str(once).lower()}>", 1, 32, x, out, i32(chunks), i32(present), seed=seed)
     np.testing.assert_array_equal(out, np.concatenate([x, np.zeros(128 * (chunks - present), i32)]))

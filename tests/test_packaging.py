@@ -43,8 +43,19 @@ class Environment:
         (site / "libraries.pth").write_text("\n".join(SITE) + "\n")
 
     def install(self, *what, **environment):
-        return run(sys.executable, "-m", "pip", "--python", self.python, "install", "--no-deps", "--no-build-isolation", *what,
-                   cwd=self.folder, **environment)
+        return run(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            self.python,
+            "install",
+            "--no-deps",
+            "--no-build-isolation",
+            *what,
+            cwd=self.folder,
+            **environment,
+        )
 
     def evaluate(self, code: str):
         """Run code from a folder that has nothing to do with kvbench, and return what it prints."""
@@ -98,7 +109,9 @@ def sources(*suffixes):
 def test_the_sdist_holds_every_source(unpacked):
     held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}
     assert sources(".py", ".cu", ".cuh", ".h", ".cpp") <= held
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".cu", ".cpp")} <= held
+    assert {
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".cu", ".cpp")
+    } <= held
     assert {"README.md", "LICENSE", "pyproject.toml", "setup.py"} <= held
     assert not [name for name in held if name.endswith((".so", ".o", ".pyc", ".missing.txt"))]
 
@@ -164,15 +177,26 @@ def test_an_editable_install_maps_the_folders(unpacked, tmp_path):
     (unpacked / "reference" / "added.py").unlink()
 
 
-# ---- what is missing is said ---------------------------------------------------------------------------------------------
+# ---- what is missing is said -----------------------------------------------------------------------------------------
 
 REASONS = 'from kvbench import bindings; print(bindings.missing("_simt"), bindings.missing("_native"), sep="\\n---\\n")'
 
 
-@pytest.mark.parametrize("settings, simt, native", [
-    ({"PATH": "/nonexistent"}, "no C\\+\\+ compiler \\(g\\+\\+\\).*install g\\+\\+ and reinstall", "no C\\+\\+ compiler"),
-    ({"CXX": "false", "KVBENCH_CUDA": "0"}, "false .*cuda_src.*failed with status 1", "false .*native.*failed with status 1"),
-])
+@pytest.mark.parametrize(
+    "settings, simt, native",
+    [
+        (
+            {"PATH": "/nonexistent"},
+            "no C\\+\\+ compiler \\(g\\+\\+\\).*install g\\+\\+ and reinstall",
+            "no C\\+\\+ compiler",
+        ),
+        (
+            {"CXX": "false", "KVBENCH_CUDA": "0"},
+            "false .*cuda_src.*failed with status 1",
+            "false .*native.*failed with status 1",
+        ),
+    ],
+)
 def test_without_a_compiler_the_package_installs_and_says_so(unpacked, tmp_path, settings, simt, native):
     environment = Environment(tmp_path / "environment")
     tree = shutil.copytree(unpacked, tmp_path / "tree")
@@ -201,7 +225,8 @@ def test_a_missing_module_without_a_note():
     assert "kvbench.bindings._absent cannot be imported" in bindings.missing("_absent")
 
 
-# ---- the native module ---------------------------------------------------------------------------------------------------
+# ---- the native module -----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def native():
@@ -223,8 +248,10 @@ def test_the_native_module_checks_arguments_before_it_touches_a_gpu(native):
     name = "kvb::rotation_dense_kernel<float, 64>"   # (x, y, matrix, u64 rows)
     rows = (5).to_bytes(8, "little")
     for arguments, message in [
-        ([0, 0, 0], "expected 4 arguments, got 3"), ([0, 0, 0, rows[:4]], "argument 3: expected a scalar of 8 bytes"),
-        ([rows, 0, 0, rows], "argument 0: expected a pointer"), ([0, 0, 0, 5], "argument 3: expected the bytes of a scalar"),
+        ([0, 0, 0], "expected 4 arguments, got 3"),
+        ([0, 0, 0, rows[:4]], "argument 3: expected a scalar of 8 bytes"),
+        ([rows, 0, 0, rows], "argument 0: expected a pointer"),
+        ([0, 0, 0, 5], "argument 3: expected the bytes of a scalar"),
         ([0.5, 0, 0, rows], "argument 0: expected an address or None"),
     ]:
         with pytest.raises(ValueError, match=re.escape(name) + ".*" + message):
@@ -241,7 +268,8 @@ def test_cuda_errors_are_told(native):
         native.properties(99)
 
 
-# ---- where compilers and headers are looked for ----------------------------------------------------------------------------
+# ---- where compilers and headers are looked for ----------------------------------------------------------------------
+
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
@@ -275,7 +303,9 @@ def test_gpu_architectures(tools, monkeypatch):
     monkeypatch.delenv("KVBENCH_CUDA_ARCHS")
     assert toolchain.gpu_architectures(nvcc) == gencode((86, "sm_86"), (90, "sm_90"))
     tools("nvidia-smi", "NVIDIA-SMI has failed\\n")
-    assert toolchain.gpu_architectures(tools("nvcc", "compute_75\\n compute_80\\n")) == gencode((80, "sm_80"), (80, "compute_80"))
+    assert toolchain.gpu_architectures(tools("nvcc", "compute_75\\n compute_80\\n")) == gencode(
+        (80, "sm_80"), (80, "compute_80")
+    )
     with pytest.raises(toolchain.Missing, match="supports none of"):
         toolchain.gpu_architectures(tools("nvcc", "compute_52\\n"))
 
@@ -329,7 +359,8 @@ def test_objects_are_reused_until_something_changes(tmp_path):
     assert not list(cache.glob("partial*.lock")) and changed.is_file()
 
 
-# ---- one module object for each module -------------------------------------------------------------------------------------
+# ---- one module object for each module -------------------------------------------------------------------------------
+
 
 def test_the_folders_are_never_imported_by_their_bare_names():
     """From the repository's root `import reference` works and makes a second copy of every module."""

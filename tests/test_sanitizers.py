@@ -37,9 +37,20 @@ def replay(program, launches, folder, schedules=SCHEDULES):
     emulator.write_launches(launches, path)
     # ThreadSanitizer of g++ 12 cannot map its shadow where address randomisation is strong; setarch -R turns it off.
     prefix = ["setarch", "-R"] if shutil.which("setarch") else []
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([*prefix, program, path, *schedules], capture_output=True, text=True, errors="replace", timeout=300,
-                          env=environment)
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(
+        [*prefix, program, path, *schedules],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+        env=environment,
+    )
 
 
 def problems(kernel):
@@ -73,7 +84,8 @@ def test_kernels_are_clean(programs, recorded, tmp_path, sanitizer, name):
     assert done.stdout == f"{len(recorded[name])} launches, {len(SCHEDULES)} schedules each\n"
 
 
-# ---- the tests can fail ------------------------------------------------------------------------------------------------
+# ---- the tests can fail ----------------------------------------------------------------------------------------------
+
 
 def array(size, dtype=np.int32, readonly=False):
     return np.arange(size).astype(dtype).view(np.uint8), readonly
@@ -94,15 +106,30 @@ RACES = {
     "copy_for_neighbour_kernel": launch("copy_for_neighbour_kernel<false>", 64, array(256), array(256)),
 }
 OVERRUNS = {
-    "read after a global array": launch("global_access_kernel<int>", 32, array(33), array(33), i64(33), i32(0), blocks=2),
-    "read before a global array": launch("global_access_kernel<int>", 32, array(33), array(33), i64(-1), i32(0), blocks=2),
-    "write after a global array": launch("global_access_kernel<int>", 32, array(33), array(33), i64(33), i32(1), blocks=2),
-    "write to a read-only array": launch("global_access_kernel<int>", 32, array(33), array(33, readonly=True), i64(3), i32(1),
-                                         blocks=2),
-    "read after a shared array": launch("shared_access_kernel", 32, array(32), i32(32), i32(0), i32(0), blocks=2, shared=128),
-    "read before a shared array": launch("shared_access_kernel", 32, array(32), i32(-1), i32(0), i32(0), blocks=2, shared=128),
-    "read after dynamic shared memory": launch("shared_access_kernel", 32, array(32), i32(33), i32(0), i32(1), blocks=2, shared=132),
-    "write after dynamic shared memory": launch("shared_access_kernel", 32, array(32), i32(33), i32(1), i32(1), blocks=2, shared=132),
+    "read after a global array": launch(
+        "global_access_kernel<int>", 32, array(33), array(33), i64(33), i32(0), blocks=2
+    ),
+    "read before a global array": launch(
+        "global_access_kernel<int>", 32, array(33), array(33), i64(-1), i32(0), blocks=2
+    ),
+    "write after a global array": launch(
+        "global_access_kernel<int>", 32, array(33), array(33), i64(33), i32(1), blocks=2
+    ),
+    "write to a read-only array": launch(
+        "global_access_kernel<int>", 32, array(33), array(33, readonly=True), i64(3), i32(1), blocks=2
+    ),
+    "read after a shared array": launch(
+        "shared_access_kernel", 32, array(32), i32(32), i32(0), i32(0), blocks=2, shared=128
+    ),
+    "read before a shared array": launch(
+        "shared_access_kernel", 32, array(32), i32(-1), i32(0), i32(0), blocks=2, shared=128
+    ),
+    "read after dynamic shared memory": launch(
+        "shared_access_kernel", 32, array(32), i32(33), i32(0), i32(1), blocks=2, shared=132
+    ),
+    "write after dynamic shared memory": launch(
+        "shared_access_kernel", 32, array(32), i32(33), i32(1), i32(1), blocks=2, shared=132
+    ),
     "division by zero": launch("divide_kernel", 32, array(32), i32(0)),
 }
 CLEAN = {
@@ -118,7 +145,7 @@ CLEAN = {
 def test_races_are_reported(programs, tmp_path, name, schedule):
     done = replay(programs["thread", "faults"], [RACES[name]], tmp_path, [schedule])
     assert done.returncode != 0
-    assert "WARNING: ThreadSanitizer: data race" in done.stderr and f"faults.cu" in done.stderr and name in done.stderr
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr and "faults.cu" in done.stderr and name in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(OVERRUNS))

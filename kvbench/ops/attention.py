@@ -12,7 +12,7 @@ import numpy as np
 from kvbench import loaders, registry
 from kvbench.arrays import FLOATS, Arguments, Array, Device, empty, zeros
 from kvbench.cpu import attention as cpu_attention
-from kvbench.ops.dispatch import CXX_TYPE, EPSILON, assert_close, choose, random_normal, relative_error
+from kvbench.ops.dispatch import CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, choose, random_normal, relative_error
 from kvbench.reference import attention as reference
 from kvbench.registry import Kernel, Traffic, register
 
@@ -254,7 +254,7 @@ def decode_tolerance(query, keys, values, lengths, scale, weight_epsilon) -> tup
     rounded to the cache's type by one within 1 +- weight_epsilon/2, in numerator and total alike (the log-sum-exp is that of
     the rounded weights, so that partial results merge to what one launch gives); sums over tokens by
     (depth) eps/2.  All of these are relative to sum_t w_t |v_t|, which is what the allowance multiplies.  Weights below the
-    normal range of float16 have an absolute error of 2^-33 of the largest weight.
+    normal range of float16 have an absolute error of 2^-33 of the largest weight; float32 subnormals may count as zero.
     """
     query, keys, values = (np.asarray(x).astype(np.float64) for x in (query, keys, values))
     batch, q_heads, head_dim = query.shape
@@ -269,7 +269,7 @@ def decode_tolerance(query, keys, values, lengths, scale, weight_epsilon) -> tup
         arithmetic = (8 + math.log2(tokens + 1) + tokens / 64) * EPSILON["float32"] / 2
         weighted = reference.decode(query, signed_keys, values, lengths=lengths, scale=scale, return_lse=False)
         factor = np.expm1(2 * delta) + weight_epsilon + 2 * arithmetic
-        underflow = tokens * 2.0**-33 * values.max(axis=(2, 3), initial=0).repeat(q_heads // kv_heads, axis=1)
+        underflow = (tokens + 2) * SMALLEST_NORMAL + tokens * 2.0**-33 * values.max(axis=(2, 3), initial=0).repeat(q_heads // kv_heads, axis=1)
         return (factor[..., None] * weighted + underflow[..., None],
                 delta + weight_epsilon / 2 + arithmetic + 16 * EPSILON["float32"] * (largest + math.log(tokens + 1) + 1))
 
@@ -296,12 +296,13 @@ def _merge_traffic(problem):
 
 
 def _merge_agreement(inputs, expected, actual):
-    """Weights exp(lse_i - lse): the rounding of a difference of size |lse| becomes a relative error of the weight."""
+    """Weights exp(lse_i - lse): the rounding of a difference of size |lse| becomes a relative error of the weight.
+    float32 subnormals may count as zero."""
     outputs, lses = np.asarray(inputs["outputs"]).astype(np.float64), np.asarray(inputs["lses"]).astype(np.float64)
     finite = np.where(np.isfinite(lses), np.abs(lses), 0).max(axis=0)
     relative = EPSILON["float32"] * (8 + lses.shape[0] + 2 * finite)
     read = np.where(np.isneginf(lses)[..., None], 0, np.abs(outputs)).max(axis=0)
-    assert_close(expected[0], actual[0], np.asarray(actual[0]).dtype.name, relative[..., None] * read, "output")
+    assert_close(expected[0], actual[0], np.asarray(actual[0]).dtype.name, relative[..., None] * read + (lses.shape[0] + 1) * SMALLEST_NORMAL, "output")
     assert_close(expected[1], actual[1], "float32", relative, "log-sum-exp")
 
 

@@ -24,7 +24,9 @@ def load_module(*sources: str):
     """The module kvbench.bindings._simt, with the kernels of tests/emulator/<sources> instead of cuda_src."""
     strict = (*toolchain.PLAIN_FLAGS, "-Wall", "-Wextra", "-Werror")
     kernels = [toolchain.emulation_step(HERE / name, [INCLUDE], strict) for name in sources]
-    host = toolchain.emulation_step(BINDINGS / "simt.cpp", [INCLUDE, sysconfig.get_path("include"), pybind11.get_include()])
+    host = toolchain.emulation_step(
+        BINDINGS / "simt.cpp", [INCLUDE, sysconfig.get_path("include"), pybind11.get_include()]
+    )
     stem = "_".join(Path(name).stem for name in sources)
     path = _link([*kernels, host], f"_simt-{stem}", (), ["-shared"], ".so")
     spec = importlib.util.spec_from_file_location(f"{stem}._simt", path)   # pybind11 keeps one module per full name
@@ -84,7 +86,9 @@ class Gpu:
         self.kernels = {name: self.module.get_function(symbol) for name, symbol in lowered.items()}
 
     def __call__(self, name, grid, block, *arguments, shared=0, seed=0, ftz=False):
-        on_device = [self.cupy.asarray(a.view(np.uint8).reshape(-1)) if isinstance(a, np.ndarray) else a for a in arguments]
+        on_device = [
+            self.cupy.asarray(a.view(np.uint8).reshape(-1)) if isinstance(a, np.ndarray) else a for a in arguments
+        ]
         packed = [np.uint64(0 if a is None else a.data.ptr) if a is None or isinstance(a, self.cupy.ndarray) else a
                   for a in on_device]
         self.kernels[f"kvb::{name}"](three(grid), three(block), tuple(packed), shared_mem=shared)
@@ -111,7 +115,9 @@ def write_launches(launches: list[dict], path: Path) -> None:
         for launch in launches:
             name = launch["kernel"].encode()
             file.write(struct.pack("<I", len(name)) + name)
-            file.write(struct.pack("<6IQI", *launch["grid"], *launch["block"], launch["shared_bytes"], len(launch["args"])))
+            file.write(
+                struct.pack("<6IQI", *launch["grid"], *launch["block"], launch["shared_bytes"], len(launch["args"]))
+            )
             for argument in launch["args"]:
                 if argument is None:
                     kind, content = 0, b""
@@ -127,4 +133,6 @@ def _link(steps, name: str, flags, options: list[str], suffix: str) -> Path:
     objects = toolchain.compile_all(steps, toolchain.headers_under(INCLUDE, BINDINGS), CACHE)
     # Objects are named after their content, and so is what is made of them.
     target = CACHE / f"{name}-{toolchain.digest(str(path).encode() for path in objects)}{suffix}"
-    return toolchain.make(target, lambda output: [toolchain.find_cxx(), *flags, *options, *map(str, objects), "-o", str(output)])
+    return toolchain.make(
+        target, lambda output: [toolchain.find_cxx(), *flags, *options, *map(str, objects), "-o", str(output)]
+    )

@@ -1,13 +1,13 @@
-// Kernels with one planted fault each, and the same without it: tests/test_emulator.py and tests/test_sanitizers.py show
-// that the emulator and the sanitizers find them.
+// Kernels with one planted fault each, and the same without it: tests/test_emulator.py and tests/test_sanitizers.py
+// show that the emulator and the sanitizers find them.
 #include "kvb/device.cuh"
 
 namespace kvb {
 
-// ---- order of threads ----------------------------------------------------------------------------------------------
+// ---- order of threads -----------------------------------------------------------------------------------------------
 
-// out[t] = x[t - 1], cyclic, one block of 128 threads.  Without the barrier a thread may read its neighbour's word before
-// the neighbour has written it.
+// out[t] = x[t - 1], cyclic, one block of 128 threads.  Without the barrier a thread may read its neighbour's word
+// before the neighbour has written it.
 template <bool BARRIER>
 __global__ void __launch_bounds__(128) rotate_kernel(const int* x, int* out) {
   KVB_SHARED(int, s, [128]);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(64) two_barriers_kernel(int* out) {
   out[threadIdx.x] = 1;
 }
 
-// ---- warp collectives ------------------------------------------------------------------------------------------------
+// ---- warp collectives -----------------------------------------------------------------------------------------------
 
 // Thread 0 leaves before a shuffle that asks for its value.
 __global__ void __launch_bounds__(32) early_exit_kernel(int* out) {
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32) half_a_warp_mma_kernel(float* out) {
   out[threadIdx.x] = d[0];
 }
 
-// ---- bounds ------------------------------------------------------------------------------------------------------------
+// ---- bounds ---------------------------------------------------------------------------------------------------------
 
 // Thread 5 of block 1 reads in[index] or writes out[index].
 template <class T>
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(32) static_shared_kernel(int* out) {
 
 __global__ void __launch_bounds__(32) divide_kernel(int* out, int divisor) { out[threadIdx.x] = 7 / divisor; }
 
-// ---- addresses that PTX refuses ----------------------------------------------------------------------------------------
+// ---- addresses that PTX refuses -------------------------------------------------------------------------------------
 
 // which: 0 cp_async_16 to a misaligned shared address, 1 from a misaligned global one, 2 to global memory,
 // 3 ldmatrix of a misaligned row, 4 of global memory, 5 load_once misaligned, 6 store_once misaligned, 7 store_once to
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(32) bad_address_kernel(u32* global, int which)
   global[threadIdx.x] = r[0];
 }
 
-// ---- memory that nobody has written --------------------------------------------------------------------------------------
+// ---- memory that nobody has written ---------------------------------------------------------------------------------
 
 template <class T>
 __global__ void __launch_bounds__(32) unwritten_shared_kernel(T* out) {

@@ -1,5 +1,5 @@
-// One small kernel for each intrinsic and PTX wrapper: tests/test_emulator.py compares them with definitions of its own,
-// in the emulator and, where there is one, on a GPU.
+// One small kernel for each intrinsic and PTX wrapper: tests/test_emulator.py compares them with definitions of its
+// own, in the emulator and, where there is one, on a GPU.
 #include "kvb/device.cuh"
 
 namespace kvb {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(64) store_once_kernel(uint4* four, uint2* two,
   store_once(one + t, t);
 }
 
-// ---- the grid --------------------------------------------------------------------------------------------------------
+// ---- the grid -------------------------------------------------------------------------------------------------------
 
 // out[linear index over blocks and threads] = position; visits[linear index] counts how often it ran
 __global__ void __launch_bounds__(1024) positions_kernel(int* out, int* visits) {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(32) last_block_kernel(int* partial, int* count
   }
 }
 
-// ---- barriers --------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 
 // out[t] = {count, or, and} of the predicates
 __global__ void __launch_bounds__(1024) votes_kernel(const int* predicate, int* out) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(1024) barrier_after_exit_kernel(int* out, int 
   out[t] = total;
 }
 
-// ---- warp collectives --------------------------------------------------------------------------------------------------
+// ---- warp collectives -----------------------------------------------------------------------------------------------
 
 // kind: 0 __shfl_sync, 1 _up, 2 _down, 3 _xor; lanes outside the mask keep -1
 template <class T>
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(32) warp_votes_kernel(const int* predicate, u3
   out[3 * lane + 2] = __all_sync(mask, predicate[lane]) != 0;
 }
 
-// ---- atomics -----------------------------------------------------------------------------------------------------------
+// ---- atomics --------------------------------------------------------------------------------------------------------
 
 // Every thread applies the operation to *target with its own value; before[t] = what it found there.
 // operation: 0 add, 1 sub, 2 min, 3 max, 4 and, 5 or, 6 xor, 7 exchange, 8 add by compare and swap
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(1024) atomic_add_long_kernel(u64* target, cons
   before[threadIdx.x] = atomicAdd(target, value[threadIdx.x]);
 }
 
-// ---- tensor cores and asynchronous copies ------------------------------------------------------------------------------
+// ---- tensor cores and asynchronous copies ---------------------------------------------------------------------------
 
 // One warp; a : (32, 4), b : (32, 2), d : (32, 4), the fragments lane by lane
 template <class T>
@@ -217,11 +217,15 @@ __global__ void __launch_bounds__(32) ldmatrix_kernel(const u16* matrices, const
 }
 
 // out = x, four ints a thread, in a ring of two stages; a chunk from `present` on is replaced by zeros, not read
+template <bool ONCE>
 __global__ void __launch_bounds__(32) ring_kernel(const int* x, int* out, int chunks, int present) {
   KVB_SHARED(int, stage, [2][128]);
   const int t = threadIdx.x;
   for (int c = 0; c <= chunks; ++c) {
-    if (c < chunks) cp_async_16(&stage[c % 2][4 * t], x + 128 * c + 4 * t, c < present);
+    int* to = &stage[c % 2][4 * t];
+    const int* from = x + 128 * c + 4 * t;
+    if (c < chunks && ONCE) cp_async_16_once(to, from, c < present, read_once_policy());
+    if (c < chunks && !ONCE) cp_async_16(to, from, c < present);
     cp_async_commit();
     if (c == 0) continue;
     cp_async_wait<1>();
@@ -252,4 +256,5 @@ KVB_EXPORT(64, kvb::mma_k16_kernel<__nv_bfloat16>)
 KVB_EXPORT(64, kvb::mma_k32_kernel)
 KVB_EXPORT(64, kvb::ldmatrix_kernel<false>)
 KVB_EXPORT(64, kvb::ldmatrix_kernel<true>)
-KVB_EXPORT(64, kvb::ring_kernel)
+KVB_EXPORT(64, kvb::ring_kernel<false>)
+KVB_EXPORT(64, kvb::ring_kernel<true>)

@@ -75,9 +75,9 @@ void replay(const Recorded& recorded, const kvb::ExportedKernel& kernel, kvb::u6
       arguments[i].read_only = values[i].kind == 3;
     }
   }
-  const unsigned *grid = recorded.grid, *block = recorded.block;
-  kvb::emu::run({&kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), recorded.shared_bytes, seed},
-                arguments);
+  const dim3 grid(recorded.grid[0], recorded.grid[1], recorded.grid[2]);
+  const dim3 block(recorded.block[0], recorded.block[1], recorded.block[2]);
+  kvb::emu::run({&kernel, grid, block, recorded.shared_bytes, seed}, arguments);
 }
 
 }  // namespace

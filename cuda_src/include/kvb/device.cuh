@@ -25,7 +25,7 @@ using i32 = int;
 #include "kvb/emu/ptx.h"
 #endif
 
-// ---- shared memory -------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 // KVB_SHARED(float, tile, [32][33])   a static array, 16-byte aligned;   KVB_SHARED(int, counter)   a static scalar
 // KVB_DYNAMIC_SHARED(float, buffer)   the block's dynamic shared memory as a float*, 16-byte aligned
 #if defined(KVB_EMULATE)
@@ -40,7 +40,7 @@ using i32 = int;
   type* name = reinterpret_cast<type*>(kvb_dynamic_shared_)
 #endif
 
-// ---- the list of kernel instances ----------------------------------------------------------------------------------
+// ---- the list of kernel instances -----------------------------------------------------------------------------------
 // KVB_EXPORT(registers, kvb::some_kernel<float, 128>) at the end of a .cu file, outside namespaces.  `registers` is the
 // tested limit per thread.  nvcc and g++ register the instance with the module they build; NVRTC is asked for single
 // instances by name and needs no list.
@@ -54,7 +54,7 @@ using i32 = int;
 #define KVB_EXPORT(registers, ...)
 #endif
 
-// ---- PTX wrappers ------------------------------------------------------------------------------------------------
+// ---- PTX wrappers ---------------------------------------------------------------------------------------------------
 #if !defined(KVB_EMULATE)
 namespace kvb {
 
@@ -82,7 +82,8 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
 }
 
 // d[16x8] += a[16x32] b[32x8] on one warp: int8 inputs, int32 sums that wrap around.
-//   a[i]: row g + 8 (i & 1), columns 4t .. 4t + 3 (+ 16 for i >= 2)   b[i]: rows 4t .. 4t + 3 (+ 16 for i = 1), column g
+//   a[i]: row g + 8 (i & 1), columns 4t .. 4t + 3 (+ 16 for i >= 2)
+//   b[i]: rows 4t .. 4t + 3 (+ 16 for i = 1), column g
 __device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -113,7 +114,8 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
-// The same for data that is read once: it is the first to leave the L2 cache, and 128 bytes are fetched from memory at a time.
+// The same for data that is read once: it is the first to leave the L2 cache, and 128 bytes are fetched from memory at
+// a time.
 __device__ __forceinline__ u64 read_once_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -5,7 +5,7 @@
 
 #include "kvb/emu/machine.h"
 
-// ---- barriers ------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 // The default argument records the caller's line, for the reports.
 inline void __syncthreads(int line = __builtin_LINE()) { kvb::emu::block_barrier(false, "__syncthreads", line); }
 inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
@@ -20,7 +20,7 @@ inline int __syncthreads_and(int predicate, int line = __builtin_LINE()) {
 inline void __threadfence_block() {}   // one OS thread: program order is memory order
 inline void __threadfence() {}
 
-// ---- warp: only __syncwarp orders memory, shuffles and votes do not (the ThreadSanitizer build checks it) ---------------
+// ---- warp: only __syncwarp orders memory, shuffles and votes do not (the ThreadSanitizer build checks it) -----------
 namespace kvb::emu {
 
 KVB_EMU_OWN inline void combine_syncwarp([[maybe_unused]] Warp& warp, [[maybe_unused]] u32 members) {
@@ -38,8 +38,8 @@ KVB_EMU_OWN void combine_shuffle(Warp& warp, u32 members) {
     int reader = __builtin_ctz(rest);
     Lane& to = warp.lane[reader];
     if (!(members >> to.argument & 1))
-      fail("%s at line %d: lane %d reads lane %d, which is not in the mask or has exited", blame(warp, reader).what, to.line,
-           reader, to.argument);
+      fail("%s at line %d: lane %d reads lane %d, which is not in the mask or has exited", blame(warp, reader).what,
+           to.line, reader, to.argument);
     __builtin_memcpy(to.out, warp.lane[to.argument].in, sizeof(T));
   }
 }
@@ -101,7 +101,7 @@ inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE())
   return kvb::emu::ballot(mask, predicate == 0, "__all_sync", line) == 0;
 }
 
-// ---- atomics: fibers are not pre-empted, so plain updates are atomic; other threads may run before one ----------------
+// ---- atomics: fibers are not pre-empted, so plain updates are atomic; other threads may run before one --------------
 namespace kvb::emu {
 template <class T, class F>
 KVB_EMU_OWN T atomic_update(T* p, F next) {
@@ -132,14 +132,14 @@ KVB_EMU_OWN T atomicCAS(T* p, kvb::emu::Same<T> compare, kvb::emu::Same<T> v) {
   return kvb::emu::atomic_update(p, [=](T old) KVB_EMU_OWN -> T { return old == compare ? v : old; });
 }
 
-// ---- memory --------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 // Which caches they use is not modelled.
 template <class T>
 T __ldg(const T* p) { return *p; }
 template <class T>
 T __ldcg(const T* p) { return *p; }
 
-// ---- integers and bits ---------------------------------------------------------------------------------------------
+// ---- integers and bits ----------------------------------------------------------------------------------------------
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
@@ -149,7 +149,8 @@ inline unsigned __brev(unsigned x) {
   for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1) << (31 - i);
   return reversed;
 }
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {   // PTX prmt in its default mode, sign bit included
+// PTX prmt in its default mode, sign bit included.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   unsigned long long bytes = (static_cast<unsigned long long>(y) << 32) | x;
   unsigned result = 0;
   for (int i = 0; i < 4; ++i) {
@@ -213,5 +214,5 @@ inline float __uint_as_float(unsigned bits) {
 inline int __float_as_int(float a) { return int(__float_as_uint(a)); }
 inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
 
-// cuda_fp16.h and cuda_bf16.h bring conversions, operators, minima and maxima for the host; their fused forms, roots and
-// exponentials exist on the device only.
+// cuda_fp16.h and cuda_bf16.h bring conversions, operators, minima and maxima for the host; their fused forms, roots
+// and exponentials exist on the device only.

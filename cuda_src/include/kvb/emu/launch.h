@@ -38,14 +38,16 @@ struct Argument {
   bool read_only = false;
 };
 
-// ---- guarded copies of the arrays ------------------------------------------------------------------------------------
+// ---- guarded copies of the arrays -----------------------------------------------------------------------------------
 // Arrays that overlap share one copy, so that a kernel sees them overlap as on the GPU.
 class GuardedArrays {
  public:
   explicit GuardedArrays(const std::vector<Argument>& arguments) {
-    for (size_t i = 0; i < arguments.size(); ++i)
-      if (arguments[i].array) copies_.push_back({arguments[i].array, arguments[i].size, arguments[i].read_only, {i}, {}});
-    std::sort(copies_.begin(), copies_.end(), [](const ArrayCopy& a, const ArrayCopy& b) { return a.source < b.source; });
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      const Argument& argument = arguments[i];
+      if (argument.array) copies_.push_back({argument.array, argument.size, argument.read_only, {i}, {}});
+    }
+    std::sort(copies_.begin(), copies_.end(), [](const auto& a, const auto& b) { return a.source < b.source; });
     merge_overlapping();
     if (copies_.empty()) return;
     space_size_ = kGap;
@@ -147,7 +149,7 @@ inline std::string describe_shared(const Byte* address) {
   return describe(*nearest, address);
 }
 
-// ---- faults ----------------------------------------------------------------------------------------------------------
+// ---- faults ---------------------------------------------------------------------------------------------------------
 // Turns SIGSEGV, SIGBUS and SIGFPE inside a fiber into the launch's error.  Sanitizer builds leave the signals to the
 // sanitizer, whose report names the line.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -217,7 +219,7 @@ class FaultHandler {
 };
 #endif
 
-// ---- one block -------------------------------------------------------------------------------------------------------
+// ---- one block ------------------------------------------------------------------------------------------------------
 KVB_EMU_OWN inline void fiber_entry() {
   entered_from(*machine.switched_from);
   KVB_EMU_TSAN(__tsan_acquire(&machine.start_order));
@@ -248,8 +250,8 @@ KVB_EMU_OWN inline void report_deadlock() {
   fail_block("deadlock: threads wait %s", waiting.c_str());
 }
 
-// Fibers get stacks of one size with an inaccessible page below each; where frames begin differs from stack to stack, or
-// all of them would compete for the same cache sets.
+// Fibers get stacks of one size with an inaccessible page below each; where frames begin differs from stack to stack,
+// or all of them would compete for the same cache sets.
 inline char* stack_of(u32 thread) {
   static Byte* space = nullptr;
   static u32 ready = 0;
@@ -316,7 +318,7 @@ class FlushScope {
 #endif
 };
 
-// ---- launch ----------------------------------------------------------------------------------------------------------
+// ---- launch ---------------------------------------------------------------------------------------------------------
 inline void check(const Launch& launch) {
   const dim3 &grid = launch.grid, &block = launch.block;
   const u64 threads = u64(block.x) * block.y * block.z;
@@ -346,7 +348,7 @@ inline void close_shared_memory() {
 KVB_EMU_OWN inline void run_grid(const Launch& launch, const GuardedArrays& arrays) {
   const u64 blocks = u64(launch.grid.x) * launch.grid.y * launch.grid.z;
   machine.random = launch.seed != 0;
-  machine.random_state = launch.seed * 0x9E3779B97F4A7C15ull;   // odd factor: never zero, and small seeds differ at once
+  machine.random_state = launch.seed * 0x9E3779B97F4A7C15ull;   // odd factor: not zero, and small seeds differ at once
   machine.error[0] = 0;
   gridDim = launch.grid;
   blockDim = launch.block;
@@ -373,8 +375,9 @@ inline void run(const Launch& launch, const std::vector<Argument>& arguments) {
   std::vector<Byte*> pointers(arguments.size());
   std::vector<void*> values(arguments.size());
   for (size_t i = 0; i < arguments.size(); ++i) {
-    pointers[i] = arguments[i].array ? arrays.copy_of(arguments[i]) : nullptr;
-    values[i] = arguments[i].scalar.empty() ? static_cast<void*>(&pointers[i]) : const_cast<char*>(arguments[i].scalar.data());
+    const Argument& argument = arguments[i];
+    pointers[i] = argument.array ? arrays.copy_of(argument) : nullptr;
+    values[i] = argument.scalar.empty() ? static_cast<void*>(&pointers[i]) : const_cast<char*>(argument.scalar.data());
   }
   machine.kernel = launch.kernel;
   machine.values = values.data();

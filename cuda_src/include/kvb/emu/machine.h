@@ -123,7 +123,7 @@ struct Machine {
 // -fvisibility=hidden, or the loader merges the machines of all of them (GNU unique symbols).
 inline Machine machine;
 
-// ---- switching and failing -----------------------------------------------------------------------------------------
+// ---- switching and failing ------------------------------------------------------------------------------------------
 KVB_EMU_OWN inline void to_scheduler() {
   machine.switched_from = &machine.current->context;
   switch_context(machine.current->context, machine.scheduler);
@@ -139,8 +139,8 @@ KVB_EMU_OWN inline void to_fiber(Context& from, Fiber& fiber) {
 KVB_EMU_OWN inline void set_error(bool name_thread, const char* format, va_list arguments) {
   char* const end = machine.error + sizeof machine.error;
   char* at = machine.error;
-  at += std::snprintf(at, size_t(end - at), "%.400s: block (%u,%u,%u)", machine.kernel->name.c_str(), blockIdx.x, blockIdx.y,
-                      blockIdx.z);
+  at += std::snprintf(at, size_t(end - at), "%.400s: block (%u,%u,%u)", machine.kernel->name.c_str(), blockIdx.x,
+                      blockIdx.y, blockIdx.z);
   if (name_thread)
     at += std::snprintf(at, size_t(end - at), " thread (%u,%u,%u)", threadIdx.x, threadIdx.y, threadIdx.z);
   at += std::snprintf(at, size_t(end - at), ": ");
@@ -163,7 +163,7 @@ __attribute__((format(printf, 1, 2))) KVB_EMU_OWN inline void fail_block(const c
   std::abort();   // never resumed
 }
 
-// ---- random choices ------------------------------------------------------------------------------------------------
+// ---- random choices -------------------------------------------------------------------------------------------------
 KVB_EMU_OWN inline u32 random_bits(u32 count) {   // xorshift64*, by Marsaglia and Vigna
   machine.random_state ^= machine.random_state >> 12;
   machine.random_state ^= machine.random_state << 25;
@@ -177,7 +177,7 @@ KVB_EMU_OWN inline u32 pick(u32 set) {            // one member of a non-empty b
   return (u32(__builtin_ctz(rotated)) + k) & 31;
 }
 
-// ---- waiting and waking --------------------------------------------------------------------------------------------
+// ---- waiting and waking ---------------------------------------------------------------------------------------------
 KVB_EMU_OWN inline void wake(u32 warp, u32 lanes) {
   if (!lanes) return;
   machine.warp[warp].ready |= lanes;
@@ -206,7 +206,7 @@ KVB_EMU_OWN inline void maybe_yield() {
   wait("yield", 0);
 }
 
-// ---- block barrier: counts arrivals; threads that have exited no longer count -----------------------------------------
+// ---- block barrier: counts arrivals; threads that have exited no longer count ---------------------------------------
 KVB_EMU_OWN inline void try_release_barrier() {
   if (!machine.barrier_arrived || machine.barrier_arrived + machine.exited < machine.threads) return;
   machine.barrier_arrived = 0;
@@ -234,7 +234,7 @@ KVB_EMU_OWN inline int block_barrier(bool vote, const char* what, int line) {
   return machine.barrier_result;
 }
 
-// ---- warp collectives: the last lane of the mask to arrive computes the results of all lanes --------------------------
+// ---- warp collectives: the last lane of the mask to arrive computes the results of all lanes ------------------------
 KVB_EMU_OWN inline void try_combine(u32 w, u32 mask) {
   Warp& warp = machine.warp[w];
   u32 members = mask & warp.alive;
@@ -276,7 +276,7 @@ KVB_EMU_OWN inline Machine::WarpOrder& warp_order(u32 mask) {
   return *order;
 }
 
-// ---- shared memory -------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 // Every block starts with 0xFF bytes: NaN in f64, f32, f16, bf16 and fp8, -1 in integers.
 KVB_EMU_OWN inline void poison(const Guarded& memory) {
   size_t i = 0;
@@ -288,7 +288,7 @@ KVB_EMU_OWN inline void* dynamic_shared() { return machine.dynamic_shared.memory
 KVB_EMU_OWN inline void* static_shared(const void* key, const char* name, size_t size, size_t alignment) {
   for (u32 i = 0; i < machine.shared_variables; ++i)
     if (machine.shared_variable[i].key == key) return machine.shared_variable[i].memory.data;
-  if (alignment > 16) fail("shared variable %s wants an alignment of %zu bytes, at most 16 is provided", name, alignment);
+  if (alignment > 16) fail("shared variable %s wants %zu-byte alignment, at most 16 is provided", name, alignment);
   if (machine.shared_variables == kMaxSharedVariables) fail("more than %u shared variables", kMaxSharedVariables);
   machine.static_shared_bytes += size;
   size_t dynamic = machine.dynamic_shared.memory.size;

@@ -185,7 +185,8 @@ KVB_EMU_OWN inline void cp_async_16(void* shared, const void* global, bool valid
 }
 // Caches are not emulated: a policy is a number, and data that is read once is copied like any other.
 inline u64 read_once_policy() { return 1; }
-KVB_EMU_OWN inline void cp_async_16_once(void* shared, const void* global, bool valid, u64 policy, int line = __builtin_LINE()) {
+KVB_EMU_OWN inline void cp_async_16_once(void* shared, const void* global, bool valid, u64 policy,
+                                         int line = __builtin_LINE()) {
   if (policy != read_once_policy()) emu::fail("cp_async_16_once at line %d: not a policy", line);
   cp_async_16(shared, global, valid, line);
 }
@@ -195,7 +196,7 @@ KVB_EMU_OWN void cp_async_wait() {
   emu::land(emu::machine.current->group - 1 - Pending);
 }
 
-// Correctly rounded to within an ulp or so, where the GPU is within 2 ulp; .ftz as on the GPU, whatever the build flags.
+// Within an ulp or so, where the GPU is within 2 ulp; .ftz as on the GPU, whatever the launch asks for.
 inline float exp2_approx(float x) {
   float y = exp2f(x);
   return y < 0x1p-126f ? 0.f : y;   // NaN stays NaN

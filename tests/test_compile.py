@@ -1,0 +1,64 @@
+"""Every kernel instance compiles to machine code for three GPU generations, without spilling and within its register limit.
+
+NVRTC needs no GPU.  The limits stand beside the instances, in the KVB_EXPORT lines of cuda_src/*.cu.
+"""
+import re
+
+import pytest
+
+from kvbench import loaders
+from kvbench.bindings import missing
+
+nvrtc = pytest.importorskip("cupy.cuda.nvrtc", reason="NVRTC comes with CuPy")
+pytestmark = pytest.mark.skipif(missing("_simt") is not None, reason=str(missing("_simt")))
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+LOG = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                 r"(\d+) bytes spill loads.*?Used (\d+) registers", re.S)
+
+
+def instances():
+    """{stem: {name expression: register limit}}, from the list that the emulator was built with."""
+    from kvbench.bindings import _simt
+
+    found = {}
+    for name, limit in _simt.kernels():
+        found.setdefault(re.match(r"kvb::([a-z_]+?)_(hadamard|dense|decode|merge)", name)[1], {})[name] = limit
+    return found
+
+
+def compile_cubin(stem, names, architecture):
+    """{name: (registers, stack bytes, spilled bytes)}; RuntimeError with the compiler's log."""
+    from kvbench.bindings.toolchain import Missing, find_cuda_headers
+
+    try:
+        headers = [f"-I{folder}" for folder in find_cuda_headers()]
+    except Missing as error:
+        pytest.skip(str(error))
+    program = nvrtc.createProgram(loaders.source(stem), f"{stem}.cu", (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, (*loaders.nvrtc_options(), f"-arch={architecture}", "--ptxas-options=-v", *headers))
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(nvrtc.getProgramLog(program)) from error
+        costs = {m[1]: (int(m[5]), int(m[2]), int(m[3]) + int(m[4])) for m in LOG.finditer(nvrtc.getProgramLog(program))}
+        return {name: costs[nvrtc.getLoweredName(program, name)] for name in names}
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stem", sorted(instances()) if missing("_simt") is None else [])
+def test_compiles_within_its_limits(stem, architecture):
+    limits = instances()[stem]
+    for name, (registers, stack, spilled) in compile_cubin(stem, limits, architecture).items():
+        assert spilled == 0 and stack == 0, f"{name} on {architecture}: {spilled} bytes spilled, {stack} bytes of stack"
+        assert registers <= limits[name], f"{name} on {architecture}: {registers} registers, limit {limits[name]}"
+
+
+def test_a_broken_kernel_does_not_compile(monkeypatch):
+    monkeypatch.setattr(loaders, "source", lambda stem: '#include "kvb/device.cuh"\n__global__ void broken() { nothing(); }')
+    with pytest.raises(RuntimeError, match="identifier \"nothing\" is undefined"):
+        compile_cubin("broken", [], "sm_90")

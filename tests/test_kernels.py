@@ -1,0 +1,76 @@
+"""Every kernel of the registry, on every backend of this machine, against its reference on drawn inputs."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import TESTED_BACKENDS, needs
+from kvbench import loaders, registry
+from kvbench.verify import compare, draw_problem, run
+from strategies import inputs
+from strategies.arrays import schedules
+
+registry.load()
+KERNELS = registry.KERNELS.values()
+PAIRS = [pytest.param(kernel.name, *needs(backend).values, marks=needs(backend).marks, id=f"{kernel.name}-{backend}")
+         for kernel in KERNELS for backend in TESTED_BACKENDS if backend in kernel.backends]
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+@given(data=st.data())
+def test_agrees_with_the_reference(name, backend, data):
+    kernel = registry.get(name)
+    arguments = data.draw(inputs(kernel), label="inputs")
+    compare(kernel, arguments, backend, schedule=data.draw(schedules) if backend == "simt" else 0,
+            ftz=data.draw(st.booleans()) if backend == "simt" else False)
+
+
+@pytest.mark.parametrize("name", [k.name for k in KERNELS if "simt" in k.backends])
+@given(data=st.data())
+def test_every_schedule_gives_the_same_bits(name, data):
+    """No result may depend on which thread runs first: no reference is needed to see a missing barrier."""
+    kernel = registry.get(name)
+    arguments = data.draw(inputs(kernel), label="inputs")
+    in_order, shuffled = (run(kernel, arguments, "simt", schedule=seed) for seed in (0, data.draw(schedules.filter(bool))))
+    for one, other in zip(parts(in_order), parts(shuffled), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_agrees_on_registry_problems(name, backend):
+    """The benchmark's own inputs, at small sizes: what `kvbench verify` runs."""
+    kernel = registry.get(name)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        compare(kernel, kernel.inputs(kernel.problem(**draw_problem(kernel, rng)), rng), backend)
+
+
+@pytest.mark.parametrize("name", [k.name for k in KERNELS])
+def test_agreement_refuses_a_wrong_result(name):
+    """The tolerance is worth something: one wrong element, a swapped pair of elements, and NaN are all refused."""
+    kernel = registry.get(name)
+    rng = np.random.default_rng(1)
+    arguments = kernel.inputs(kernel.problem(**{axis: 2 for axis in ("tokens", "batch", "parts") if axis in kernel.axes}), rng)
+    expected = kernel.reference(**arguments)
+    kernel.agreement(arguments, expected, run(kernel, arguments, "reference"))
+    for damage in (lambda x: x + x.dtype.type(0.05) * (np.arange(x.size).reshape(x.shape) == x.size // 2),
+                   lambda x: np.where(np.arange(x.size).reshape(x.shape) == 0, np.array(np.nan, x.dtype), x).astype(x.dtype),
+                   lambda x: np.roll(x, 1, axis=-1)):
+        actual = run(kernel, arguments, "reference")
+        broken = (damage(actual[0]), *actual[1:]) if isinstance(actual, tuple) else damage(actual)
+        with pytest.raises(AssertionError):
+            kernel.agreement(arguments, expected, broken)
+
+
+def parts(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_unavailable_backends_say_what_to_do():
+    from kvbench.errors import BackendUnavailable
+
+    for backend in registry.BACKENDS:
+        reason = loaders.availability(backend)
+        if reason:
+            with pytest.raises(BackendUnavailable, match=backend):
+                loaders.require(backend)

@@ -1,0 +1,118 @@
+"""The registry and the folders tell the same story, and its records hold what they promise."""
+import inspect
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+import kvbench
+from kvbench import loaders, registry
+from kvbench.registry import Kernel, Traffic
+
+registry.load()
+ROOT = pathlib.Path(__file__).parents[1]
+STEMS = sorted({kernel.stem for kernel in registry.KERNELS.values()})
+KERNELS = list(registry.KERNELS.values())
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_one_stem_leads_through_all_layers(stem):
+    for path in (f"reference/{stem}.py", f"cuda_src/{stem}.cu", f"kvbench/cpu/{stem}.py", f"kvbench/ops/{stem}.py",
+                 f"tests/test_{stem}.py", f"tests/strategies/{stem}.py"):
+        assert (ROOT / path).exists(), path
+
+
+def test_no_stray_kernel_or_operator_file():
+    helpers = {"__init__", "claim", "convert", "dispatch"}
+    for folder, suffix in (("reference", ".py"), ("cuda_src", ".cu"), ("kvbench/cpu", ".py"), ("kvbench/ops", ".py")):
+        stems = {path.stem for path in (ROOT / folder).glob(f"*{suffix}")} - helpers
+        assert stems <= set(STEMS), folder
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_reference_and_operator_take_the_same_inputs(kernel):
+    inputs = kernel.inputs(kernel.problem(**{axis: 1 for axis in ("tokens", "batch") if axis in kernel.axes}), np.random.default_rng(0))
+    for function in (kernel.reference, kernel.operator):
+        assert set(inputs) <= set(inspect.signature(function).parameters), function
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_traffic_counts_the_arrays_of_the_problem(kernel):
+    small = {axis: 2 for axis in ("tokens", "batch", "parts") if axis in kernel.axes}
+    problem = kernel.problem(**small)
+    inputs = kernel.inputs(problem, np.random.default_rng(0))
+    result = kernel.operator(**inputs, backend="reference")
+    results = result if isinstance(result, tuple) else (result,)
+    assert kernel.traffic(problem) == Traffic(sum(x.nbytes for x in inputs.values() if isinstance(x, np.ndarray)),
+                                              sum(x.nbytes for x in results))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_public_operators_are_documented(kernel):
+    text = inspect.getdoc(kernel.operator)
+    assert "[" in text and "backend" in text + str(inspect.signature(kernel.operator)) and "arXiv" in text
+    for name in inspect.signature(kernel.operator).parameters:
+        if name not in ("backend", "stream", "out", "lse"):
+            assert re.search(rf"\b{name}\b", text), f"{kernel.name}: {name} is not in the docstring"
+
+
+def test_problem_checks_axes_and_values():
+    kernel = registry.get("attention.decode")
+    assert kernel.problem(tokens=7)["tokens"] == 7
+    with pytest.raises(ValueError, match="unknown axis 'token'; did you mean tokens"):
+        kernel.problem(token=7)
+    with pytest.raises(ValueError, match="axis tokens: expected a positive integer, got 0"):
+        kernel.problem(tokens=0)
+    with pytest.raises(ValueError, match="axis dtype: expected one of .* got 'float61'; did you mean float16"):
+        kernel.problem(dtype="float61")
+
+
+def test_unknown_names_list_the_nearest():
+    with pytest.raises(ValueError, match="unknown kernel 'attention.decod'; did you mean attention.decode"):
+        registry.get("attention.decod")
+    assert [k.name for k in registry.select(["attention"])] == ["attention.decode", "attention.merge"]
+    assert registry.select() == KERNELS
+
+
+def test_a_name_cannot_be_registered_twice():
+    with pytest.raises(ValueError, match="registered twice"):
+        registry.register(KERNELS[0])
+    with pytest.raises(ValueError, match="unknown backends"):
+        registry.register(Kernel(**{**KERNELS[0].__dict__, "name": "attention.other", "backends": ("gpu",)}))
+
+
+def test_imports_point_down():
+    """The table of folders in the architecture: nothing imports what stands above it."""
+    order = ["errors", "driver", "arrays", "registry", "loaders", "cpu", "ops", "codecs", "storage", "cache", "caches", "claims", "verify",
+             "bench", "demo", "doctor", "cli"]
+    rank = {name: i for i, name in enumerate(order)}
+    for path in (ROOT / "kvbench").rglob("*.py"):
+        own = path.relative_to(ROOT / "kvbench").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for line in path.read_text().splitlines():
+            if line.startswith(("from kvbench", "import kvbench")):   # imports inside functions are late on purpose
+                for used in re.findall(r"kvbench\.(\w+)", line) or re.findall(r"\b(\w+)\b", line.split("import")[1]):
+                    if used in rank:
+                        assert rank[used] <= rank[own], f"{path.name}: {line}"
+    for path in (ROOT / "reference").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) kvbench", path.read_text(), re.M), path
+
+
+def test_package_says_its_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", kvbench.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kvbench.nothing
+
+
+def test_loader_refuses_unknown_kernels_and_arguments():
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        loaders.availability("gpu")
+    if loaders.availability("simt") is None:
+        launch = loaders.get_function("rotation", "kvb::rotation_dense_kernel<float, 65>", "simt")
+        with pytest.raises((RuntimeError, ValueError), match="rotation_dense_kernel<float, 65>"):
+            launch((1,), (65,), ())
+        launch = loaders.get_function("rotation", "kvb::rotation_dense_kernel<float, 64>", "simt")
+        with pytest.raises(TypeError, match="kernel argument: expected an Array"):
+            launch((1,), (64,), (3, 4, 5, 6))
