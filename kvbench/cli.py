@@ -162,8 +162,9 @@ def _verify(options) -> int:
     else:
         backends = [backend for backend in BACKENDS if backend != "reference" and loaders.availability(backend) is None]
     pairs = [(kernel, backend) for kernel in kernels for backend in backends if backend in kernel.backends]
-    if not pairs:
-        raise ValueError(f"none of {', '.join(kernel.name for kernel in kernels)} has the backend {options.backend!r}")
+    left_out = [kernel for kernel in kernels if options.backend and options.backend not in kernel.backends]
+    if left_out and (options.kernels or not pairs):
+        raise ValueError(f"{left_out[0].name} has no backend {options.backend!r}; it has {', '.join(left_out[0].backends)}")
 
     from kvbench.verify import verify
 

@@ -104,7 +104,7 @@ def test_device_parses_and_prints(text, device):
     assert Device.parse(str(device)) == device
 
 
-@pytest.mark.parametrize("text", ["gpu", "cpu:0", "cpu:1", "cuda:", "cuda:x", "cuda:-1", "", "cuda:1:2"])
+@pytest.mark.parametrize("text", ["tpu", "cpu:0", "cpu:1", "cuda:", "cuda:x", "cuda:-1", "", "cuda:1:2"])
 def test_device_refuses(text):
     with pytest.raises(ValueError, match='device: expected "cpu", "cuda" or "cuda:INDEX", got'):
         Device.parse(text)
@@ -285,7 +285,7 @@ def test_aligned_looks_at_every_row():
     assert not array.narrow(1, 4, 64).aligned(16)
     rows_of_odd_pitch = borrow(memory[:8 * 72].view(np.float16).reshape(8, 36), "x").narrow(1, 0, 32)
     assert rows_of_odd_pitch.aligned(8) and not rows_of_odd_pitch.aligned(16)
-    assert rows_of_odd_pitch.narrow(0, 0, 1).aligned(64), "a single row has no next row"
+    assert borrow(memory[:66].view(np.float16).reshape(1, 33), "x").aligned(64), "a single row has no next row"
 
 
 def test_read_only_memory_is_never_written():

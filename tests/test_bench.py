@@ -681,7 +681,7 @@ def test_both_validators_agree_on_broken_results(document):
     for path in paths(document):
         if any(path[:len(start)] == start and len(path) > len(start) for start in free):
             continue
-        for change in ("remove", "type", "extra", "negative"):
+        for change in ("remove", "type", "extra", "negative", "empty"):
             broken = copy.deepcopy(document)
             parent = broken
             for key in path[:-1]:
@@ -695,6 +695,8 @@ def test_both_validators_agree_on_broken_results(document):
                 value["surprise"] = 1
             elif change == "negative" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 parent[path[-1]] = -1
+            elif change == "empty" and path[-1] == "samples_us":
+                parent[path[-1]] = []
             else:
                 continue
             tried += 1

@@ -52,6 +52,20 @@ def test_doctor_informs_where_nothing_is_installed():
     assert "pip install 'kvbench[cuda13]'" in text and "nvidia-smi lists no GPU" in text
 
 
+def test_doctor_repeats_what_the_tools_say(tmp_path):
+    for name, text in [("g++", "echo g++ 99.1; echo more"), ("nvcc", "echo copyright; echo Build 13.9"),
+                       ("nvidia-smi", "echo 'NVIDIA X, 580.1, 81559 MiB, 9.0'; echo 'NVIDIA Y, 580.1, 24564 MiB, 8.9'")]:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    report = json.loads(held("doctor", "--json", PATH=str(tmp_path), CUDA_VISIBLE_DEVICES="").stdout)
+    assert report["compilers"] == {"c++": "g++ 99.1", "nvcc": "Build 13.9"}
+    assert report["gpus"] == [
+        {"name": "NVIDIA X", "driver": "580.1", "memory": "81559 MiB", "compute_capability": "9.0"},
+        {"name": "NVIDIA Y", "driver": "580.1", "memory": "24564 MiB", "compute_capability": "8.9"}]
+    (tmp_path / "g++").write_text("#!/bin/sh\necho broken\nexit 1\n")
+    assert doctor._first_line(str(tmp_path / "g++")) is None
+
+
 def test_list_shows_kernels_and_backends():
     registry.load()
     listed = json.loads(held("list", "--json").stdout)
@@ -138,6 +152,15 @@ def test_wrong_usage_is_explained(arguments, message, capsys):
         status = stopped.code
     printed = capsys.readouterr()
     assert status == 2 and printed.out == "" and message in printed.err
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_named_kernel_without_the_backend_is_refused(command, monkeypatch, capsys):
+    kernel = registry.get("rotation.rotate")
+    monkeypatch.setitem(registry.KERNELS, kernel.name, dataclasses.replace(kernel, backends=("reference", "cuda")))
+    assert cli.main([command, "attention.merge", kernel.name, "--backend", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "rotation.rotate has no backend 'cpu'; it has reference, cuda" in printed.err
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])
