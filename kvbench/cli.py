@@ -37,15 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader went away (`kvbench list | head -1`).  What is buffered goes nowhere, so that no second error follows.
+        # The reader went away (`kvbench list | head -1`).  What is buffered goes nowhere: no second error follows.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(prog="kvbench", description="A workbench for KV-cache compression kernels.",
-                                     epilog="Exit status: 0 all held, 1 something measured fell short, 2 wrong usage or "
-                                            "missing backend.")
+                                     epilog="Exit status: 0 all held, 1 something measured fell short, 2 wrong usage "
+                                            "or missing backend.")
     parser.add_argument("--version", action="version", version=f"kvbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -125,7 +125,8 @@ def _list(options) -> int:
     if options.json:
         print(json.dumps({
             "kvbench": __version__,
-            "backends": {backend: {"available": reason is None, "reason": reason} for backend, reason in missing.items()},
+            "backends": {backend: {"available": reason is None, "reason": reason}
+                         for backend, reason in missing.items()},
             "kernels": [{"name": kernel.name, "backends": list(kernel.backends), "source": kernel.source,
                          "axes": {axis: list(values) for axis, values in kernel.axes.items()}} for kernel in kernels],
         }, indent=1))
@@ -164,7 +165,8 @@ def _verify(options) -> int:
     pairs = [(kernel, backend) for kernel in kernels for backend in backends if backend in kernel.backends]
     left_out = [kernel for kernel in kernels if options.backend and options.backend not in kernel.backends]
     if left_out and (options.kernels or not pairs):
-        raise ValueError(f"{left_out[0].name} has no backend {options.backend!r}; it has {', '.join(left_out[0].backends)}")
+        raise ValueError(f"{left_out[0].name} has no backend {options.backend!r}; "
+                         f"it has {', '.join(left_out[0].backends)}")
 
     from kvbench.verify import verify
 
@@ -175,16 +177,17 @@ def _verify(options) -> int:
 
     done, interrupted = _until_interrupted(verdicts())
     _progress("")
-    _write_json(options.json, {"schema": "kvbench.verify/1", "kvbench": __version__, "complete": not interrupted, "verdicts": [
-        {"kernel": v.kernel, "backend": v.backend, "examples": v.examples, "agrees": not v.failures, "failures": v.failures}
-        for v in done]})
+    _write_json(options.json, {
+        "schema": "kvbench.verify/1", "kvbench": __version__, "complete": not interrupted,
+        "verdicts": [{"kernel": v.kernel, "backend": v.backend, "examples": v.examples, "agrees": v.held,
+                      "failures": v.failures} for v in done]})
     print(table(["kernel", "backend", "examples", "verdict"],
-                [[v.kernel, v.backend, v.examples, f"{len(v.failures)} FAILED" if v.failures else "agrees"] for v in done],
+                [[v.kernel, v.backend, v.examples, "agrees" if v.held else f"{len(v.failures)} FAILED"] for v in done],
                 "llr"))
     for v in done:
         for failure in v.failures:
             print(f"\n{v.kernel} on {v.backend}:\n{failure}")
-    return INTERRUPTED if interrupted else FELL_SHORT if any(v.failures for v in done) else HELD
+    return INTERRUPTED if interrupted else HELD if all(v.held for v in done) else FELL_SHORT
 
 
 def _bench(options) -> int:

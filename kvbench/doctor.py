@@ -40,8 +40,8 @@ def text(report: dict) -> str:
         width = max(len(name) for name, _ in rows)
         return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
 
-    gpus = [(f"{i}", f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}, compute capability {gpu['compute_capability']}")
-            for i, gpu in enumerate(report["gpus"])]
+    gpus = [(f"{i}", f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}, "
+                     f"compute capability {gpu['compute_capability']}") for i, gpu in enumerate(report["gpus"])]
     return "\n\n".join([
         f"kvbench {report['kvbench']}, Python {report['python']}, {report['platform']}, {report['cores']} cores",
         section("Backends", [(name, "available" if state["available"] else f"missing: {state['reason']}")

@@ -1,6 +1,7 @@
 """Make the tables and the picture of README.md again:  make figures
 
-The table comes from the results of `kvbench bench --json` in results/<machine>/*.json, the picture from the shipped sample.
+The tables come from the results of `kvbench bench --json` in results/<machine>/*.json, the picture from the shipped
+sample.
 """
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def results_table(folder: Path) -> str:
     name = machine["gpu"]["name"] if machine.get("gpu") else machine["processor"]
     copy = documents[0]["yardsticks"]["copy"]["gbps"]
     return (f"{name}; copying memory reaches {copy:.0f} GB/s. Times are cold: caches flushed before every call.\n\n"
-            + table(["kernel", "problem", "backend", "us", "GB/s", "% of copy", "best alternative", "us", "speed-up"], rows,
-                    "lllrrrlrr") + "\n\n")
+            + table(["kernel", "problem", "backend", "us", "GB/s", "% of copy", "best alternative", "us", "speed-up"],
+                    rows, "lllrrrlrr") + "\n\n")
 
 
 def _row(case: dict) -> list[str]:
@@ -48,9 +49,9 @@ def _row(case: dict) -> list[str]:
     parts += [f"{problem[axis]}" if isinstance(problem[axis], str) else f"{axis} {problem[axis]}"
               for axis in problem if axis not in ("kv_heads", "group") and problem[axis] != 1]
     best = next((entry for entry in case["baselines"] if entry["name"] == case["best_baseline"]), None)
-    return [case["kernel"], ", ".join(parts), case["backend"], f"{case['cold']['median_us']:.1f}", f"{case['gbps']:.0f}",
-            f"{case['percent_of_copy']:.0f}", best["name"] if best else "", f"{best['cold']['median_us']:.1f}" if best else "",
-            f"{case['speedup']:.2f}" if best else ""]
+    compared = [best["name"], f"{best['cold']['median_us']:.1f}", f"{case['speedup']:.2f}"] if best else [""] * 3
+    return [case["kernel"], ", ".join(parts), case["backend"], f"{case['cold']['median_us']:.1f}",
+            f"{case['gbps']:.0f}", f"{case['percent_of_copy']:.0f}", *compared]
 
 
 @pictures.picture
@@ -68,7 +69,8 @@ def sample_picture(sample: data.Sample):
     for head, colour in zip(range(len(mass)), pictures.SERIES):
         tokens.plot(np.arange(1, mass.shape[1] + 1), np.cumsum(np.sort(mass[head])[::-1]), color=colour,
                     label=f"query head {head}")
-    tokens.set(xscale="log", xlim=(1, mass.shape[1]), ylim=(0, 1.02), xlabel="tokens, heaviest first", ylabel="attention mass")
+    tokens.set(xscale="log", xlim=(1, mass.shape[1]), ylim=(0, 1.02), xlabel="tokens, heaviest first",
+               ylabel="attention mass")
     tokens.xaxis.set_major_formatter("{x:g}")
     tokens.legend()
     return figure, ""

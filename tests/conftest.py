@@ -5,10 +5,13 @@ dev   20 random examples                                                        
 """
 import os
 
-import pytest
-from hypothesis import HealthCheck, settings
+# Test processes share the cores; BLAS threads of each would wait for one another.  Read when NumPy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from kvbench import loaders
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from kvbench import loaders  # noqa: E402
 
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=True, **_COMMON)

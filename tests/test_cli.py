@@ -53,8 +53,9 @@ def test_doctor_informs_where_nothing_is_installed():
 
 
 def test_doctor_repeats_what_the_tools_say(tmp_path):
-    for name, text in [("g++", "echo g++ 99.1; echo more"), ("nvcc", "echo copyright; echo Build 13.9"),
-                       ("nvidia-smi", "echo 'NVIDIA X, 580.1, 81559 MiB, 9.0'; echo 'NVIDIA Y, 580.1, 24564 MiB, 8.9'")]:
+    for name, text in [
+            ("g++", "echo g++ 99.1; echo more"), ("nvcc", "echo copyright; echo Build 13.9"),
+            ("nvidia-smi", "echo 'NVIDIA X, 580.1, 81559 MiB, 9.0'; echo 'NVIDIA Y, 580.1, 24564 MiB, 8.9'")]:
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     report = json.loads(held("doctor", "--json", PATH=str(tmp_path), CUDA_VISIBLE_DEVICES="").stdout)
@@ -191,8 +192,10 @@ def test_errors_of_the_machine_are_not_tracebacks(monkeypatch, capsys):
 def wrong_kernel(monkeypatch):
     """A kernel of the registry whose operator is off by one percent."""
     right = registry.get("rotation.rotate")
-    wrong = dataclasses.replace(right, name="rotation.wrong", operator=lambda x, rotation, *, inverse=False, **options:
-                                right.operator(np.asarray(x * x.dtype.type(1.01)), rotation, inverse=inverse, **options))
+
+    def operator(x, rotation, *, inverse=False, **options):
+        return right.operator(np.asarray(x * x.dtype.type(1.01)), rotation, inverse=inverse, **options)
+    wrong = dataclasses.replace(right, name="rotation.wrong", operator=operator)
     monkeypatch.setitem(registry.KERNELS, wrong.name, wrong)
     return wrong
 
@@ -245,8 +248,8 @@ def test_interrupted_verify_keeps_what_is_done(monkeypatch, tmp_path, capsys):
         return real(kernel, *arguments, **options)
     monkeypatch.setattr(verify, "verify", second_call_is_interrupted)
     path = tmp_path / "verdicts.json"
-    arguments = ["verify", "attention.decode", "attention.merge", "--backend", "cpu", "--examples", "1", "--json", str(path)]
-    assert cli.main(arguments) == 130
+    kernels = ["attention.decode", "attention.merge"]
+    assert cli.main(["verify", *kernels, "--backend", "cpu", "--examples", "1", "--json", str(path)]) == 130
     document = json.loads(path.read_text())
     assert not document["complete"] and [v["kernel"] for v in document["verdicts"]] == ["attention.decode"]
     assert "attention.decode" in capsys.readouterr().out

@@ -71,7 +71,7 @@ def test_cut_keeps_heads_and_positions_together(kv_heads, group, tokens, drawn):
     assert part["positions"][-1] == first + steps - 1 == part["keys"].shape[2] - 1
 
 
-@pytest.mark.parametrize("choice", [dict(kv_head=2), dict(kv_head=-1), dict(first_query=15), dict(steps=0), dict(steps=20)])
+@pytest.mark.parametrize("choice", [{"kv_head": 2}, {"kv_head": -1}, {"first_query": 15}, {"steps": 0}, {"steps": 20}])
 def test_cut_refuses_what_the_capture_lacks(choice):
     whole = capture(np.random.default_rng(0), kv_heads=2, group=3, tokens=30)
     with pytest.raises(ValueError, match="expected"):
@@ -102,8 +102,9 @@ def test_make_writes_a_sample(tmp_path, monkeypatch, capsys):
 def small_sample(rng, tokens=40, steps=3, group=2, head_dim=8) -> data.Sample:
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float16)
-    return data.Sample(normal(1, 1, tokens, head_dim), normal(1, 1, tokens, head_dim), normal(1, group, steps, head_dim),
-                       np.arange(tokens - steps, tokens, dtype=np.int32), {})
+    keys, values = normal(1, 1, tokens, head_dim), normal(1, 1, tokens, head_dim)
+    positions = np.arange(tokens - steps, tokens, dtype=np.int32)
+    return data.Sample(keys, values, normal(1, group, steps, head_dim), positions, {})
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(4, 40))
@@ -215,7 +216,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([sys.executable, "-m", "kvbench.cli", "demo"], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "kvbench.cli", "demo"], cwd=folder, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout, (folder / "kvbench-demo.html").read_text(encoding="utf-8")
 
@@ -230,10 +232,13 @@ def test_page_needs_nothing_else(demo):
     assert page.tags.count("svg") == 3
 
 
+def table_rows(text) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
 def test_page_and_terminal_show_the_same_table(demo):
     printed, page = demo
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
-    head, _, *rows = rows
+    head, _, *rows = table_rows(printed)
     assert [row[0] for row in rows] == list(measurement.CACHES)
     assert "".join(f"<th>{cell}</th>" for cell in head) in page
     for row in rows:
@@ -243,11 +248,11 @@ def test_page_and_terminal_show_the_same_table(demo):
 
 def test_exact_presets_lose_rounding_only(demo):
     """Rounding the output to float16 costs at most 2^-11 of each number, float32 sums far less."""
-    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in demo[0].splitlines() if "|" in row}
-    assert set(caches.PRESETS) < set(measurement.CACHES) <= set(rows)
-    head = rows["preset"]
+    head, _, *rows = table_rows(demo[0])
+    numbers_of = {row[0]: dict(zip(head, row)) for row in rows}
+    assert set(caches.PRESETS) < set(measurement.CACHES) == set(numbers_of)
     for name in ("exact", "exact in parts"):
-        numbers = dict(zip(head, rows[name]))
+        numbers = numbers_of[name]
         assert numbers["bits"] == "16.00" and numbers["ratio"] == "1.00"
         assert 0 < float(numbers["error"]) < 2**-11 and float(numbers["logit error"]) < 1e-3
 
@@ -272,32 +277,34 @@ ROOT = Path(__file__).parents[1]
 
 
 def remade(folder) -> str:
-    """README.md as `make figures` makes it in a copy of the repository at `folder`."""
+    """The results in README.md as `make figures` makes them in a copy of the repository at `folder`."""
     shutil.copy(ROOT / "README.md", folder)
     subprocess.run([sys.executable, folder / "results" / "figures.py"], cwd=folder, check=True, timeout=120)
     ElementTree.parse(folder / "results" / "sample.svg")
-    return (folder / "README.md").read_text(encoding="utf-8")
+    return shown_results(folder / "README.md")
+
+
+def shown_results(path) -> str:
+    return path.read_text(encoding="utf-8").partition("<!-- results")[2].partition("<!-- end of results -->")[0]
 
 
 def test_readme_shows_the_committed_results(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    assert remade(tmp_path) == (ROOT / "README.md").read_text(encoding="utf-8"), "run `make figures`"
+    assert remade(tmp_path) == shown_results(ROOT / "README.md"), "run `make figures`"
 
 
 def test_results_become_a_table(tmp_path):
     (tmp_path / "results" / "machine").mkdir(parents=True)
     shutil.copy(ROOT / "results" / "figures.py", tmp_path / "results")
-    results = bench.run(["attention.decode"], "cpu", {"heads": ["6:2"], "tokens": [96], "head_dim": [64], "dtype": ["float16"]},
-                        ["numpy"], quick=True, report=lambda line: None)
+    axes = {"heads": ["6:2"], "tokens": [96], "head_dim": [64], "dtype": ["float16"]}
+    results = bench.run(["attention.decode"], "cpu", axes, ["numpy"], quick=True, report=lambda line: None)
     case, = results.document["cases"]
     path = tmp_path / "results" / "machine" / "attention.json"
     results.write(path)
-    assert case["kernel"] not in remade(tmp_path).partition("<!-- results")[2].partition("<!-- end")[0], "a quick look is no result"
+    assert case["kernel"] not in remade(tmp_path), "a quick look is no result"
     results.document["quick"] = False
     results.write(path)
-    table = remade(tmp_path).partition("<!-- results")[2].partition("<!-- end")[0]
-    row, = [line for line in table.splitlines() if line.startswith("| attention.decode ")]
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    _, _, cells = table_rows(remade(tmp_path))
     assert cells[1].startswith("6:2 heads") and "tokens 96" in cells[1] and "float16" in cells[1]
     assert float(cells[3]) == pytest.approx(case["cold"]["median_us"], abs=0.05)
     assert cells[6] == "numpy" and float(cells[8]) == pytest.approx(case["speedup"], abs=0.005)

@@ -6,6 +6,8 @@
 The flush also hides the host: while it runs, the start event, the graph and the end event are queued, so the GPU meets
 them without a gap.  Nothing is subtracted; what the events alone cost is in the yardsticks.  A call that cannot be
 captured is timed between plain events, and the result says so (`timer`, `note`).
+
+The flush leaves the L2 full of written lines, whose way to memory falls into the cold sample, for all contenders alike.
 """
 from __future__ import annotations
 

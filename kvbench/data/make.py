@@ -1,11 +1,11 @@
-"""Cut a sample for `kvbench demo` out of a capture:  python -m kvbench.data.make CAPTURE.safetensors --out SAMPLE.safetensors
+"""Cut a sample for `kvbench demo` out of a capture:  python -m kvbench.data.make CAPTURE.safetensors --out SAMPLE
 
-A capture holds one layer: `keys`, `values` [1, kv_heads, tokens, head_dim] and `queries` [1, q_heads, len(query_positions),
-head_dim], float16, after RoPE, with `query_positions` [queries] and the text metadata model, layer, text and licence.
+A capture holds one layer: `keys` and `values` [1, kv_heads, tokens, head_dim], and `queries` [1, q_heads, positions,
+head_dim] at `query_positions` [positions]; float16, after RoPE; with the text metadata model, layer, text and licence.
 
 The cut is one KV head with the query heads that share it, from token 0 to the last query kept.  Every query therefore
-sees exactly the keys that it saw in the model.  Shortening the text instead would move the queries next to keys that were
-never their neighbours, and taking the sink away would change what attention looks like.
+sees exactly the keys that it saw in the model.  Shortening the text instead would move the queries next to keys that
+were never their neighbours, and taking the sink away would change what attention looks like.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each preset costs and gets right on the shipped sample: a prompt, then decode steps, as a model would make them."""
+"""What each preset costs and gets right on the shipped sample: a prompt, then decode steps, as a model makes them."""
 from __future__ import annotations
 
 import functools
@@ -15,8 +15,8 @@ from kvbench.reference import attention
 
 TIMED_PASSES = 3
 
-# What is measured: every preset as it comes, and the exact one cut into the parts that compressing presets keep exact, which
-# must lose nothing.
+# What is measured: every preset as it comes, and the exact one cut into the parts that compressing presets keep exact,
+# which must lose nothing.
 CACHES = {name: preset.function for name, preset in caches.PRESETS.items()}
 CACHES["exact in parts"] = functools.partial(caches.exact, sinks=4, tail=128)
 
@@ -66,8 +66,9 @@ def backend_here() -> str:
 def exact_outputs(sample: Sample) -> np.ndarray:
     """Attention outputs of the decode steps in float64: [steps, q_heads, head_dim]."""
     keys, values = sample.keys.astype(np.float64), sample.values.astype(np.float64)
-    return np.stack([attention.decode(sample.queries[:, :, step], keys[:, :, :position + 1], values[:, :, :position + 1])[0][0]
-                     for step, position in decode_steps(sample)])
+    outputs = [attention.decode(sample.queries[:, :, step], keys[:, :, :position + 1], values[:, :, :position + 1])[0]
+               for step, position in decode_steps(sample)]
+    return np.concatenate(outputs)
 
 
 def attention_mass(sample: Sample) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The demo page: one HTML file that needs nothing else, light or dark as the reader's system is, readable on a phone."""
+"""The demo page: one HTML file that needs nothing else, light or dark as the reader's system, readable on a phone."""
 from __future__ import annotations
 
 from html import escape
@@ -19,8 +19,8 @@ _PAGE = Template("""<!doctype html>
 <style>
 :root { $light --paper: #ffffff; --panel: #f4f6f8; }
 @media (prefers-color-scheme: dark) { :root { $dark --paper: #12161b; --panel: #1a2027; } }
-body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 0 auto;
-       padding: 1rem; }
+body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; max-width: 74rem;
+       margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: 0.5rem 0; }
 p { max-width: 46rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 0.8rem; max-width: 46rem; font-size: 0.9rem; }
@@ -30,7 +30,8 @@ dd { margin: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--faint); }
 th:first-child, td:first-child { text-align: left; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; margin: 1.5rem 0; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
+            margin: 1.5rem 0; }
 figure { margin: 0; padding: 0.8rem; background: var(--panel); border-radius: 0.4rem; }
 figure svg { width: 100%; height: auto; }
 figure svg text { font-family: system-ui, sans-serif !important; }
@@ -64,11 +65,12 @@ def render(sample: Sample, outcomes: list[Outcome], head: list[str], rows: list[
     steps, group = decode_steps(sample), sample.queries.shape[1]
     return _PAGE.substitute(
         light=pictures.colours("light"), dark=pictures.colours("dark"),
-        intro=f"One KV head of a real model with its {group} query heads: a prompt of {steps[0][1]} tokens, then {len(steps)} "
-              f"decode steps, each of which appends one token and attends to all of them.",
+        intro=f"One KV head of a real model with its {group} query heads: a prompt of {steps[0][1]} tokens, then "
+              f"{len(steps)} decode steps, each of which appends one token and attends to all of them.",
         table=_table(head, rows),
         legend="\n".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in legend.items()),
-        figures="\n".join(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for svg, caption in drawn),
+        figures="\n".join(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+                          for svg, caption in drawn),
         provenance=f"Keys, values and queries: {escape(about['model'])}, layer {escape(about['layer'])}, KV head "
                    f"{escape(about['kv_head'])}, on {escape(about['text'])}; licence {escape(about['licence'])}. "
                    f"Measured with kvbench {__version__} on {escape(machine)}.")

@@ -1,7 +1,7 @@
 """The pictures of the demo page, as SVG text that takes its colours from the page.
 
-Matplotlib draws with one placeholder colour per role; in the SVG each becomes a CSS variable, so that one drawing serves
-light and dark.  Figures are as wide as a phone, text stays text, and nothing outside the SVG is referred to.
+Matplotlib draws with one placeholder colour per role; in the SVG each becomes a CSS variable, so that one drawing
+serves light and dark.  Figures are as wide as a phone, text stays text, and nothing outside the SVG is referred to.
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROLES = {
 INK, FAINT, *SERIES = (drawn for drawn, _, _ in ROLES.values())
 LOOK = {
     "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "legend.frameon": False, "legend.labelcolor": INK,
-    "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.edgecolor": FAINT,
-    "xtick.color": FAINT, "ytick.color": FAINT, "grid.color": FAINT, "grid.linewidth": 0.4, "axes.spines.top": False,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "grid.color": FAINT, "grid.linewidth": 0.4, "axes.spines.top": False,
     "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none", "svg.fonttype": "none",
 }
 WIDTH_INCHES = 4.5
@@ -85,14 +85,14 @@ def keys_before_and_after_rotation(keys: np.ndarray):
 
     largest = set(np.argsort(-rms[0])[:3].tolist())
     pairs = [(c, c + head_dim // 2) for c in sorted(largest) if c + head_dim // 2 in largest]
-    caption = (f"Magnitude of the keys (bright is large), below it the root mean square of each channel. As they are, channels "
-               f"{_and(sorted(largest))} stand out: up to {rms[0].max():.1f} where the median channel has "
-               f"{np.median(rms[0]):.1f}. "
-               + "".join(f"({low} and {high} are one RoPE pair: its energy turns from one to the other along the text.) "
-                         for low, high in pairs)
-               + f"A rotation changes no inner product and spreads them: {rms[1].max():.1f} and {np.median(rms[1]):.1f}. In the "
-               f"median token the largest coordinate falls from {crest[0]:.1f} to {crest[1]:.1f} times the root mean square "
-               f"one, and the step of a quantiser falls with it.")
+    turning = "".join(f"({low} and {high} are one RoPE pair: its energy turns from one to the other along the text.) "
+                      for low, high in pairs)
+    caption = (f"Magnitude of the keys (bright is large), below it the root mean square of each channel. As they are, "
+               f"channels {_and(sorted(largest))} stand out: up to {rms[0].max():.1f} where the median channel has "
+               f"{np.median(rms[0]):.1f}. {turning}A rotation changes no inner product and spreads them: "
+               f"{rms[1].max():.1f} and {np.median(rms[1]):.1f}. In the median token the largest coordinate falls from "
+               f"{crest[0]:.1f} to {crest[1]:.1f} times the root mean square one, and the step of a quantiser falls "
+               f"with it.")
     return figure, caption
 
 
@@ -118,9 +118,9 @@ def attention_mass(mass: np.ndarray):
     by_rank.xaxis.set_major_formatter("{x:g}")
 
     needed = [int(np.searchsorted(row, 0.85)) + 1 for row in ranked]
-    caption = (f"Softmax mass of the {tokens} tokens, mean over the decode steps. Above: by position; the dots are token 0, the "
-               f"attention sink, which takes {_and(f'{share:.0%}' for share in mass[:, 0])}. Below: how few tokens hold "
-               f"how much; {_and(needed)} of them hold 85 %.")
+    caption = (f"Softmax mass of the {tokens} tokens, mean over the decode steps. Above: by position; the dots are token "
+               f"0, the attention sink, which takes {_and(f'{share:.0%}' for share in mass[:, 0])}. Below: how few tokens "
+               f"hold how much; {_and(needed)} of them hold 85 %.")
     return figure, caption
 
 
@@ -143,8 +143,8 @@ def bytes_against_error(outcomes: list[Outcome]):
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(0.3)
     axis.grid(True, which="major")
-    caption = ("Relative error of the attention output against float64, over the bytes that the cache holds. Lower left is "
-               "better. Exact presets lose what rounding the output to float16 loses.")
+    caption = ("Relative error of the attention output against float64, over the bytes that the cache holds. Lower left "
+               "is better. Exact presets lose what rounding the output to float16 loses.")
     return figure, caption
 
 
