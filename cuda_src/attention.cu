@@ -222,9 +222,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
       }
     }
   }
-  cp_async_wait<0>();
 
-  // ---- one copy of the partial output per warp, over the rings ----
+  // ---- one copy of the partial output per warp, over the rings: no copy is under way, those of tiles beyond the last are empty ----
   __syncthreads();
   float* copies = reinterpret_cast<float*>(shared);                                            // (warps, HEADS, D)
   float2* statistics = reinterpret_cast<float2*>(copies + kDecodeWarps * HEADS * D);           // (warps, HEADS)

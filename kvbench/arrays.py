@@ -583,7 +583,11 @@ def _borrow_torch(value, where, stream):
         device, current_stream = _CPU, 0
     else:
         raise ValueError(f"{where}: expected a tensor on cpu or cuda, got {value.device}: pass {name}.to('cpu')")
-    pointer, shape = value.data_ptr(), tuple(value.shape)
+    shape = tuple(value.shape)
+    try:
+        pointer = value.data_ptr()
+    except RuntimeError:                                # inside vmap, torch.compile and the like
+        pointer = 0
     if not pointer and 0 not in shape:
         raise ValueError(f"{where}: expected a tensor with memory of its own, got {type(value).__name__} without")
     return _lend(where, Array(pointer, shape, value.stride(), tag, device, "torch", value, stream=current_stream,
@@ -775,6 +779,12 @@ class _Stream:
         return 0, self._handle
 
 
+class _Handle(int):
+    """A stream handle that keeps the stream object it came from: a destroyed stream must not be waited for."""
+
+    stream: object
+
+
 def _one_legacy(handle):
     """The legacy default stream has two handles, 0 and 1 (CU_STREAM_LEGACY); kvbench uses 0."""
     return 0 if handle == 1 else int(handle)
@@ -788,7 +798,11 @@ def _stream_handle(stream, where):
     if handle < 0 or handle == 2:
         raise ValueError(f"{where}: expected 0 or the handle of an explicit stream, got {handle}"
                          f"{' (the per-thread default stream, which PyTorch cannot use)' if handle == 2 else ''}")
-    return _one_legacy(handle)
+    if handle is stream:
+        return _one_legacy(handle)
+    kept = _Handle(_one_legacy(handle))
+    kept.stream = stream
+    return kept
 
 
 # ---- The arguments of one operator call
@@ -867,7 +881,11 @@ class Arguments:
             if array.overlaps(taken) and not (in_place and same and taken.is_contiguous):
                 raise ValueError(f"{where}: expected memory apart from {other}, got an array that overlaps it: "
                                  f"pass another one, or omit {name}")
-        return self._keep(name, array, False)
+        array = self._keep(name, array, False)
+        if isinstance(value, Array):
+            array = array._view(array.pointer, array.shape, array.strides)
+            array.value = value                         # kvbench's own memory: the caller gets its Array back
+        return array
 
     def require(self, condition: bool, name: str, expected: str, given) -> None:
         """ValueError "operator: name: expected ..., got ..." unless the condition holds."""

@@ -104,7 +104,7 @@ def require(backend: str) -> None:
 
 @functools.cache
 def multiprocessors(backend: str, device: Device) -> int:
-    """Multiprocessors of the device, for launch geometry; a small number for the emulator, so that launches stay small."""
+    """Multiprocessors of the device, for launch geometry; one for the emulator: small problems then take every branch."""
     if backend == "cuda":
         import cupy
 
@@ -113,7 +113,7 @@ def multiprocessors(backend: str, device: Device) -> int:
         from kvbench.bindings import _native
 
         return _native.properties(device.index)["multiprocessors"]
-    return 2
+    return 1
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------

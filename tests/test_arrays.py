@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import warnings
 import weakref
 
 import ml_dtypes
@@ -61,12 +62,12 @@ class Producer:
     """An object that lends `host` through DLPack as a test says: what real producers do only rarely."""
 
     def __init__(self, host, *, versioned=True, major=1, flags=0, device=(1, 0), strides=True, byte_offset=0, code=None,
-                 knows_versions=True, deleter=True):
+                 lanes=1, knows_versions=True, deleter=True):
         self.host, self.device, self.knows_versions, self.requests, self.deleted = host, device, knows_versions, [], 0
         kind = arrays._Versioned if versioned and knows_versions else arrays._Unversioned
         tensor = arrays._Tensor(
             data=host.ctypes.data - byte_offset, device_type=device[0], device_id=device[1], ndim=host.ndim,
-            lanes=1, shape=(ctypes.c_int64 * host.ndim)(*host.shape), byte_offset=byte_offset)
+            lanes=lanes, shape=(ctypes.c_int64 * host.ndim)(*host.shape), byte_offset=byte_offset)
         tensor.code, tensor.bits = code or arrays._DLPACK_CODES[arrays._TAGS[host.dtype]]
         if strides:
             tensor.strides = (ctypes.c_int64 * host.ndim)(*(stride // host.itemsize for stride in host.strides))
@@ -369,10 +370,12 @@ def test_torch_tensors_that_are_refused():
         borrow(torch.tensor([1 + 2j]), "keys")
     with pytest.raises(TypeError, match="keys: expected a dtype of .*, got torch.float8_e5m2"):
         borrow(torch.zeros(3).to(torch.float8_e5m2), "keys")
+    without = "keys: expected a tensor with memory of its own, got .* without"
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode():
-        with pytest.raises(ValueError, match="keys: "):
-            borrow(torch.ones(3), "keys")
+    with FakeTensorMode(), warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match=without):
+        borrow(torch.ones(3), "keys")
+    with pytest.raises(ValueError, match=without):
+        torch.vmap(lambda x: borrow(x, "keys"))(torch.ones(2, 3))
 
 
 @given(st.data())
@@ -464,6 +467,7 @@ def test_pinned_host_memory_is_host_memory():
     (dict(device=(10, 0)), ValueError, "keys: expected an array that lends its memory, got Producer: "
                                        "it is on DLPack device type 10, not in host or CUDA memory"),
     (dict(code=(5, 64)), TypeError, "keys: expected a dtype of .*, got DLPack type code 5 with 64 bits and 1 lanes"),
+    (dict(lanes=4), TypeError, "keys: expected a dtype of .*, got DLPack type code 2 with 32 bits and 4 lanes"),
     (dict(code=(2, 8)), TypeError, "keys: expected a dtype of .*, got DLPack type code 2 with 8 bits")])
 def test_dlpack_that_is_refused_is_returned(options, error, message):
     producer = Producer(host_array((3,), "float32"), **options)
@@ -898,6 +902,8 @@ def test_array_passes_through_borrow_unless_the_stream_changes(emulated):
     assert borrow(array, "x") is array and borrow(array, "x", stream=16) is array
     moved = borrow(array, "x", stream=8)
     assert moved.stream == 8 and moved.pointer == array.pointer and array.stream == 16 and emulated.orders == [(8, 16)]
+    value = DeviceObject(host_array((3,), "float32"))
+    assert borrow(borrow(value, "x"), "x", stream=8).give() is value
     host = borrow(host_array((3,), "float32"), "x")
     assert borrow(host, "x", stream=8) is host
 
@@ -1025,6 +1031,8 @@ SHARED = np.zeros((3, 8, 64), np.float16)
     (dict(query=QUERY, keys=np.zeros((2, 4, 10, 32), np.float16)), ValueError,
      "decode: keys: expected shape [batch, kv_heads, tokens, head_dim] with head_dim = 64 as in query, "
      "got [2, 4, 10, 32]"),
+    (dict(query=QUERY, keys=KEYS, lengths=np.zeros(3, np.int32)), ValueError,
+     "decode: lengths: expected shape [batch] with batch = 2 as in query, got [3]"),
     (dict(query=QUERY, keys=KEYS, lengths=np.zeros(2)), TypeError,
      "decode: lengths: expected dtype int32, got float64: convert lengths first"),
     (dict(query=np.zeros((2, 8, 128), np.float16)[:, :, ::2], keys=KEYS), ValueError,

@@ -85,6 +85,19 @@ def test_a_schedule_replays_exactly_and_another_differs(faulty):
     assert all(wrong(seed) == wrong(seed) for seed in range(20))
 
 
+def test_blocks_run_in_another_order_under_another_schedule(faulty):
+    def order(seed, blocks=20):
+        out = np.zeros(blocks, i32)
+        faulty("block_order_kernel", blocks, 32, np.zeros(1, i32), out, seed=seed)
+        assert sorted(out) == list(range(blocks))
+        return tuple(out)
+
+    assert order(0) == tuple(range(20))
+    drawn = {order(seed) for seed in range(1, 60)}
+    assert len(drawn) > 10
+    assert {(blocks[1] - blocks[0]) % 20 for blocks in drawn} == {1, 19}, "forwards and backwards"
+
+
 @pytest.mark.parametrize("barrier", ["__syncthreads", "shuffle"])
 def test_divergent_barriers(faulty, barrier):
     kernel, message = {
@@ -618,10 +631,9 @@ def signed(x):
 
 
 def byte_perm(x, y, selector):
-    """PTX ISA, prmt: each nibble picks one of eight bytes; its high bit asks for that byte's sign instead."""
+    """CUDA Math API: three bits of each nibble pick one of eight bytes (PTX prmt looks at the fourth, this does not)."""
     table = int(x).to_bytes(4, "little") + int(y).to_bytes(4, "little")
-    picked = [(table[n & 7], n & 8) for n in (int(selector) >> shift & 15 for shift in (0, 4, 8, 12))]
-    return int.from_bytes(bytes((255 if byte >> 7 else 0) if sign else byte for byte, sign in picked), "little")
+    return int.from_bytes(bytes(table[int(selector) >> shift & 7] for shift in (0, 4, 8, 12)), "little")
 
 
 def dp4a(a, b, c):

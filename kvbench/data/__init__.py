@@ -1,4 +1,4 @@
-"""The shipped sample: real queries, keys and values of one KV head; README.md beside this file says where they are from."""
+"""The shipped sample: real queries, keys and values of one KV head (README.md says where they are from)."""
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -28,8 +28,9 @@ INK, FAINT, *SERIES = (drawn for drawn, _, _ in ROLES.values())
 LOOK = {
     "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "legend.frameon": False, "legend.labelcolor": INK,
     "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "grid.color": FAINT, "grid.linewidth": 0.4, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none", "svg.fonttype": "none",
+    "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "grid.color": FAINT, "grid.linewidth": 0.4,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none",
+    "svg.fonttype": "none",
 }
 WIDTH_INCHES = 4.5
 TOKENS_SHOWN = 256
@@ -118,9 +119,10 @@ def attention_mass(mass: np.ndarray):
     by_rank.xaxis.set_major_formatter("{x:g}")
 
     needed = [int(np.searchsorted(row, 0.85)) + 1 for row in ranked]
-    caption = (f"Softmax mass of the {tokens} tokens, mean over the decode steps. Above: by position; the dots are token "
-               f"0, the attention sink, which takes {_and(f'{share:.0%}' for share in mass[:, 0])}. Below: how few tokens "
-               f"hold how much; {_and(needed)} of them hold 85 %.")
+    sinks = _and(f"{share:.0%}" for share in mass[:, 0])
+    caption = (f"Softmax mass of the {tokens} tokens, mean over the decode steps. Above: by position; the dots are "
+               f"token 0, the attention sink, which takes {sinks}. Below: how few tokens hold how much; {_and(needed)} "
+               f"of them hold 85 %.")
     return figure, caption
 
 
@@ -143,8 +145,8 @@ def bytes_against_error(outcomes: list[Outcome]):
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(0.3)
     axis.grid(True, which="major")
-    caption = ("Relative error of the attention output against float64, over the bytes that the cache holds. Lower left "
-               "is better. Exact presets lose what rounding the output to float16 loses.")
+    caption = ("Relative error of the attention output against float64, over the bytes that the cache holds. Lower "
+               "left is better. Exact presets lose what rounding the output to float16 loses.")
     return figure, caption
 
 

@@ -70,6 +70,11 @@ __global__ void __launch_bounds__(64) copy_for_neighbour_kernel(const int* x, in
   for (int i = 0; i < 4; ++i) out[4 * t + i] = s[(4 * t + 4) % 256 + i];
 }
 
+// order[block] = how many blocks came before: nothing that a kernel may rely on.
+__global__ void __launch_bounds__(32) block_order_kernel(int* counter, int* order) {
+  if (threadIdx.x == 0) order[blockIdx.x] = atomicAdd(counter, 1);
+}
+
 // Half of the block takes another barrier: undefined in CUDA.
 __global__ void __launch_bounds__(64) two_barriers_kernel(int* out) {
   if (threadIdx.x < 32) __syncthreads();
@@ -202,6 +207,7 @@ KVB_EXPORT(32, kvb::copy_kernel<true, false, 0>)
 KVB_EXPORT(32, kvb::copy_kernel<false, true, 0>)
 KVB_EXPORT(32, kvb::copy_for_neighbour_kernel<false>)
 KVB_EXPORT(32, kvb::copy_for_neighbour_kernel<true>)
+KVB_EXPORT(32, kvb::block_order_kernel)
 KVB_EXPORT(32, kvb::two_barriers_kernel)
 KVB_EXPORT(32, kvb::early_exit_kernel)
 KVB_EXPORT(32, kvb::shuffle_members_kernel)

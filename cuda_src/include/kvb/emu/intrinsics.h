@@ -149,13 +149,12 @@ inline unsigned __brev(unsigned x) {
   for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1) << (31 - i);
   return reversed;
 }
-// PTX prmt in its default mode, sign bit included.
+// Three bits of a nibble select a byte; the fourth, which PTX prmt takes as "repeat the sign", is ignored.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   unsigned long long bytes = (static_cast<unsigned long long>(y) << 32) | x;
   unsigned result = 0;
   for (int i = 0; i < 4; ++i) {
-    unsigned nibble = selector >> (4 * i) & 15, byte = unsigned(bytes >> (8 * (nibble & 7))) & 255;
-    if (nibble & 8) byte = byte & 128 ? 255 : 0;
+    unsigned byte = unsigned(bytes >> (8 * (selector >> (4 * i) & 7))) & 255;
     result |= byte << (8 * i);
   }
   return result;
