@@ -631,7 +631,7 @@ def signed(x):
 
 
 def byte_perm(x, y, selector):
-    """CUDA Math API: three bits of each nibble pick one of eight bytes (PTX prmt looks at the fourth, this does not)."""
+    """CUDA Math API: three bits of a nibble pick a byte of eight (PTX prmt looks at the fourth bit, this does not)."""
     table = int(x).to_bytes(4, "little") + int(y).to_bytes(4, "little")
     return int.from_bytes(bytes(table[int(selector) >> shift & 7] for shift in (0, 4, 8, 12)), "little")
 

@@ -14,7 +14,7 @@ ROOT = HERE.parent.parent
 INCLUDE, BINDINGS = ROOT / "cuda_src" / "include", ROOT / "bindings"
 CACHE = ROOT / "build" / "objects"
 
-# -g1 is enough for file and line.  Null pointers are left to AddressSanitizer: the check costs a quarter of the compile.
+# -g1 is enough for file and line.  Null pointers are left to AddressSanitizer: that check costs much compile time.
 SANITIZERS = {
     "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all"),
     "thread": ("-O1", "-g1", "-fsanitize=thread"),
