@@ -278,17 +278,17 @@ def _nearest_centroid(rng, samples):
 
 
 def _least_distortion(rng, samples):
-    cases = {}
-    books = dict(_all((None, 2, 3, 8, 64)))
-    for name in rng.choice(list(books), samples):
-        book = books[name]
-        one = np.zeros(len(book.centroids))
-        one[rng.integers(len(one))] = 1
-        change = rng.choice([-1, 1]) * 10.0 ** rng.uniform(-3, -1) * (1.0 if rng.random() < 0.5 else one)
-        centroids = np.sort(book.centroids * (1 + change))
-        worse = distortion(Codebook(book.bits, book.dimension, centroids, _midpoints(centroids)), book.dimension)
-        cases[f"{name}, {change.max() if np.ndim(change) else change:.1e}"] = bound(book.distortion, worse + _SUM_ROUNDING)
-    return weakest(cases)
+    books = [book for _, book in _all((None, 2, 3, 8, 64))]
+    least, other = [], []
+    for _ in range(samples):
+        book = books[rng.integers(len(books))]
+        centroids = book.centroids.copy()
+        moved = slice(None) if rng.random() < 0.5 else rng.integers(len(centroids))
+        centroids[moved] *= 1 + rng.choice([-1, 1]) * 10.0 ** rng.uniform(-3, -1)
+        centroids.sort()
+        least.append(book.distortion)
+        other.append(distortion(Codebook(book.bits, None, centroids, _midpoints(centroids)), book.dimension))
+    return bound(least, np.array(other) + _SUM_ROUNDING)
 
 
 def _table(rng, samples):
@@ -327,7 +327,7 @@ def _three_dimensions(rng, samples):
     cases = {}
     for bits in BITS:
         book, step = sphere(bits, 3), np.sqrt(3) / 2 ** (bits - 1)
-        cases[f"{bits} bits"] = identity(book.centroids - step * (np.arange(2 ** (bits - 1)) + 0.5), 1e3 * _MEAN_ROUNDING)
+        cases[f"{bits} bits"] = identity(book.centroids - step * (np.arange(2 ** (bits - 1)) + 0.5), 1e-9)
         cases[f"{bits} bits, distortion"] = identity(book.distortion - 4.0**-bits, _SUM_ROUNDING)
     return weakest(cases)
 
@@ -375,5 +375,5 @@ CLAIMS = (
           "TurboQuant arXiv 2504.19874, Theorem 3, for this quantiser", "bound", _lower_bound),
     Claim("sphere below normal",
           "on a sphere its own codebook is at most as bad as the normal one, and that one at most as bad as on the normal law",
-          "derived: the optimum is the least, and the coordinate of a sphere has lighter tails", "bound", _sphere_below_normal),
+          "derived: the optimum is the least; the second inequality is a numerical finding", "bound", _sphere_below_normal),
 )

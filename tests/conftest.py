@@ -32,5 +32,5 @@ def needs(backend):
 def pytest_collection_modifyitems(items):
     no_gpu = loaders.availability("cuda") and loaders.availability("native")
     for item in items:
-        if no_gpu and "gpu" in item.keywords:
+        if no_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
