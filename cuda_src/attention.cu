@@ -6,9 +6,8 @@
 //   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges (kvb/splits.cuh).
 //   Block     8 warps, each with its own tiles of 16 tokens.  A tile is two units, its keys and its values.
 //   Pipeline  Each warp has a ring of three units in shared memory filled by cp.async, two of them in flight.  A warp copies whole
-//             rows, 512 contiguous bytes an instruction.  The 16-byte chunks of a 128-byte line are swizzled, chunk c of row r
-//             standing at c ^ (r % 8), and lines stay lines: a copy whose eight chunks fall into two lines of shared memory (rows
-//             padded by 32 bytes) fetches every sector twice from L2.
+//             rows, 512 contiguous bytes an instruction.  In shared memory the 16-byte chunks of each 128-byte line are swizzled:
+//             chunk c of row r stands at c ^ (r % 8).
 //   Keys      S = Q K^T by mma.m16n8k16 with Q as A (query heads are rows) and K as B.  Lane (g, t) = (lane / 4, lane % 4)
 //             reads chunk [32 s + 8 t, + 8) of one token: that is a B operand if the order of the head dimensions inside the
 //             product is permuted, and any order is right as long as Q has the same.
@@ -32,7 +31,7 @@
 //               + fewer units in flight, evict first          202          59         61         25         769
 //               tiles dealt out on demand instead             206          60         63         26         788
 //               bulk copies with an mbarrier, a row each      210          68         73         34         770
-//               this version: swizzled lines, queries staged  201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
+//               this version: swizzled, queries in shared     201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
 //             Evict first costs 2 % at 128K (750 us without it) and gains 9-18 % where dirty lines of other data would have to
 //             be written back to make room.  What is left at 32:32: 84 % of the DRAM's cycles busy, cuDNN reaches 89 %.
 //
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
     }
   }
 
-  // ---- one copy of the partial output per warp, over the rings: no copy is under way, those of tiles beyond the last are empty ----
+  // ---- one copy of the partial output per warp, over the rings; no copy is under way: beyond the last tile none starts ----
   __syncthreads();
   float* copies = reinterpret_cast<float*>(shared);                                            // (warps, HEADS, D)
   float2* statistics = reinterpret_cast<float2*>(copies + kDecodeWarps * HEADS * D);           // (warps, HEADS)
