@@ -541,6 +541,15 @@ def test_the_parts_that_were_compared_are_said(small_parts):
     assert check.Check(kernel, problem, inputs, seconds=0).agreement((output, lse)).agrees
 
 
+def test_a_baseline_that_gives_the_first_output_alone_is_compared_in_parts(small_parts):
+    kernel, problem, inputs, output, lse = decode_case()
+    comparison = check.Check(kernel, problem, inputs)
+    verdict = comparison.closeness(output, 1e-3)
+    assert verdict.agrees and len(verdict.parts) == 8, verdict.failure
+    output[1, 3, 5] += 0.5
+    assert not comparison.closeness(output, 1e-3).agrees
+
+
 def test_nan_never_passes():
     kernel, problem, inputs, output, lse = decode_case()
     comparison = check.Check(kernel, problem, inputs)
