@@ -213,7 +213,8 @@ class KVCache:
         """Add tokens to the end of every sequence: a prompt, a part of one, or a single token.
 
         k, v    : [batch, kv_heads, tokens, head_dim], the cache's dtype and device; keys after RoPE
-        q       : [batch, q_heads, tokens, head_dim], the queries of these tokens, for methods that use the prompt's
+        q       : [batch, q_heads, queries, head_dim], the queries of the last `queries` of these tokens (up to all of
+                  them), for methods that look at the prompt's queries
         lengths : [batch] int, how many of these tokens belong to each sequence (default: all); the others are padding
 
         CapacityError if any sequence would outgrow the capacity; like every error, before anything is written.
@@ -222,11 +223,13 @@ class KVCache:
         shape = f"{self.batch} {self.kv_heads} tokens {self.head_dim}"
         new = {"keys": arguments.take("k", k, shape, (self.dtype,), strided=True),
                "values": arguments.take("v", v, shape, (self.dtype,), strided=True)}
+        tokens, queries = arguments.sizes["tokens"], None
         if q is not None:
-            shape = f"{self.batch} {self.q_heads} tokens {self.head_dim}"
-            new["queries"] = arguments.take("q", q, shape, (self.dtype,), strided=True)
+            shape = f"{self.batch} {self.q_heads} queries {self.head_dim}"
+            queries = arguments.take("q", q, shape, (self.dtype,), strided=True)
+            arguments.require(1 <= queries.shape[2] <= tokens, "q", f"1 to {tokens} queries for {tokens} tokens",
+                              queries.shape[2])
         self._require_device(arguments, "k")
-        tokens = arguments.sizes["tokens"]
         arguments.require(tokens > 0, "k", "at least one token", tokens)
         added = self._added(arguments, lengths, tokens)
         grown = self._lengths + added
@@ -244,8 +247,11 @@ class KVCache:
             if count:
                 chunk = {name: _part(x, sequences, 0, count) for name, x in new.items()}
                 if old == 0:
+                    # Query i belongs to token tokens - queries + i: those of padding are left out.
+                    known = 0 if queries is None else max(count - (tokens - queries.shape[2]), 0)
+                    asked = _part(queries, sequences, 0, known) if known else None
                     for encoder, packed, side in self._encoders():
-                        encoder.prepare(packed, sequences, chunk[side], chunk.get("queries"), **options)
+                        encoder.prepare(packed, sequences, chunk[side], asked, **options)
                 self._extend(sequences, old, count, chunk, options)
         self._set_lengths(grown)
 

@@ -532,6 +532,15 @@ def test_the_first_append_prepares_each_sequence_once_with_its_queries():
     assert BlockIndex.seen[2:] == [(slice(0, 2), (2, 1, 12, 4), None)]
 
 
+def test_a_prompt_may_come_with_its_last_queries_alone():
+    BlockIndex.seen.clear()
+    codec = BlockCodec(4)
+    made = KVCache(3, 1, 2, 4, 40, keys=codec, values=codec, tail=Tail(2, 2), index=BlockIndex(), selector=Largest(3))
+    x, q = np.ones((3, 1, 12, 4), np.float16), np.ones((3, 2, 4, 4), np.float16)
+    made.append(x, x, q=q, lengths=[12, 9, 8])          # queries of tokens 8 to 11: of the last sequence, all are padding
+    assert [shape for _, _, shape in BlockIndex.seen] == [(1, 2, 4, 4), (1, 2, 1, 4), None]
+
+
 # --------------------------------------------------------------------------------- errors, and that they change nothing
 
 
@@ -568,7 +577,8 @@ BAD_APPENDS = {
     "k: expected a contiguous last dimension": dict(k=np.ones((2, 2, 3, 16), np.float16)[..., ::2]),
     "k: expected shape": dict(k=TOKENS[0]),
     "q: expected .*4.*, got .*3": dict(q=np.ones((2, 3, 3, 8), np.float16)),
-    "q: expected .*3.*, got .*2": dict(q=np.ones((2, 4, 2, 8), np.float16)),
+    "q: expected 1 to 3 queries for 3 tokens, got 4": dict(q=np.ones((2, 4, 4, 8), np.float16)),
+    "q: expected 1 to 3 queries for 3 tokens, got 0": dict(q=np.ones((2, 4, 0, 8), np.float16)),
     "lengths: expected 2 integers": dict(lengths=[3]),
     "lengths: expected 2 integers, one for each sequence, got float64": dict(lengths=[1.0, 2.0]),
     "lengths: expected values between 0 and the 3 tokens given": dict(lengths=[1, 4]),
