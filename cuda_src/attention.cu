@@ -2,25 +2,29 @@
 // Reference: reference/attention.py.
 //
 // attention_decode_kernel (fp16, bf16; tensor cores)
-//   Computes  output_h = sum_t softmax_t(scale <q_h, k_t>) v_t  for all query heads h of a KV head from one read of its cache.
-//   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges (kvb/splits.cuh).
+//   Computes  output_h = sum_t softmax_t(scale <q_h, k_t>) v_t  for all query heads h of a KV head
+//             from one read of its cache.
+//   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish
+//             merges (kvb/splits.cuh).
 //   Block     8 warps, each with its own tiles of 16 tokens.  A tile is two units, its keys and its values.
-//   Pipeline  Each warp has a ring of three units in shared memory filled by cp.async, two of them in flight.  A warp copies whole
-//             rows, 512 contiguous bytes an instruction.  In shared memory the 16-byte chunks of each 128-byte line are swizzled:
-//             chunk c of row r stands at c ^ (r % 8).
-//   Keys      S = Q K^T by mma.m16n8k16 with Q as A (query heads are rows) and K as B.  Lane (g, t) = (lane / 4, lane % 4)
-//             reads chunk [32 s + 8 t, + 8) of one token: that is a B operand if the order of the head dimensions inside the
-//             product is permuted, and any order is right as long as Q has the same.
-//   Values    O^T = V^T P^T with V^T as A.  S comes out with (head, two tokens) per lane, exactly the B operand P^T.  Lane
-//             (g, t) reads [64 s + 8 g, + 8) of four tokens; two PRMT per word pair tokens up.
-//   Tokens    Which row of the tile is which column of S is free, too: row_of() is chosen so that with the swizzle neither the
-//             reads of keys nor those of values have bank conflicts.
-//   Softmax   Online, base 2, reference (subtracted exponent) 8 below the largest logit seen, raised only when a logit exceeds
-//             it by 12: p < 4096 fits fp16, and tokens down to 2^-32 of the largest still count.  The total sums the rounded p.
-//   Bytes     2 * D * 2 per token and KV head, once.  In flight per block: 8 warps * 8 KiB = 64 KiB at D = 128; 3 TB/s at 800 ns
-//             need 18 KiB per multiprocessor.
-//   Counts    Per 16 tokens at D = 128, 8 heads: 16 cp.async, 16 LDS.128, 24 mma, 32 PRMT, about 40 for softmax: 130 warp
-//             instructions for 8 KiB; 3 TB/s would be 50 G instructions/s of the 900 G that the chip issues: memory bound.
+//   Pipeline  Each warp has a ring of three units in shared memory filled by cp.async, two of them in flight.  A warp
+//             copies whole rows, 512 contiguous bytes an instruction.  In shared memory the 16-byte chunks of each
+//             128-byte line are swizzled: chunk c of row r stands at c ^ (r % 8).
+//   Keys      S = Q K^T by mma.m16n8k16 with Q as A (query heads are rows) and K as B.  Lane (g, t) =
+//             (lane / 4, lane % 4) reads chunk [32 s + 8 t, + 8) of one token: that is a B operand if the order of the
+//             head dimensions inside the product is permuted, and any order is right as long as Q has the same.
+//   Values    O^T = V^T P^T with V^T as A.  S comes out with (head, two tokens) per lane, exactly the B operand P^T.
+//             Lane (g, t) reads [64 s + 8 g, + 8) of four tokens; two PRMT per word pair tokens up.
+//   Tokens    Which row of the tile is which column of S is free, too: row_of() is chosen so that with the swizzle
+//             neither the reads of keys nor those of values have bank conflicts.
+//   Softmax   Online, base 2, reference (subtracted exponent) 8 below the largest logit seen, raised only when a logit
+//             exceeds it by 12: p < 4096 fits fp16, and tokens down to 2^-32 of the largest still count.  The total
+//             sums the rounded p.
+//   Bytes     2 * D * 2 per token and KV head, once.  In flight per block: 8 warps * 8 KiB = 64 KiB at D = 128; 3 TB/s
+//             at 800 ns need 18 KiB per multiprocessor.
+//   Counts    Per 16 tokens at D = 128, 8 heads: 16 cp.async, 16 LDS.128, 24 mma, 32 PRMT, about 40 for softmax: 130
+//             warp instructions for 8 KiB; 3 TB/s would be 50 G instructions/s of the 900 G that the chip issues:
+//             memory bound.
 //   Tried     H100, fp16, D = 128, us with L2 flushed; in brackets cuDNN through torch SDPA in the same run.
 //                                                             32:8 128K    32:8 32K   16:2 128K  16:2 32K   32:32 128K
 //               lanes copy just the chunks they read:
@@ -32,10 +36,12 @@
 //               tiles dealt out on demand instead             206          60         63         26         788
 //               bulk copies with an mbarrier, a row each      210          68         73         34         770
 //               this version: swizzled, queries in shared     201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
-//             Evict first costs 2 % at 128K (750 us without it) and gains 9-18 % where dirty lines of other data would have to
-//             be written back to make room.  What is left at 32:32: 84 % of the DRAM's cycles busy, cuDNN reaches 89 %.
+//             Evict first costs 2 % at 128K (750 us without it) and gains 9-18 % where dirty lines of other data would
+//             have to be written back to make room.  What is left at 32:32: 84 % of the DRAM's cycles busy, cuDNN
+//             reaches 89 %.
 //
-// attention_decode_simple_kernel (fp32; also the plainly readable version): a warp per query head, logits one token per lane.
+// attention_decode_simple_kernel (fp32; also the plainly readable version): a warp per query head,
+//   logits one token per lane.
 // attention_merge_kernel: partial results of different launches (exact part, packed part, other devices) into one.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
@@ -51,12 +57,13 @@ template <int D, int HEADS>
 constexpr int kResidentBlocks = D == 256 || (D == 128 && HEADS == 16) ? 1 : 2;   // per SM
 constexpr int kRingUnits = 3;   // one is read while two are in flight
 
-// The row of the tile that is token 2t + e of the j-th group of 8 columns.  Lanes that read at the same time differ in bit 2 of
-// the row for keys (e = 0, 1; four chunks each) and in bits 1 and 2 for values (t = 0..3; two chunks each).
+// The row of the tile that is token 2t + e of the j-th group of 8 columns.  Lanes that read at the same time differ in
+// bit 2 of the row for keys (e = 0, 1; four chunks each) and in bits 1 and 2 for values (t = 0..3; two chunks each).
 __device__ __forceinline__ int row_of(int t, int e, int j) { return 2 * (t ^ 2 * e) + e + 8 * j; }
 
-// query : (batch, kv_heads * group, D)         keys, values : (batch, kv_heads, tokens, D) with strides in elements, rows of D contiguous
-// lengths : (batch,) or null for `tokens`      tickets : (batch, kv_heads), zero      output : (batch, kv_heads * group, D) T, or float if output_float32
+// query : (batch, kv_heads * group, D)         lengths : (batch,) or null for `tokens`
+// keys, values : (batch, kv_heads, tokens, D) with strides in elements, rows of D contiguous
+// tickets : (batch, kv_heads), zero            output : (batch, kv_heads * group, D) T, or float if output_float32
 // lse : (batch, kv_heads * group) or null      partial_output : (batch, kv_heads * group, splits, D)
 // partial_statistics : (batch, kv_heads * group, splits)
 // scale_log2 = softmax scale * log2(e)         HEADS = 8 or 16 >= group
@@ -107,8 +114,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
   copy_rows(head_keys, key_token_stride, tile, 0);
   copy_rows(head_values, value_token_stride, tile, 1);
 
-  // A operand of S: query head g (and g + 8) as rows, in fragment order; chunk s holds two k-steps of 16.  It stays in shared
-  // memory, read again for every tile, so that the accumulators have the registers.
+  // A operand of S: query head g (and g + 8) as rows, in fragment order; chunk s holds two k-steps of 16.  It stays in
+  // shared memory, read again for every tile, so that the accumulators have the registers.
   uint4* staged_query = shared + kDecodeWarps * kRingUnits * UNIT;   // (KEY_STEPS, HALVES, 32)
   for (int i = warp; i < KEY_STEPS * HALVES; i += kDecodeWarps) {
     const int s = i / HALVES, h = g + 8 * (i % HALVES);
@@ -222,7 +229,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
     }
   }
 
-  // ---- one copy of the partial output per warp, over the rings; no copy is under way: beyond the last tile none starts ----
+  // ---- one copy of the partial output per warp, over the rings ----
+  // No copy is under way: beyond the last tile none starts.
   __syncthreads();
   float* copies = reinterpret_cast<float*>(shared);                                            // (warps, HEADS, D)
   float2* statistics = reinterpret_cast<float2*>(copies + kDecodeWarps * HEADS * D);           // (warps, HEADS)
@@ -255,9 +263,9 @@ __global__ void __launch_bounds__(256, 2)
     attention_decode_simple_kernel(const float* __restrict__ query, const float* __restrict__ keys,
                                    const float* __restrict__ values, const int* __restrict__ lengths, void* output,
                                    float* lse, float* partial_output, float2* partial_statistics, u32* tickets,
-                                   u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride, u64 value_batch_stride,
-                                   u64 value_head_stride, u64 value_token_stride, int tokens, int group, float scale_log2,
-                                   int output_float32) {
+                                   u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride,
+                                   u64 value_batch_stride, u64 value_head_stride, u64 value_token_stride, int tokens,
+                                   int group, float scale_log2, int output_float32) {
   static_assert(D % 32 == 0, "lanes share a row");
   constexpr int TILE = 32, WARPS = 8, MAX_GROUP = 16, HEADS_PER_WARP = MAX_GROUP / WARPS, PITCH = D + 1;
   const int split = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
@@ -269,7 +277,8 @@ __global__ void __launch_bounds__(256, 2)
 
   KVB_DYNAMIC_SHARED(float, shared);
   float* queries = shared;                    // (group, D)
-  float* tile = shared + MAX_GROUP * D;       // (TILE, PITCH): keys, then values; the pitch keeps columns free of bank conflicts
+  float* tile = shared + MAX_GROUP * D;       // (TILE, PITCH): keys, then values; the pitch keeps columns free of bank
+                                              // conflicts
   const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * group;
   for (int i = threadIdx.x; i < group * D; i += 256) queries[i] = query[row * D + i];
 
@@ -337,11 +346,12 @@ __global__ void __launch_bounds__(256, 2)
 }
 
 // output[row] = sum_i 2^(lse_i - lse) outputs[i, row],  lse[row] = log sum_i exp(lse_i)
-// outputs : (parts, rows, head_dim) In      lses : (parts, rows) natural      output : (rows, head_dim) Out      lse : (rows,) or null
+// outputs : (parts, rows, head_dim) In      lses : (parts, rows) natural
+// output : (rows, head_dim) Out             lse : (rows,) or null
 template <class In, class Out>
-__global__ void __launch_bounds__(256) attention_merge_kernel(const In* __restrict__ outputs, const float* __restrict__ lses,
-                                                              Out* __restrict__ output, float* __restrict__ lse, int parts,
-                                                              u64 rows, int head_dim) {
+__global__ void __launch_bounds__(256)
+    attention_merge_kernel(const In* __restrict__ outputs, const float* __restrict__ lses, Out* __restrict__ output,
+                           float* __restrict__ lse, int parts, u64 rows, int head_dim) {
   const u64 row = blockIdx.x;
   float largest = -infinity(), total = 0.f;
   for (int i = 0; i < parts; ++i) largest = fmaxf(largest, lses[i * rows + row]);

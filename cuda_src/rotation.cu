@@ -3,28 +3,34 @@
 //
 // rotation_hadamard_kernel: R = H_rounds ... H_1 with H_r = D^(-1/2) H diag(signs_r), one pass over memory.
 //   Work    Four lanes share a row, a warp takes eight rows at a time and walks over the rows with a grid stride.
-//   Layout  Lane l of the four holds the 16-byte chunks l, l+4, l+8, ... of its row, so the bits of a coordinate are, from
-//           the lowest: position in the chunk, lane, chunk number.  Butterflies run at distances 1, 2, 4, ... (the order of
-//           the reference): inside a chunk and between chunks they stay in registers, only the two lane bits need shuffles.
+//   Layout  Lane l of the four holds the 16-byte chunks l, l+4, l+8, ... of its row, so the bits of a coordinate are,
+//           from the lowest: position in the chunk, lane, chunk number.  Butterflies run at distances 1, 2, 4, ... (the
+//           order of the reference): inside a chunk and between chunks they stay in registers, only the two lane bits
+//           need shuffles.
 //   Bytes   Each row is read once and written once.
-//   Counts  Per fp16 row of 128 and round: 7 * 128 additions, 2 * 128 / 32 warp shuffles a row.  Per 8 rows and warp, three
-//           rounds: about 670 FADD, 190 SHFL (one per cycle and SM), 50 FMUL, 64 conversions, 40 loads and stores: 260
-//           issue cycles of an SM, while the 4 KiB they move take 305 cycles at 3 TB/s on 132 SMs at 1.7 GHz.  Two lanes a row
-//           would halve the shuffles and double the registers; sixteen lanes would make it shuffle bound.
-//   Scale   Signs arrive as +-2^-floor(log2(D)/2), exact in float; what is left of D^(-rounds/2) is one multiplication at the
-//           end.  So results are the same bits on every backend, and intermediate values cannot overflow before the result.
+//   Counts  Per fp16 row of 128 and round: 7 * 128 additions, 2 * 128 / 32 warp shuffles a row.  Per 8 rows and warp,
+//           three rounds: about 670 FADD, 190 SHFL (one per cycle and SM), 50 FMUL, 64 conversions, 40 loads and
+//           stores: 260 issue cycles of an SM, while the 4 KiB they move take 305 cycles at 3 TB/s on 132 SMs at
+//           1.7 GHz.  Two lanes a row would halve the shuffles and double the registers; sixteen lanes would make it
+//           shuffle bound.
+//   Scale   Signs arrive as +-2^-floor(log2(D)/2), exact in float; what is left of D^(-rounds/2) is one multiplication
+//           at the end.  So results are the same bits on every backend, and intermediate values cannot overflow before
+//           the result.
 //
-// rotation_dense_kernel: any orthogonal matrix (Haar), D multiply-adds per element: compute bound, for comparison and theory.
+// rotation_dense_kernel: any orthogonal matrix (Haar), D multiply-adds per element: compute bound,
+//   for comparison and theory.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 
 namespace kvb {
 
 // x, y : (rows, D) T, may be the same array        signs : (rounds, D) float, +-2^-floor(log2(D)/2), rounds <= 8
-// remaining_scale = D^(-rounds/2) / 2^(-rounds floor(log2(D)/2));  inverse != 0 applies R^T: transform, then signs, last round first
+// remaining_scale = D^(-rounds/2) / 2^(-rounds floor(log2(D)/2))
+// inverse != 0 applies R^T: transform, then signs, last round first
 template <class T, int D>
-__global__ void __launch_bounds__(256) rotation_hadamard_kernel(const T* x, T* y, const float* __restrict__ signs, u64 rows,
-                                                                int rounds, float remaining_scale, int inverse) {
+__global__ void __launch_bounds__(256)
+    rotation_hadamard_kernel(const T* x, T* y, const float* __restrict__ signs, u64 rows, int rounds,
+                             float remaining_scale, int inverse) {
   static_assert(D == 64 || D == 128 || D == 256, "four lanes hold a row in registers");
   constexpr int LANES = 4, WIDTH = kChunk<T>, CHUNKS = D / (LANES * WIDTH), ROWS_PER_WARP = 32 / LANES;
   KVB_SHARED(float, staged_signs, [8 * D]);
@@ -34,7 +40,8 @@ __global__ void __launch_bounds__(256) rotation_hadamard_kernel(const T* x, T* y
   const int lane = threadIdx.x % LANES;
   const u64 warp = blockIdx.x * u64(8) + threadIdx.x / 32;
   const u64 stride = gridDim.x * u64(8) * ROWS_PER_WARP;
-  for (u64 first = warp * ROWS_PER_WARP; first < rows; first += stride) {   // the same for all lanes: shuffles see whole warps
+  // The same rounds for all lanes: shuffles see whole warps.
+  for (u64 first = warp * ROWS_PER_WARP; first < rows; first += stride) {
     const u64 row = first + threadIdx.x % 32 / LANES;
     const bool present = row < rows;
     float v[CHUNKS][WIDTH];   // v[c][e] = row[(c * LANES + lane) * WIDTH + e]
@@ -70,7 +77,8 @@ __global__ void __launch_bounds__(256) rotation_hadamard_kernel(const T* x, T* y
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-          for (int e = 0; e < WIDTH; ++e) v[c][e] = fmaf(v[c][e], sign, __shfl_xor_sync(0xffffffffu, v[c][e], distance));
+          for (int e = 0; e < WIDTH; ++e)
+            v[c][e] = fmaf(v[c][e], sign, __shfl_xor_sync(0xffffffffu, v[c][e], distance));
       }
 #pragma unroll
       for (int distance = 1; distance < CHUNKS; distance *= 2)
@@ -104,7 +112,8 @@ __global__ void __launch_bounds__(256) rotation_hadamard_kernel(const T* x, T* y
 // y[row, j] = sum_k matrix[k, j] x[row, k]
 // x, y : (rows, D) T, may be the same array        matrix : (D, D) float, R^T to rotate, R to rotate back
 template <class T, int D>
-__global__ void __launch_bounds__(D) rotation_dense_kernel(const T* x, T* y, const float* __restrict__ matrix, u64 rows) {
+__global__ void __launch_bounds__(D)
+    rotation_dense_kernel(const T* x, T* y, const float* __restrict__ matrix, u64 rows) {
   static_assert(D >= 32 && D <= 1024 && D % 32 == 0, "one thread a column, whole warps");
   constexpr int ROWS = 8;   // each matrix element that a thread loads serves this many rows
   KVB_SHARED(float, staged, [ROWS][D]);

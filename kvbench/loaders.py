@@ -104,7 +104,8 @@ def require(backend: str) -> None:
 
 @functools.cache
 def multiprocessors(backend: str, device: Device) -> int:
-    """Multiprocessors of the device, for launch geometry; one for the emulator: small problems then take every branch."""
+    """Multiprocessors of the device, for launch geometry; one for the emulator: small problems then take every
+    branch."""
     if backend == "cuda":
         import cupy
 
@@ -124,8 +125,9 @@ def get_function(stem: str, name: str, backend: str, device: Device = Device("cp
 
         function(grid, block, args, shared_bytes=0, stream=0)
 
-    grid and block have one to three entries; an argument is an Array, a NumPy scalar of the kernel's own type, or None for a
-    null pointer.  The emulator faults a write to what the kernel declares const.  The call does not wait for the kernel (simt: runs it to the end).
+    grid and block have one to three entries; an argument is an Array, a NumPy scalar of the kernel's own type, or None
+    for a null pointer.  The emulator faults a write to what the kernel declares const.  The call does not wait for the
+    kernel (simt: runs it to the end).
     """
     require(backend)
     return {"cuda": _cupy_function, "native": _native_function, "simt": _simt_function}[backend](stem, name, device)
@@ -197,7 +199,8 @@ def _simt_function(stem, name, device):
 
     def launch(grid, block, args, shared_bytes=0, stream=0):
         if _recorded is not None:
-            _recorded.append({"kernel": name, "grid": _three(grid), "block": _three(block), "shared_bytes": shared_bytes,
+            _recorded.append({"kernel": name, "grid": _three(grid), "block": _three(block),
+                              "shared_bytes": shared_bytes,
                               "args": [_snapshot(a) if _is_pointer(a) else a.tobytes() for a in args]})
         packed = [_span(a) if _is_pointer(a) else a.tobytes() for a in args]
         _simt.launch(name, _three(grid), _three(block), packed, shared_bytes, _schedule.seed, _schedule.ftz)

@@ -65,8 +65,8 @@ class Kernel:
             if numeric and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{self.name}: axis {axis}: expected a positive integer, got {value!r}")
             if not numeric and value not in allowed:
-                raise ValueError(f"{self.name}: axis {axis}: expected one of {', '.join(map(str, allowed))}, got {value!r}"
-                                 f"{nearest(str(value), allowed)}")
+                raise ValueError(f"{self.name}: axis {axis}: expected one of {', '.join(map(str, allowed))}, "
+                                 f"got {value!r}{nearest(str(value), allowed)}")
             problem[axis] = value
         return problem
 

@@ -1,4 +1,7 @@
-"""Compare kernels with their references on drawn problems: `kvbench verify`, and the machinery of tests/test_kernels.py."""
+"""Compare kernels with their references on drawn problems.
+
+`kvbench verify`, and the machinery of tests/test_kernels.py.
+"""
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +20,8 @@ SMALL = {"tokens": 150, "batch": 3, "kv_heads": 3, "group": 16, "parts": 8}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of comparing one kernel on one backend: how many problems, and what went wrong, each with its problem."""
+    """What came of comparing one kernel on one backend: how many problems, and what went wrong, each with its
+    problem."""
 
     kernel: str
     backend: str
@@ -30,7 +34,8 @@ class Verdict:
 
 
 def verify(kernel: Kernel, backend: str, examples: int = 20, seed: int = 0) -> Verdict:
-    """Run `examples` drawn problems and compare each with the reference; BackendUnavailable if the backend is missing."""
+    """Run `examples` drawn problems and compare each with the reference; BackendUnavailable if the backend is
+    missing."""
     loaders.require(backend)
     failures = []
     for example in range(examples):
@@ -60,7 +65,8 @@ def compare(kernel: Kernel, inputs: dict, backend: str, *, schedule: int = 0, ft
 def run(kernel: Kernel, inputs: dict, backend: str, *, schedule: int = 0, ftz: bool = False):
     """The operator's result on `backend` as NumPy arrays; GPU backends get the inputs in device memory."""
     if backend in ("cuda", "native"):
-        inputs = {name: upload(value, "cuda").give() if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
+        inputs = {name: upload(value, "cuda").give() if isinstance(value, np.ndarray) else value
+                  for name, value in inputs.items()}
     with loaders.simt_schedule(schedule, ftz):
         return to_host(kernel.operator(**inputs, backend=backend))
 
@@ -70,6 +76,7 @@ def to_host(result):
     if isinstance(result, tuple):
         return tuple(to_host(part) for part in result)
     if dataclasses.is_dataclass(result) and not isinstance(result, Array):
-        return dataclasses.replace(result, **{field.name: to_host(getattr(result, field.name)) for field in dataclasses.fields(result)
-                                              if hasattr(getattr(result, field.name), "__dlpack__")})
+        return dataclasses.replace(result, **{
+            field.name: to_host(getattr(result, field.name)) for field in dataclasses.fields(result)
+            if hasattr(getattr(result, field.name), "__dlpack__")})
     return borrow(result, "result").to_host()

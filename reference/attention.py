@@ -25,8 +25,8 @@ def decode(query, keys, values, *, lengths=None, scale=None, return_lse=True):
     lengths : [batch] int, tokens of each sequence (default: all); slots from there on are not read
     scale   : factor of the logits (default head_dim ** -0.5)
 
-    Returns (output [batch, q_heads, head_dim], lse [batch, q_heads]), float64, natural logarithm; the output alone without
-    `return_lse`.  An empty sequence gives output 0 and lse -inf.
+    Returns (output [batch, q_heads, head_dim], lse [batch, q_heads]), float64, natural logarithm; the output alone
+    without `return_lse`.  An empty sequence gives output 0 and lse -inf.
     """
     query, keys, values = (np.asarray(x).astype(np.float64) for x in (query, keys, values))
     batch, q_heads, head_dim = query.shape

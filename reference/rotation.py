@@ -1,9 +1,9 @@
 """Random rotations of key and value vectors: Haar orthogonal matrices and randomised Hadamard transforms.
 
-A rotation spreads the energy of outlier channels over all coordinates.  After a Haar rotation, one coordinate t of a fixed
-unit vector follows  f(t) = Gamma(D/2) / (sqrt(pi) Gamma((D-1)/2)) (1 - t^2)^((D-3)/2),  i.e. (t+1)/2 ~ Beta((D-1)/2, (D-1)/2)
-(TurboQuant, arXiv 2504.19874, Lemma 1); that law is what the codebooks and the 1-bit estimators are built on.  Randomised
-Hadamard rounds approximate it in D log2 D additions.
+A rotation spreads the energy of outlier channels over all coordinates.  After a Haar rotation, one coordinate t of a
+fixed unit vector follows  f(t) = Gamma(D/2) / (sqrt(pi) Gamma((D-1)/2)) (1 - t^2)^((D-3)/2),  i.e.
+(t+1)/2 ~ Beta((D-1)/2, (D-1)/2) (TurboQuant, arXiv 2504.19874, Lemma 1); that law is what the codebooks and the 1-bit
+estimators are built on.  Randomised Hadamard rounds approximate it in D log2 D additions.
 
 A rotation is made here, from an integer seed, and handed to every backend as data; no backend draws its own.
 Row vectors are rotated: y = x R^T.
@@ -22,7 +22,8 @@ from .claim import Claim, distribution, enumeration, expectation, identity, tail
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal matrix R of size head_dim x head_dim, made from (kind, head_dim, seed, rounds) and compared by them.
+    """An orthogonal matrix R of size head_dim x head_dim, made from (kind, head_dim, seed, rounds) and compared by
+    them.
 
     kind     "haar": R is `matrix`;  "hadamard": R = H_rounds ... H_2 H_1 with H_r = head_dim^(-1/2) H diag(signs[r])
     signs    [rounds, head_dim] int8, +1 or -1      (hadamard only)
@@ -54,17 +55,21 @@ def haar(head_dim: int, seed: int) -> Rotation:
 
 
 def hadamard(head_dim: int, seed: int, rounds: int = 3) -> Rotation:
-    """R = product over rounds of D^(-1/2) H diag(eps_r): fresh Rademacher signs eps_r, then the Walsh-Hadamard matrix H.
+    """R = product over rounds of D^(-1/2) H diag(eps_r): fresh Rademacher signs eps_r, then the Walsh-Hadamard
+    matrix H.
 
     H[i, j] = (-1)^popcount(i & j) (Sylvester order).  One round leaves the sign code of sparse keys badly biased, three
-    rounds nearly unbiased; distortion is the same (claims of `rabitq` and `turboquant`).  head_dim must be a power of two.
+    rounds nearly unbiased; distortion is the same (claims of `rabitq` and `turboquant`).  head_dim must be a power of
+    two.
     """
     _check_head_dim(head_dim)
     if head_dim & (head_dim - 1):
-        raise ValueError(f"rotation.hadamard: head_dim: expected a power of two, got {head_dim}; use haar() for other sizes")
+        raise ValueError(f"rotation.hadamard: head_dim: expected a power of two, got {head_dim}; "
+                         f"use haar() for other sizes")
     if not isinstance(rounds, (int, np.integer)) or not 1 <= rounds <= 8:
         raise ValueError(f"rotation.hadamard: rounds: expected an integer from 1 to 8, got {rounds!r}")
-    signs = np.random.default_rng(_check_seed(seed)).integers(0, 2, (rounds, head_dim), dtype=np.int8) * np.int8(2) - np.int8(1)
+    bits = np.random.default_rng(_check_seed(seed)).integers(0, 2, (rounds, head_dim), dtype=np.int8)
+    signs = bits * np.int8(2) - np.int8(1)
     return Rotation("hadamard", head_dim, seed, int(rounds), signs=_frozen(signs))
 
 
@@ -91,7 +96,8 @@ def rotate(x: np.ndarray, rotation: Rotation, *, inverse: bool = False) -> np.nd
 def walsh_hadamard(x: np.ndarray) -> np.ndarray:
     """y[..., k] = sum_j (-1)^popcount(j & k) x[..., j], unnormalised, by butterflies at distances 1, 2, 4, ... .
 
-    The order of the distances is part of the definition: every backend keeps it, so that float32 results agree bit for bit.
+    The order of the distances is part of the definition: every backend keeps it, so that float32 results agree bit for
+    bit.
     """
     size = x.shape[-1]
     distance = 1

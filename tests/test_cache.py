@@ -231,8 +231,7 @@ def assert_is_attention(output, lse, query, keys, values, lengths, scale=None):
     output, lse = np.asarray(output), np.asarray(lse)
     expected, expected_lse = reference.decode(query, keys, values, lengths=lengths, scale=scale, return_lse=True)
     dtype = query.dtype.name
-    allowed, allowed_lse = attention.decode_tolerance(query, keys, values, lengths, scale,
-                                                      0.0 if dtype == "float32" else EPSILON[dtype])
+    allowed, allowed_lse = attention.decode_tolerance(query, keys, values, lengths, scale, dtype)
     # The merge: weights exp(lse_i - lse) in float32, where a difference of size |lse| was rounded.
     finite = np.where(np.isfinite(expected_lse), abs(expected_lse), 0) + allowed_lse
     relative = EPSILON["float32"] * (10 + 2 * finite) + 2 * allowed_lse
@@ -537,7 +536,7 @@ def test_a_prompt_may_come_with_its_last_queries_alone():
     codec = BlockCodec(4)
     made = KVCache(3, 1, 2, 4, 40, keys=codec, values=codec, tail=Tail(2, 2), index=BlockIndex(), selector=Largest(3))
     x, q = np.ones((3, 1, 12, 4), np.float16), np.ones((3, 2, 4, 4), np.float16)
-    made.append(x, x, q=q, lengths=[12, 9, 8])          # queries of tokens 8 to 11: of the last sequence, all are padding
+    made.append(x, x, q=q, lengths=[12, 9, 8])      # queries of tokens 8 to 11: of the last sequence, all are padding
     assert [shape for _, _, shape in BlockIndex.seen] == [(1, 2, 4, 4), (1, 2, 1, 4), None]
 
 

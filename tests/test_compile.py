@@ -1,4 +1,5 @@
-"""Every kernel instance compiles to machine code for three GPU generations, without spilling and within its register limit.
+"""Every kernel instance compiles to machine code for three GPU generations, without spilling and within its register
+limit.
 
 NVRTC needs no GPU.  The limits stand beside the instances, in the KVB_EXPORT lines of cuda_src/*.cu.
 """
@@ -40,10 +41,12 @@ def compile_cubin(stem, names, architecture):
         for name in names:
             nvrtc.addNameExpression(program, name)
         try:
-            nvrtc.compileProgram(program, (*loaders.nvrtc_options(), f"-arch={architecture}", "--ptxas-options=-v", *headers))
+            nvrtc.compileProgram(program, (*loaders.nvrtc_options(), f"-arch={architecture}", "--ptxas-options=-v",
+                                           *headers))
         except nvrtc.NVRTCError as error:
             raise RuntimeError(nvrtc.getProgramLog(program)) from error
-        costs = {m[1]: (int(m[5]), int(m[2]), int(m[3]) + int(m[4])) for m in LOG.finditer(nvrtc.getProgramLog(program))}
+        costs = {m[1]: (int(m[5]), int(m[2]), int(m[3]) + int(m[4]))
+                 for m in LOG.finditer(nvrtc.getProgramLog(program))}
         return {name: costs[nvrtc.getLoweredName(program, name)] for name in names}
     finally:
         nvrtc.destroyProgram(program)
@@ -59,6 +62,7 @@ def test_compiles_within_its_limits(stem, architecture):
 
 
 def test_a_broken_kernel_does_not_compile(monkeypatch):
-    monkeypatch.setattr(loaders, "source", lambda stem: '#include "kvb/device.cuh"\n__global__ void broken() { nothing(); }')
+    monkeypatch.setattr(loaders, "source",
+                        lambda stem: '#include "kvb/device.cuh"\n__global__ void broken() { nothing(); }')
     with pytest.raises(RuntimeError, match="identifier \"nothing\" is undefined"):
         compile_cubin("broken", [], "sm_90")

@@ -31,7 +31,8 @@ def test_every_schedule_gives_the_same_bits(name, data):
     """No result may depend on which thread runs first: no reference is needed to see a missing barrier."""
     kernel = registry.get(name)
     arguments = data.draw(inputs(kernel), label="inputs")
-    in_order, shuffled = (run(kernel, arguments, "simt", schedule=seed) for seed in (0, data.draw(schedules.filter(bool))))
+    in_order, shuffled = (run(kernel, arguments, "simt", schedule=seed)
+                          for seed in (0, data.draw(schedules.filter(bool))))
     for one, other in zip(parts(in_order), parts(shuffled), strict=True):
         assert one.tobytes() == other.tobytes()
 
@@ -50,11 +51,13 @@ def test_agreement_refuses_a_wrong_result(name):
     """The tolerance is worth something: one wrong element, a swapped pair of elements, and NaN are all refused."""
     kernel = registry.get(name)
     rng = np.random.default_rng(1)
-    arguments = kernel.inputs(kernel.problem(**{axis: 2 for axis in ("tokens", "batch", "parts") if axis in kernel.axes}), rng)
+    problem = kernel.problem(**{axis: 2 for axis in ("tokens", "batch", "parts") if axis in kernel.axes})
+    arguments = kernel.inputs(problem, rng)
     expected = kernel.reference(**arguments)
     kernel.agreement(arguments, expected, run(kernel, arguments, "reference"))
     for damage in (lambda x: x + x.dtype.type(0.05) * (np.arange(x.size).reshape(x.shape) == x.size // 2),
-                   lambda x: np.where(np.arange(x.size).reshape(x.shape) == 0, np.array(np.nan, x.dtype), x).astype(x.dtype),
+                   lambda x: np.where(np.arange(x.size).reshape(x.shape) == 0, np.array(np.nan, x.dtype),
+                                      x).astype(x.dtype),
                    lambda x: np.roll(x, 1, axis=-1)):
         actual = run(kernel, arguments, "reference")
         broken = (damage(actual[0]), *actual[1:]) if isinstance(actual, tuple) else damage(actual)

@@ -19,7 +19,8 @@ FLOAT_BACKENDS = [needs(backend) for backend in ("cpu", "simt", "cuda", "native"
 
 
 def bits_of_float32(x, rotation, inverse):
-    """The definition of the float32 result: signs, butterflies in order, one scale; every operation rounded to float32."""
+    """The definition of the float32 result: signs, butterflies in order, one scale; every operation rounded to
+    float32."""
     signs, remaining = scaled_signs(rotation)
     y = x.astype(np.float32)
     for r in range(rotation.rounds):
@@ -115,8 +116,10 @@ def test_cuda_kernels_say_which_sizes_they_take():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: hadamard(96, 0), "head_dim: expected a power of two, got 96"), (lambda: hadamard(64, -1), "seed: expected a non-negative integer"),
-    (lambda: hadamard(64, 0, 0), "rounds: expected an integer from 1 to 8, got 0"), (lambda: haar(7, 0), "head_dim: expected an even integer"),
+    (lambda: hadamard(96, 0), "head_dim: expected a power of two, got 96"),
+    (lambda: hadamard(64, -1), "seed: expected a non-negative integer"),
+    (lambda: hadamard(64, 0, 0), "rounds: expected an integer from 1 to 8, got 0"),
+    (lambda: haar(7, 0), "head_dim: expected an even integer"),
     (lambda: haar(64, 1.5), "seed: expected a non-negative integer, got 1.5"),
     (lambda: reference.rotate(np.zeros((2, 32)), haar(64, 0)), r"x: expected \[..., 64\], got \[2, 32\]")])
 def test_reference_refuses_bad_parameters(make, message):

@@ -42,7 +42,8 @@ def versions() -> dict:
 
 
 def source() -> dict:
-    """The commit of the working tree that this package runs from; $KVBENCH_COMMIT, or None, when it is not run from one."""
+    """The commit of the working tree that this package runs from; $KVBENCH_COMMIT, or None, when it is not run from
+    one."""
     here = Path(__file__)
     if _output("git", "ls-files", "--error-unmatch", here.name, folder=here.parent) is None:
         # An installed copy, even if it lies inside some other repository, or a tree that was sent without its history.

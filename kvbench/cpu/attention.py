@@ -23,7 +23,8 @@ def decode(query, keys, values, lengths, scale, out, lse) -> None:
 
 
 def merge(outputs, lses, out, lse) -> None:
-    """outputs : [parts, batch, q_heads, head_dim]   lses : [parts, batch, q_heads] float32   out, lse : without parts"""
+    """outputs : [parts, batch, q_heads, head_dim]   lses : [parts, batch, q_heads] float32
+    out, lse : without parts"""
     _merge(bits(outputs), lses, bits(out), lse)
 
 

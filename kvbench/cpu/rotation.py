@@ -1,4 +1,7 @@
-"""Rotation on the CPU: randomised Hadamard rounds in Numba, dense matrices through BLAS.  Reference: reference/rotation.py."""
+"""Rotation on the CPU: randomised Hadamard rounds in Numba, dense matrices through BLAS.
+
+Reference: reference/rotation.py.
+"""
 from __future__ import annotations
 
 import numba

@@ -1,4 +1,5 @@
-"""Public operators, one module per algorithm: validation, dispatch by device, launch geometry, and the registry records.
+"""Public operators, one module per algorithm: validation, dispatch by device, launch geometry, and the
+registry records.
 
 Importing this package registers every kernel.
 """

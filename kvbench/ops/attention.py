@@ -26,7 +26,9 @@ BACKENDS = registry.BACKENDS
 
 @dataclass(frozen=True)
 class Workspace:
-    """Scratch memory of split decode kernels; with it and `out=` a decode step allocates nothing.  One stream at a time.
+    """Scratch memory of split decode kernels; with it and `out=` a decode step allocates nothing.
+
+    One stream at a time.
 
     partial_output     [batch, q_heads, splits, head_dim] float32
     partial_statistics [batch, q_heads, splits, 2] float32: reference exponent and total of each part
@@ -42,7 +44,8 @@ class Workspace:
         return self.partial_output.nbytes + self.partial_statistics.nbytes + self.tickets.nbytes
 
 
-def workspace(batch: int, q_heads: int, head_dim: int, device: Device | str, *, framework: str | None = None) -> Workspace:
+def workspace(batch: int, q_heads: int, head_dim: int, device: Device | str, *,
+              framework: str | None = None) -> Workspace:
     """Scratch for any decode operator with at most this batch, q_heads and head_dim."""
     device = Device.parse(device)
     return _workspace(batch, q_heads, head_dim, MAX_SPLITS, device, framework)
@@ -61,19 +64,22 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     """output_h = sum_t softmax_t(scale <q_h, k_t>) v_t: one decode step, each key and value byte read once per KV head.
 
     query     : [batch, q_heads, head_dim] float16, bfloat16 or float32
-    keys      : [batch, kv_heads, tokens, head_dim], query's dtype; outer dimensions may be strided (a slice of a larger cache,
-                a transposed [batch, tokens, kv_heads, head_dim]); values likewise
-    lengths   : [batch] int32, tokens of each sequence (default: all).  Slots from there on are never read; values outside
-                0..tokens are clamped, since checking them would wait for the device.  Length 0: output 0, lse -inf
+    keys      : [batch, kv_heads, tokens, head_dim], query's dtype; outer dimensions may be strided (a slice of a larger
+                cache, a transposed [batch, tokens, kv_heads, head_dim]); values likewise
+    lengths   : [batch] int32, tokens of each sequence (default: all).  Slots from there on are never read; values
+                outside 0..tokens are clamped, since checking them would wait for the device.  Length 0:
+                output 0, lse -inf
     scale     : factor of the logits (default head_dim ** -0.5)
-    splits    : thread blocks per sequence and KV head (default: enough to fill the GPU); the cpu and reference backends do not split
+    splits    : thread blocks per sequence and KV head (default: enough to fill the GPU); the cpu and reference backends
+                do not split
     return_lse: also return the natural log-sum-exp of the logits, with which partial results merge
     out, lse  : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
     workspace : from `workspace(...)`, so that nothing is allocated (default: a temporary one)
-    backend   : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256, group <= 16
+    backend   : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256,
+                group <= 16
 
-    Query head h reads KV head h // group.  Returns out, or (out, lse).  float16 and bfloat16 use tensor cores with float32
-    sums and weights rounded to the cache's type; float32 is float32 throughout.
+    Query head h reads KV head h // group.  Returns out, or (out, lse).  float16 and bfloat16 use tensor cores with
+    float32 sums and weights rounded to the cache's type; float32 is float32 throughout.
     Source: FlashAttention (arXiv 2205.14135), split and merge: arXiv 1805.02867, section 3.1.
     """
     arguments = Arguments("attention.decode", stream=stream)
@@ -81,7 +87,8 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
     values = arguments.take("values", values, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
-    batch, q_heads, head_dim, kv_heads, tokens = (arguments.sizes[n] for n in ("batch", "q_heads", "head_dim", "kv_heads", "tokens"))
+    batch, q_heads, head_dim, kv_heads, tokens = (
+        arguments.sizes[n] for n in ("batch", "q_heads", "head_dim", "kv_heads", "tokens"))
     arguments.require(kv_heads > 0 and q_heads % kv_heads == 0 and q_heads > 0, "query",
                       f"q_heads a positive multiple of kv_heads = {kv_heads}", q_heads)
     arguments.require(head_dim > 0, "query", "a positive head_dim", head_dim)
@@ -95,7 +102,8 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
 
     if backend == "reference":
         host_lengths = None if lengths is None else np.clip(lengths.numpy(), 0, tokens)
-        output, log_sum = reference.decode(query.numpy(), keys.numpy(), values.numpy(), lengths=host_lengths, scale=scale)
+        output, log_sum = reference.decode(query.numpy(), keys.numpy(), values.numpy(), lengths=host_lengths,
+                                           scale=scale)
         with np.errstate(over="ignore"):
             out.numpy()[...] = output.astype(out.numpy().dtype)
         if lse is not None:
@@ -107,7 +115,8 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     else:
         check_cuda_heads(arguments, backend, head_dim, q_heads // kv_heads)
         for name, array in (("query", query), ("keys", keys), ("values", values), ("out", out)):
-            arguments.require(array.aligned(16), name, "rows at multiples of 16 bytes", f"address {array.pointer:#x}, strides {array.strides}")
+            arguments.require(array.aligned(16), name, "rows at multiples of 16 bytes",
+                              f"address {array.pointer:#x}, strides {array.strides}")
         if batch:
             _launch_decode(query, keys, values, lengths, scale, splits, out, lse, workspace, backend, arguments)
     return (out.give(), lse.give()) if return_lse else out.give()
@@ -116,21 +125,23 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
 def check_scale(arguments: Arguments, scale, head_dim: int) -> float:
     """The logit scale: head_dim ** -0.5 by default; finite."""
     scale = head_dim**-0.5 if scale is None else scale
-    arguments.require(isinstance(scale, (int, float, np.number)) and math.isfinite(scale), "scale", "a finite number", scale)
+    arguments.require(isinstance(scale, (int, float, np.number)) and math.isfinite(scale), "scale", "a finite number",
+                      scale)
     return float(scale)
 
 
 def check_cuda_heads(arguments: Arguments, backend: str, head_dim: int, group: int) -> None:
     """What every CUDA decode kernel is built for."""
     arguments.require(head_dim in CUDA_HEAD_DIMS, "query", f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
-    arguments.require(group <= MAX_GROUP, "query", f"at most {MAX_GROUP} query heads per KV head on backend {backend!r}", group)
+    arguments.require(group <= MAX_GROUP, "query",
+                      f"at most {MAX_GROUP} query heads per KV head on backend {backend!r}", group)
 
 
 def choose_splits(tiles: int, pairs: int, tiles_per_block: int, multiprocessors: int) -> int:
     """Splits per (sequence, KV head), such that pairs * splits blocks fill the multiprocessors evenly in few rounds.
 
-    A partly filled last round leaves multiprocessors idle; every further round costs a start, an end and more partial results
-    to merge, about 5 % of a round.  No split gets less than `tiles_per_block` tiles.
+    A partly filled last round leaves multiprocessors idle; every further round costs a start, an end and more partial
+    results to merge, about 5 % of a round.  No split gets less than `tiles_per_block` tiles.
     """
     most = max(1, min(tiles // tiles_per_block, MAX_SPLITS, 4 * multiprocessors // pairs))
 
@@ -141,14 +152,18 @@ def choose_splits(tiles: int, pairs: int, tiles_per_block: int, multiprocessors:
     return max(range(1, most + 1), key=merit)
 
 
-def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, device: Device, framework: str) -> Workspace:
+def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, device: Device,
+                   framework: str) -> Workspace:
     """The caller's workspace, checked for size and device, or a new one."""
     batch, q_heads, head_dim, kv_heads = (arguments.sizes[n] for n in ("batch", "q_heads", "head_dim", "kv_heads"))
     if given is None:
-        # Allocated on the launch's stream and released after the launch: the frameworks' allocators order both by stream.
-        return _workspace(batch, q_heads, head_dim, splits, device, framework, arguments.stream if device.kind == "cuda" else None)
+        # Allocated on the launch's stream and released after the launch: the frameworks' allocators order both by
+        # stream.
+        return _workspace(batch, q_heads, head_dim, splits, device, framework,
+                          arguments.stream if device.kind == "cuda" else None)
     if not isinstance(given, Workspace):
-        raise TypeError(f"{arguments.operator}: workspace: expected a Workspace from attention.workspace(), got {type(given).__name__}")
+        raise TypeError(f"{arguments.operator}: workspace: expected a Workspace from attention.workspace(), "
+                        f"got {type(given).__name__}")
     rows = batch * q_heads * splits
     arguments.require(given.tickets.device == device, "workspace", f"memory on {device}", given.tickets.device)
     arguments.require(given.partial_output.size >= rows * head_dim and given.partial_statistics.size >= rows * 2
@@ -159,7 +174,8 @@ def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, d
 
 
 def split_shared_bytes(copies: int, heads: int, head_dim: int, group: int, splits: int, threads: int) -> int:
-    """Shared memory that the end of a split kernel needs (kvb/splits.cuh): warp copies, or the weights and shares of the merge."""
+    """Shared memory that the end of a split kernel needs (kvb/splits.cuh): warp copies, or the weights and shares of
+    the merge."""
     return max(copies * heads * (head_dim + 2) * 4, -(-group * splits // 4) * 16 + threads * 16)
 
 
@@ -173,9 +189,10 @@ def _launch_decode(query, keys, values, lengths, scale, splits, out, lse, worksp
         heads = 8 if group <= 8 else 16
         name = f"attention_decode_kernel<{CXX_TYPE[query.dtype]}, {head_dim}, {heads}>"
         tile, tiles_per_block, copies = 16, 8, 8
-        ring_bytes = (8 * 3 * 16 + heads) * head_dim * 2                 # 8 warps, kRingUnits units of 16 rows; the queries
+        ring_bytes = (8 * 3 * 16 + heads) * head_dim * 2    # 8 warps, kRingUnits units of 16 rows; the queries
     if splits is None:
-        splits = choose_splits(-(-tokens // tile), batch * kv_heads, tiles_per_block, loaders.multiprocessors(backend, device))
+        splits = choose_splits(-(-tokens // tile), batch * kv_heads, tiles_per_block,
+                               loaders.multiprocessors(backend, device))
     shared_bytes = split_shared_bytes(copies, heads, head_dim, group, splits, 256)
     if query.dtype == "float32":
         shared_bytes += MAX_GROUP * head_dim * 4    # the copies follow the queries
@@ -218,8 +235,9 @@ def merge(outputs, lses, *, out=None, lse=None, backend: str | None = None, stre
     elif rows:
         name = f"kvb::attention_merge_kernel<{CXX_TYPE[outputs.dtype]}, {CXX_TYPE[out.dtype]}>"
         function = loaders.get_function("attention", name, backend, outputs.device)
-        function((rows,), (min(256, -(-head_dim // 32) * 32),), (outputs, lses, out, lse, np.int32(parts),
-                                                                 np.uint64(rows), np.int32(head_dim)), stream=arguments.stream)
+        function((rows,), (min(256, -(-head_dim // 32) * 32),),
+                 (outputs, lses, out, lse, np.int32(parts), np.uint64(rows), np.int32(head_dim)),
+                 stream=arguments.stream)
     return out.give(), lse.give()
 
 
@@ -246,38 +264,46 @@ def _decode_traffic(problem):
     return Traffic(2 * cache + rows * problem["head_dim"] * size, rows * (problem["head_dim"] * size + 4))
 
 
-def decode_tolerance(query, keys, values, lengths, scale, weight_epsilon) -> tuple[np.ndarray, np.ndarray]:
+def decode_tolerance(query, keys, values, lengths, scale, dtype) -> tuple[np.ndarray, np.ndarray]:
     """(output allowance [batch, q_heads, head_dim], lse allowance [batch, q_heads]) of float32 decode attention.
 
-    A logit summed in float32 is off by at most delta = (head_dim + 4) eps/2 scale sum_j |q_j k_j|, and so is the log-sum-exp,
-    plus the rounding of its own arithmetic.  Logits off by delta change each weight by a factor within e^(+-2 delta); weights
-    rounded to the cache's type by one within 1 +- weight_epsilon/2, in numerator and total alike (the log-sum-exp is that of
-    the rounded weights, so that partial results merge to what one launch gives); sums over tokens by
-    (depth) eps/2.  All of these are relative to sum_t w_t |v_t|, which is what the allowance multiplies.  Weights below the
-    normal range of float16 have an absolute error of 2^-33 of the largest weight; float32 subnormals may count as zero.
+    A logit summed in float32 is off by at most delta = (head_dim + 4) eps/2 scale sum_j |q_j k_j|, and so is the
+    log-sum-exp, plus the rounding of its own arithmetic.  Logits off by delta change each weight by a factor within
+    e^(+-2 delta); weights rounded to the cache's type by one within 1 +- its eps/2, in numerator and total alike (the
+    log-sum-exp is that of the rounded weights, so that partial results merge to what one launch gives).  A sum of n
+    terms, one after another, is off by n eps/2 of the sum of absolute values: n is all tokens in the float32 kernel;
+    with 16-bit caches the tensor cores take 16 at a time, and the CPU 1024 before it merges.  All of these are relative
+    to sum_t w_t |v_t|, which is what the allowance multiplies.
+    Weights below the normal range of float16 have an absolute error of 2^-33 of the largest weight; float32 subnormals
+    may count as zero.
     """
     query, keys, values = (np.asarray(x).astype(np.float64) for x in (query, keys, values))
     batch, q_heads, head_dim = query.shape
     kv_heads, tokens = keys.shape[1:3]
-    valid = np.arange(tokens) < (np.full(batch, tokens) if lengths is None else np.asarray(lengths))[:, None]     # [batch, tokens]
+    weight_epsilon = 0.0 if dtype == "float32" else EPSILON[dtype]
+    one_after_another = tokens if dtype == "float32" else min(tokens, 1024) + tokens / 16
+    lengths_or_all = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
+    valid = np.arange(tokens) < lengths_or_all[:, None]     # [batch, tokens]
     signed_keys, keys, values = keys, *(np.abs(np.where(valid[:, None, :, None], x, 0)) for x in (keys, values))
     grouped = np.abs(query).reshape(batch, kv_heads, -1, head_dim)
     with np.errstate(invalid="ignore", over="ignore"):
         logits = np.einsum("bghd,bgtd->bght", grouped, keys).max(axis=-1, initial=0).reshape(batch, q_heads)
         largest = logits * (head_dim**-0.5 if scale is None else abs(scale))
         delta = (head_dim + 4) * EPSILON["float32"] / 2 * largest
-        arithmetic = (8 + math.log2(tokens + 1) + tokens / 64) * EPSILON["float32"] / 2
+        arithmetic = (8 + math.log2(tokens + 1) + one_after_another) * EPSILON["float32"] / 2
         weighted = reference.decode(query, signed_keys, values, lengths=lengths, scale=scale, return_lse=False)
         factor = np.expm1(2 * delta) + weight_epsilon + 2 * arithmetic
-        underflow = (tokens + 2) * SMALLEST_NORMAL + tokens * 2.0**-33 * values.max(axis=(2, 3), initial=0).repeat(q_heads // kv_heads, axis=1)
+        largest_value = values.max(axis=(2, 3), initial=0).repeat(q_heads // kv_heads, axis=1)
+        underflow = (tokens + 2) * SMALLEST_NORMAL + tokens * 2.0**-33 * largest_value
         return (factor[..., None] * weighted + underflow[..., None],
-                delta + weight_epsilon / 2 + arithmetic + 16 * EPSILON["float32"] * (largest + math.log(tokens + 1) + 1))
+                delta + weight_epsilon / 2 + arithmetic
+                + 16 * EPSILON["float32"] * (largest + math.log(tokens + 1) + 1))
 
 
 def _decode_agreement(inputs, expected, actual):
     dtype = inputs["query"].dtype.name
-    output, lse = decode_tolerance(inputs["query"], inputs["keys"], inputs["values"], inputs.get("lengths"), inputs.get("scale"),
-                                   0.0 if dtype == "float32" else EPSILON[dtype])
+    output, lse = decode_tolerance(inputs["query"], inputs["keys"], inputs["values"], inputs.get("lengths"),
+                                   inputs.get("scale"), dtype)
     stored = np.asarray(actual[0]).dtype.name
     assert_close(expected[0], actual[0], stored, output, "output")
     assert_close(expected[1], actual[1], "float32", lse, "log-sum-exp")
@@ -302,7 +328,8 @@ def _merge_agreement(inputs, expected, actual):
     finite = np.where(np.isfinite(lses), np.abs(lses), 0).max(axis=0)
     relative = EPSILON["float32"] * (8 + lses.shape[0] + 2 * finite)
     read = np.where(np.isneginf(lses)[..., None], 0, np.abs(outputs)).max(axis=0)
-    assert_close(expected[0], actual[0], np.asarray(actual[0]).dtype.name, relative[..., None] * read + (lses.shape[0] + 1) * SMALLEST_NORMAL, "output")
+    assert_close(expected[0], actual[0], np.asarray(actual[0]).dtype.name,
+                 relative[..., None] * read + (lses.shape[0] + 1) * SMALLEST_NORMAL, "output")
     assert_close(expected[1], actual[1], "float32", relative, "log-sum-exp")
 
 

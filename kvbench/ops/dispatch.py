@@ -14,16 +14,17 @@ _HOST, _DEVICE = ("reference", "cpu", "simt"), ("cuda", "native")
 def choose(backend: str | None, arguments: Arguments, implemented: tuple[str, ...]) -> str:
     """The backend to run: the one asked for, or the default for the device that the arguments are on.
 
-    Host memory: `cpu`.  Device memory: `cuda`, or `native` where CuPy is not installed.  Raises ValueError for an unknown
-    backend or one that cannot reach the memory, BackendUnavailable if this machine lacks it.
+    Host memory: `cpu`.  Device memory: `cuda`, or `native` where CuPy is not installed.  Raises ValueError for an
+    unknown backend or one that cannot reach the memory, BackendUnavailable if this machine lacks it.
     """
     on_device = arguments.device.kind == "cuda"
     if backend is None:
         backend = "cpu" if not on_device else "native" if loaders.availability("cuda") else "cuda"
     arguments.require(backend in implemented, "backend", f"one of {', '.join(implemented)}",
                       f"{backend!r}{nearest(str(backend), implemented)}")
-    arguments.require(backend in (_DEVICE if on_device else _HOST), "backend",
-                      f"one of {', '.join(_DEVICE if on_device else _HOST)} for arrays on {arguments.device}", repr(backend))
+    reachable = _DEVICE if on_device else _HOST
+    arguments.require(backend in reachable, "backend",
+                      f"one of {', '.join(reachable)} for arrays on {arguments.device}", repr(backend))
     loaders.require(backend)
     return backend
 
@@ -34,7 +35,8 @@ CXX_TYPE = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}   # positive subnormal
 SMALLEST_NORMAL = 2.0**-126                                                     # float32: GPUs may flush what is below
-LARGEST = {"float16": 65504.0, "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)), "float32": float(np.finfo(np.float32).max)}
+LARGEST = {"float16": 65504.0, "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
+           "float32": float(np.finfo(np.float32).max)}
 
 
 NUMPY_TYPE = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -50,7 +52,8 @@ def assert_close(expected: np.ndarray, actual: np.ndarray, dtype: str, allowance
 
     expected : float64, exact          actual : as returned, of storage type `dtype`
     allowance : absolute error allowed before the result is rounded to `dtype` (broadcast)
-    Where expected is NaN, actual must be; where rounding overflows `dtype`, actual may be infinite.  NaN never passes for a number.
+    Where expected is NaN, actual must be; where rounding overflows `dtype`, actual may be infinite.  NaN never passes
+    for a number.
     """
     expected, got = np.asarray(expected, np.float64), np.asarray(actual).astype(np.float64)
     if got.shape != expected.shape:
@@ -59,7 +62,8 @@ def assert_close(expected: np.ndarray, actual: np.ndarray, dtype: str, allowance
     with np.errstate(invalid="ignore", over="ignore"):
         rounding = EPSILON[dtype] / 2 * (np.abs(expected) + allowance) + SMALLEST[dtype] / 2
         close = np.abs(got - expected) <= allowance + rounding
-        overflow = np.isinf(got) & (np.sign(got) == np.sign(expected)) & (np.abs(expected) + allowance + rounding >= LARGEST[dtype])
+        overflow = (np.isinf(got) & (np.sign(got) == np.sign(expected))
+                    & (np.abs(expected) + allowance + rounding >= LARGEST[dtype]))
         held = np.where(np.isfinite(expected), close | overflow,
                         np.where(np.isnan(expected), np.isnan(got), got == expected))
     if not held.all():
@@ -67,8 +71,9 @@ def assert_close(expected: np.ndarray, actual: np.ndarray, dtype: str, allowance
         with np.errstate(invalid="ignore"):
             worst = np.where(held, 0, np.abs(got - expected) / (allowance + rounding))
         raise AssertionError(
-            f"{what}: {int((~held).sum())} of {held.size} elements differ; first at {index}: expected {expected[index]!r}, got "
-            f"{got[index]!r}, allowed {float((allowance + rounding)[index]):.3g}; worst {float(np.nanmax(worst, initial=0)):.3g} times allowed")
+            f"{what}: {int((~held).sum())} of {held.size} elements differ; first at {index}: "
+            f"expected {expected[index]!r}, got {got[index]!r}, allowed {float((allowance + rounding)[index]):.3g}; "
+            f"worst {float(np.nanmax(worst, initial=0)):.3g} times allowed")
 
 
 def relative_error(expected: np.ndarray, actual: np.ndarray) -> float:

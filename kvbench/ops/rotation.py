@@ -1,4 +1,7 @@
-"""Rotate vectors by a random orthogonal matrix: y = x R^T.  Reference: reference/rotation.py, kernel: cuda_src/rotation.cu."""
+"""Rotate vectors by a random orthogonal matrix: y = x R^T.
+
+Reference: reference/rotation.py, kernel: cuda_src/rotation.cu.
+"""
 from __future__ import annotations
 
 import functools
@@ -26,17 +29,20 @@ def rotate(x, rotation: Rotation, *, inverse: bool = False, out=None, backend: s
     x        : [..., head_dim] float16, bfloat16 or float32, contiguous
     rotation : from `hadamard(head_dim, seed, rounds=3)` or `haar(head_dim, seed)`
     out      : same shape and dtype, may be x itself (default: new, in x's framework)
-    backend  : reference, cpu, cuda, native or simt (default: by the device of x); the last three want head_dim 64, 128 or 256
+    backend  : reference, cpu, cuda, native or simt (default: by the device of x); the last three want
+               head_dim 64, 128 or 256
     stream   : CUDA stream handle (default: the framework's current stream)
 
-    Arithmetic is float32, rounded once to x's dtype; backends agree bit for bit on Hadamard rotations, but that GPUs may
-    flush float32 subnormals.  A dense (Haar) rotation costs head_dim multiply-adds per element and is compute bound on a GPU.
+    Arithmetic is float32, rounded once to x's dtype; backends agree bit for bit on Hadamard rotations, but that GPUs
+    may flush float32 subnormals.  A dense (Haar) rotation costs head_dim multiply-adds per element and is compute bound
+    on a GPU.
     Source: TurboQuant, arXiv 2504.19874, section 3; randomised Hadamard: QuIP#, arXiv 2402.04396, section 3.
     """
     arguments = Arguments("rotation.rotate", stream=stream)
     x = arguments.take("x", x, "... head_dim", FLOATS)
     if not isinstance(rotation, Rotation):
-        raise TypeError(f"rotation.rotate: rotation: expected a Rotation from hadamard() or haar(), got {type(rotation).__name__}")
+        raise TypeError(f"rotation.rotate: rotation: expected a Rotation from hadamard() or haar(), "
+                        f"got {type(rotation).__name__}")
     arguments.require(rotation.head_dim == arguments.sizes["head_dim"], "rotation",
                       f"head_dim {arguments.sizes['head_dim']} as in x", rotation.head_dim)
     out = arguments.result("out", out, x.shape, x.dtype, in_place=True)
@@ -79,8 +85,9 @@ def _launch(x, out, rotation, inverse, rows, backend, arguments):
 
 @functools.lru_cache(maxsize=256)
 def scaled_signs(rotation: Rotation) -> tuple[np.ndarray, float]:
-    """(signs * 2^-k [rounds, head_dim] float32, remaining scale): head_dim^(-1/2) per round split into an exact power of two
-    and the rest, so that float32 arithmetic rounds only in additions and once at the end, the same on every backend."""
+    """(signs * 2^-k [rounds, head_dim] float32, remaining scale): head_dim^(-1/2) per round split into an exact power
+    of two and the rest, so that float32 arithmetic rounds only in additions and once at the end, the same on every
+    backend."""
     exponent = int(math.log2(rotation.head_dim)) // 2
     remaining = (rotation.head_dim**-0.5 * 2.0**exponent) ** rotation.rounds
     return np.ldexp(rotation.signs.astype(np.float32), -exponent), float(np.float32(remaining))
@@ -107,7 +114,8 @@ AXES = {"tokens": (32768, 4096, 131072, 1048576), "head_dim": (128, 64, 256), "k
 def _inputs(problem, rng):
     shape = (problem["batch"], problem["kv_heads"], problem["tokens"], problem["head_dim"])
     seed = int(rng.integers(2**31))
-    rotation = haar(problem["head_dim"], seed) if problem["kind"] == "haar" else hadamard(problem["head_dim"], seed, problem["rounds"])
+    rotation = (haar(problem["head_dim"], seed) if problem["kind"] == "haar"
+                else hadamard(problem["head_dim"], seed, problem["rounds"]))
     return {"x": random_normal(rng, shape, problem["dtype"]), "rotation": rotation}
 
 
@@ -118,9 +126,9 @@ def _traffic(problem):
 
 
 def _agreement(inputs, expected, actual):
-    """Forward error of float32 butterflies: each of rounds * log2(D) levels adds at most half an epsilon of its inputs, whose
-    norm every level keeps (after scaling), so the error of an element is below (levels + 2) eps/2 ||x||.  A dense product of
-    length D: D eps/2 ||x|| at most."""
+    """Forward error of float32 butterflies: each of rounds * log2(D) levels adds at most half an epsilon of its inputs,
+    whose norm every level keeps (after scaling), so the error of an element is below (levels + 2) eps/2 ||x||.  A dense
+    product of length D: D eps/2 ||x|| at most."""
     x, rotation = inputs["x"], inputs["rotation"]
     levels = rotation.rounds * math.log2(rotation.head_dim) if rotation.kind == "hadamard" else rotation.head_dim
     norm = np.linalg.norm(np.asarray(x).astype(np.float64), axis=-1, keepdims=True)

@@ -12,7 +12,8 @@ head_dims = st.sampled_from((64, 128, 256))
 groups = st.integers(1, 16)              # query heads per KV head
 batches = st.integers(1, 3)
 kv_heads = st.integers(1, 3)
-token_counts = st.one_of(st.integers(0, 150), st.sampled_from((15, 16, 17, 127, 128, 129, 255, 256, 257)))   # around tiles
+around_tiles = st.sampled_from((15, 16, 17, 127, 128, 129, 255, 256, 257))
+token_counts = st.one_of(st.integers(0, 150), around_tiles)
 seeds = st.integers(0, 2**32 - 1)
 schedules = st.integers(0, 2**63 - 1)    # of the emulator; 0 runs threads in order
 
@@ -32,7 +33,7 @@ def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, content: 
         x[...] = 0
     elif content == "some zero rows":
         x[rng.random(shape[:-1]) < 0.5] = 0
-    elif content == "large":       # a quarter of the largest float16: rotations of it may overflow, on every backend alike
+    elif content == "large":       # a quarter of the largest float16: rotations may overflow, on every backend alike
         x *= 16384 / max(np.abs(x).max(initial=0), 1)
     elif content == "small":
         x *= 2.0**-10

@@ -9,18 +9,21 @@ from strategies.arrays import batches, contents, dtypes, fill, groups, head_dims
 
 @st.composite
 def decode(draw):
-    head_dim, heads, batch, tokens, dtype = draw(head_dims), draw(kv_heads), draw(batches), draw(token_counts), draw(dtypes)
+    head_dim, heads, batch = draw(head_dims), draw(kv_heads), draw(batches)
+    tokens, dtype = draw(token_counts), draw(dtypes)
     rng = np.random.default_rng(draw(seeds))
     content = draw(contents)
     scale = draw(st.sampled_from((None, 0.0, 1.0, -0.05)))
-    if content in ("large", "outlier channels"):   # else the logits are so large that no float32 sum says anything about them
+    if content in ("large", "outlier channels"):
+        # Else the logits are so large that no float32 sum says anything about them.
         scale = draw(st.sampled_from((0.0, 1e-9, 2.0**-24)))
     arguments = {"query": fill(rng, (batch, heads * draw(groups), head_dim), dtype, "normal"),
                  "keys": fill(rng, (batch, heads, tokens, head_dim), dtype, content),
                  "values": fill(rng, (batch, heads, tokens, head_dim), dtype, draw(contents)),
                  "scale": scale, "return_lse": True}
     if draw(st.booleans()):
-        arguments["lengths"] = np.array(draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch)), np.int32)
+        lengths = draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+        arguments["lengths"] = np.array(lengths, np.int32)
         for b, length in enumerate(arguments["lengths"]):   # what lies beyond a sequence must not be read into a result
             arguments["keys"][b, :, length:] = np.nan
             arguments["values"][b, :, length:] = np.inf
@@ -29,7 +32,8 @@ def decode(draw):
 
 @st.composite
 def merge(draw):
-    parts, batch, q_heads, head_dim = draw(st.integers(1, 6)), draw(batches), draw(st.integers(1, 5)), draw(st.sampled_from((2, 64, 128, 300)))
+    parts, batch, q_heads = draw(st.integers(1, 6)), draw(batches), draw(st.integers(1, 5))
+    head_dim = draw(st.sampled_from((2, 64, 128, 300)))
     rng = np.random.default_rng(draw(seeds))
     outputs = fill(rng, (parts, batch, q_heads, head_dim), draw(dtypes), draw(contents))
     lses = (draw(st.sampled_from((0.0, 1.0, 100.0))) * rng.standard_normal((parts, batch, q_heads))).astype(np.float32)

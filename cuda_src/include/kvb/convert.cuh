@@ -1,4 +1,5 @@
-// Conversions between the storage types (float, __half, __nv_bfloat16) and float, alone, in pairs and in 16-byte chunks.
+// Conversions between the storage types (float, __half, __nv_bfloat16) and float, alone, in pairs and
+// in 16-byte chunks.
 #pragma once
 #include "kvb/device.cuh"
 
@@ -36,7 +37,9 @@ __device__ __forceinline__ u32 pack_pair<__nv_bfloat16>(float first, float secon
 template <class T>
 __device__ __forceinline__ float2 unpack_pair(u32 word);
 template <>
-__device__ __forceinline__ float2 unpack_pair<__half>(u32 word) { return __half22float2(*reinterpret_cast<__half2*>(&word)); }
+__device__ __forceinline__ float2 unpack_pair<__half>(u32 word) {
+  return __half22float2(*reinterpret_cast<__half2*>(&word));
+}
 template <>
 __device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(u32 word) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
@@ -66,7 +69,8 @@ __device__ __forceinline__ void unpack_chunk<float>(const uint4& chunk, float* x
 
 template <class T>
 __device__ __forceinline__ uint4 pack_chunk(const float* x) {
-  return make_uint4(pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3]), pack_pair<T>(x[4], x[5]), pack_pair<T>(x[6], x[7]));
+  return make_uint4(pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3]),
+                    pack_pair<T>(x[4], x[5]), pack_pair<T>(x[6], x[7]));
 }
 template <>
 __device__ __forceinline__ uint4 pack_chunk<float>(const float* x) {

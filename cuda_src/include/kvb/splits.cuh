@@ -1,25 +1,28 @@
-// The end of every split decode kernel: combine the warps of a block, store one partial result per split, and let the last
-// block to finish merge the splits.  The one place where partial results of a launch are merged.
+// The end of every split decode kernel: combine the warps of a block, store one partial result per split, and let the
+// last block to finish merge the splits.  The one place where partial results of a launch are merged.
 //
 // A partial result of one query head over some tokens is (reference, total, output) in base 2:
-//   total = sum_t 2^(logit_t - reference),   output = sum_t 2^(logit_t - reference) v_t,   logit in units of log2(e) scale <q, k>.
+//   total = sum_t 2^(logit_t - reference),   output = sum_t 2^(logit_t - reference) v_t,
+//   logit in units of log2(e) scale <q, k>.
 // Any finite reference is right; one near the largest logit keeps the numbers in range.  Partial results merge by
-// M = max reference_i, w_i = 2^(reference_i - M): output = sum w_i output_i / sum w_i total_i (arXiv 1805.02867, section 3.1).
+// M = max reference_i, w_i = 2^(reference_i - M): output = sum w_i output_i / sum w_i total_i
+// (arXiv 1805.02867, section 3.1).
 #pragma once
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 
 namespace kvb {
 
-constexpr float kNoReference = -3.402823466e38f;   // of a warp that has seen no token: finite, so that differences are not NaN
+// The reference of a warp that has seen no token: finite, so that differences are not NaN.
+constexpr float kNoReference = -3.402823466e38f;
 
 // Blocks that share a sequence of `tiles` tiles: all `splits` of the grid, or fewer for a short one, so that each has
 // `tiles_per_block` to start with.  The blocks beyond have nothing to do and nobody waits for them.
 //
-// Tiles are dealt out in turns, warp w of split s taking tiles (i active + s) warps + w for i = 0, 1, ...: the blocks sweep the
-// memory side by side.  Handing them out on demand instead balances multiprocessors, which get unequal shares of the memory
-// bandwidth (with fixed shares the first is done after 140 us, the last after 195), but not one byte more per second arrives in
-// all (206 instead of 202 us), and results would vary from run to run.
+// Tiles are dealt out in turns, warp w of split s taking tiles (i active + s) warps + w for i = 0, 1, ...: the blocks
+// sweep the memory side by side.  Handing them out on demand instead balances multiprocessors, which get unequal shares
+// of the memory bandwidth (with fixed shares the first is done after 140 us, the last after 195), but not one byte more
+// per second arrives in all (206 instead of 202 us), and results would vary from run to run.
 __device__ __forceinline__ int active_splits(int tiles, int tiles_per_block, int splits) {
   return min(splits, max((tiles + tiles_per_block - 1) / tiles_per_block, 1));
 }
@@ -142,7 +145,8 @@ __device__ __forceinline__ void finish_split(const float* copies, const float2* 
       const float* rows = target.partial_output + static_cast<u64>(h) * splits * D + d;
 #pragma unroll 8
       for (int s = share; s < active; s += shares)
-        add_scaled(sum, weights[h * active + s], __ldcg(reinterpret_cast<const float4*>(rows + static_cast<u64>(s) * D)));
+        add_scaled(sum, weights[h * active + s],
+                   __ldcg(reinterpret_cast<const float4*>(rows + static_cast<u64>(s) * D)));
     }
     if (shares > 1) {
       parts[threadIdx.x] = sum;
