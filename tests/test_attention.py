@@ -1,4 +1,7 @@
 """Decode attention and merge: layouts, edges and errors that drawn inputs of test_kernels.py do not single out."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -228,3 +231,26 @@ def test_long_sums_of_equal_values_stay_within_the_tolerance(backend):
     inputs["keys"][...] = 0
     inputs["values"][...] = np.float32(0.7144656)
     compare(registry.get("attention.decode"), inputs, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(loaders.availability("native") is not None, reason=str(loaders.availability("native")))
+def test_native_serves_torch_without_cupy(tmp_path):
+    """Where CuPy is not installed, tensors on a GPU go to the kernels that nvcc built."""
+    pytest.importorskip("torch")
+    script = tmp_path / "without_cupy.py"
+    script.write_text("""
+import sys
+sys.modules["cupy"] = None
+import torch
+from kvbench.ops import attention, rotation
+query = torch.randn(1, 8, 128, device="cuda", dtype=torch.float16)
+keys, values = torch.randn(2, 1, 2, 300, 128, device="cuda", dtype=torch.float16)
+expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+torch.testing.assert_close(attention.decode(query, keys, values), expected, atol=2e-3, rtol=2e-3)
+turn = rotation.hadamard(128, seed=1)
+torch.testing.assert_close(rotation.rotate(rotation.rotate(keys, turn), turn, inverse=True), keys, atol=5e-3, rtol=5e-3)
+print("agrees")
+""", encoding="utf-8")
+    done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True)
+    assert done.stdout == "agrees\n", done.stderr
