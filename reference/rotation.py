@@ -48,7 +48,7 @@ def haar(head_dim: int, seed: int) -> Rotation:
     Without the signs, Q of a QR routine is not Haar distributed (Mezzadri, arXiv math-ph/0609050, section 5).
     """
     _check_head_dim(head_dim)
-    gaussian = np.random.default_rng(_check_seed(seed)).standard_normal((head_dim, head_dim))
+    gaussian = _generator(seed).standard_normal((head_dim, head_dim))
     q, u = np.linalg.qr(gaussian)
     matrix = q * np.where(np.diag(u) < 0, -1.0, 1.0)   # column j of Q times sign(U_jj), sign(0) = +1
     return Rotation("haar", head_dim, seed, 0, matrix=_frozen(matrix))
@@ -68,7 +68,7 @@ def hadamard(head_dim: int, seed: int, rounds: int = 3) -> Rotation:
                          f"use haar() for other sizes")
     if not isinstance(rounds, (int, np.integer)) or not 1 <= rounds <= 8:
         raise ValueError(f"rotation.hadamard: rounds: expected an integer from 1 to 8, got {rounds!r}")
-    bits = np.random.default_rng(_check_seed(seed)).integers(0, 2, (rounds, head_dim), dtype=np.int8)
+    bits = _generator(seed).integers(0, 2, (rounds, head_dim), dtype=np.int8)
     signs = bits * np.int8(2) - np.int8(1)
     return Rotation("hadamard", head_dim, seed, int(rounds), signs=_frozen(signs))
 
@@ -112,6 +112,12 @@ def walsh_hadamard(x: np.ndarray) -> np.ndarray:
 def _check_head_dim(head_dim):
     if not isinstance(head_dim, (int, np.integer)) or isinstance(head_dim, bool) or head_dim < 2 or head_dim % 2:
         raise ValueError(f"rotation: head_dim: expected an even integer of at least 2, got {head_dim!r}")
+
+
+def _generator(seed):
+    """A stream of its own: users draw test data from default_rng(seed), and a matrix made of that very data is not
+    independent of it."""
+    return np.random.default_rng([*b"rotation", _check_seed(seed)])
 
 
 def _check_seed(seed):
