@@ -32,7 +32,8 @@ def test_no_stray_kernel_or_operator_file():
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 def test_reference_and_operator_take_the_same_inputs(kernel):
-    inputs = kernel.inputs(kernel.problem(**{axis: 1 for axis in ("tokens", "batch") if axis in kernel.axes}), np.random.default_rng(0))
+    problem = kernel.problem(**{axis: 1 for axis in ("tokens", "batch") if axis in kernel.axes})
+    inputs = kernel.inputs(problem, np.random.default_rng(0))
     for function in (kernel.reference, kernel.operator):
         assert set(inputs) <= set(inspect.signature(function).parameters), function
 
@@ -84,8 +85,8 @@ def test_a_name_cannot_be_registered_twice():
 
 def test_imports_point_down():
     """The table of folders in the architecture: nothing imports what stands above it."""
-    order = ["errors", "driver", "arrays", "registry", "loaders", "cpu", "ops", "codecs", "storage", "cache", "caches", "claims", "verify",
-             "bench", "demo", "doctor", "cli"]
+    order = ["errors", "driver", "arrays", "registry", "loaders", "cpu", "ops", "codecs", "storage", "cache", "caches",
+             "claims", "verify", "bench", "demo", "doctor", "cli"]
     rank = {name: i for i, name in enumerate(order)}
     for path in (ROOT / "kvbench").rglob("*.py"):
         own = path.relative_to(ROOT / "kvbench").parts[0].removesuffix(".py")

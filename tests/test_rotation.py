@@ -132,7 +132,7 @@ def test_rotations_are_no_function_of_data_drawn_from_the_same_seed(make):
     """One would draw vectors from default_rng(seed) and rotate them by seed: they must not be rows of that matrix."""
     x = np.random.default_rng(5).standard_normal((64, 64))
     unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
-    # 4096 coordinates of variance 1/64: above 0.7 with a probability below 2e-6 if independent (a bound by the Beta law).
+    # 4096 coordinates of variance 1/64: one above 0.7 has a probability below 2e-6 if they are independent (Beta law).
     # QR of the data itself gives far larger ones, as it starts with the data's own first column.
     for inverse in (False, True):
         assert np.abs(reference.rotate(unit, make(64, 5), inverse=inverse)).max() < 0.7
