@@ -306,5 +306,5 @@ def test_results_become_a_table(tmp_path):
     results.write(path)
     _, _, cells = table_rows(remade(tmp_path))
     assert cells[1].startswith("6:2 heads") and "tokens 96" in cells[1] and "float16" in cells[1]
-    assert float(cells[3]) == pytest.approx(case["cold"]["median_us"], abs=0.05)
-    assert cells[6] == "numpy" and float(cells[8]) == pytest.approx(case["speedup"], abs=0.005)
+    assert cells[3] == f"{case['cold']['median_us']:.1f}"
+    assert cells[6] == "numpy" and cells[8] == f"{case['speedup']:.2f}"
