@@ -4,14 +4,13 @@
 """
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench import loaders
-from kvbench.arrays import Array, borrow, upload
+from kvbench import loaders, trees
+from kvbench.arrays import borrow, upload
 from kvbench.registry import Kernel
 
 # Sizes of drawn problems; axes that are not here take their registry values.
@@ -73,10 +72,4 @@ def run(kernel: Kernel, inputs: dict, backend: str, *, schedule: int = 0, ftz: b
 
 def to_host(result):
     """Arrays of any framework as NumPy arrays, inside tuples and dataclasses too."""
-    if isinstance(result, tuple):
-        return tuple(to_host(part) for part in result)
-    if dataclasses.is_dataclass(result) and not isinstance(result, Array):
-        return dataclasses.replace(result, **{
-            field.name: to_host(getattr(result, field.name)) for field in dataclasses.fields(result)
-            if hasattr(getattr(result, field.name), "__dlpack__")})
-    return borrow(result, "result").to_host()
+    return trees.apply(lambda path, array: borrow(array, path or "result").to_host(), result)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kvbench import arrays, bench, loaders, registry
-from kvbench.bench import axes, baselines, check, cpu, driver, gpu, machine, results, timing, trees, yardsticks
+from kvbench import arrays, bench, loaders, registry, trees
+from kvbench.bench import axes, baselines, check, cpu, driver, gpu, machine, results, timing, yardsticks
 from kvbench.errors import BackendUnavailable
 from kvbench.registry import Kernel, Traffic
 

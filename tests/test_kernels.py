@@ -1,7 +1,7 @@
 """Every kernel of the registry, on every backend of this machine, against its reference on drawn inputs."""
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import TESTED_BACKENDS, needs

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench import arrays
-from kvbench.bench import trees
+from kvbench import arrays, trees
 
 WHOLE_BYTES = 64 << 20         # inputs up to here are compared whole
 PART_BYTES = 16 << 20

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from kvbench import arrays
-from kvbench.bench import machine, trees
+from kvbench import arrays, trees
+from kvbench.bench import machine
 
 HOT_SECONDS = 200e-6       # least length of a hot sample, a thousand times the clock's resolution
 

@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvbench import arrays
-from kvbench.bench import machine, trees
+from kvbench import arrays, trees
+from kvbench.bench import machine
 from kvbench.errors import BackendUnavailable
 
 LEAST_FLUSH_BYTES = 256 << 20
