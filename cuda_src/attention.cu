@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
       uint4* to = ring + slot * UNIT + row * ROW;
 #pragma unroll
       for (int r = 0; r < kTile; r += ROWS)
-        cp_async_16_once(to + r * ROW + (chunk ^ (row + r) % 8), source + r * token_stride, first + r < length, policy);
+        cp_async_16_once(to + r * ROW + (chunk ^ (row + r) % 8), source + r * token_stride,
+                         first + r < length ? 16 : 0, policy);
     }
     cp_async_commit();
   };
@@ -250,11 +251,12 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
         *reinterpret_cast<float2*>(even + D + d) = make_float2(x[1], x[3]);
       }
   }
-  const DecodeTarget target = {static_cast<char*>(output) + row * D * (output_float32 ? sizeof(float) : sizeof(T)),
-                               lse ? lse + row : nullptr, partial_output + row * splits * D,
-                               partial_statistics + row * splits, tickets + pair, output_float32};
-  finish_split<T, D, kDecodeWarps, HEADS, 32 * kDecodeWarps>(copies, statistics, shared, target, group, split, splits,
-                                                             active);
+  const DecodeTarget target = {lse ? lse + row : nullptr, nullptr, partial_output + row * splits * D,
+                               partial_statistics + row * splits, tickets + pair};
+  const StoreOutput<T> store = {
+      static_cast<char*>(output) + row * D * (output_float32 ? sizeof(float) : sizeof(T)), output_float32};
+  finish_split<D, kDecodeWarps, HEADS, 32 * kDecodeWarps>(copies, statistics, shared, target, group, split, splits,
+                                                          active, store);
 }
 
 // The same result for a float cache, without tensor cores.  Arguments as above; group <= 16.
@@ -339,10 +341,10 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
     for (int c = 0; c < D / 32; ++c) copies[h * D + 32 * c + lane] = o[i][c];
   }
-  const DecodeTarget target = {static_cast<float*>(output) + row * D, lse ? lse + row : nullptr,
-                               partial_output + row * splits * D, partial_statistics + row * splits, tickets + pair,
-                               output_float32};
-  finish_split<float, D, 1, MAX_GROUP, 256>(copies, statistics, shared, target, group, split, splits, active);
+  const DecodeTarget target = {lse ? lse + row : nullptr, nullptr, partial_output + row * splits * D,
+                               partial_statistics + row * splits, tickets + pair};
+  const StoreOutput<float> store = {static_cast<float*>(output) + row * D, output_float32};
+  finish_split<D, 1, MAX_GROUP, 256>(copies, statistics, shared, target, group, split, splits, active, store);
 }
 
 // output[row] = sum_i 2^(lse_i - lse) outputs[i, row],  lse[row] = log sum_i exp(lse_i)
@@ -372,17 +374,17 @@ __global__ void __launch_bounds__(256)
 }  // namespace kvb
 
 #define KVB_EXPORT_DECODE(T)                                  \
-  KVB_EXPORT(96, kvb::attention_decode_kernel<T, 64, 8>)      \
+  KVB_EXPORT(128, kvb::attention_decode_kernel<T, 64, 8>)     \
   KVB_EXPORT(128, kvb::attention_decode_kernel<T, 64, 16>)    \
   KVB_EXPORT(128, kvb::attention_decode_kernel<T, 128, 8>)    \
   KVB_EXPORT(168, kvb::attention_decode_kernel<T, 128, 16>)   \
   KVB_EXPORT(168, kvb::attention_decode_kernel<T, 256, 8>)    \
-  KVB_EXPORT(224, kvb::attention_decode_kernel<T, 256, 16>)
+  KVB_EXPORT(232, kvb::attention_decode_kernel<T, 256, 16>)
 KVB_EXPORT_DECODE(__half)
 KVB_EXPORT_DECODE(__nv_bfloat16)
-KVB_EXPORT(96, kvb::attention_decode_simple_kernel<64>)
-KVB_EXPORT(96, kvb::attention_decode_simple_kernel<128>)
-KVB_EXPORT(104, kvb::attention_decode_simple_kernel<256>)
+KVB_EXPORT(120, kvb::attention_decode_simple_kernel<64>)
+KVB_EXPORT(120, kvb::attention_decode_simple_kernel<128>)
+KVB_EXPORT(120, kvb::attention_decode_simple_kernel<256>)
 
 #define KVB_EXPORT_MERGE(In)                                      \
   KVB_EXPORT(40, kvb::attention_merge_kernel<In, float>)          \

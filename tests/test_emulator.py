@@ -636,6 +636,13 @@ def byte_perm(x, y, selector):
     return int.from_bytes(bytes(table[int(selector) >> shift & 7] for shift in (0, 4, 8, 12)), "little")
 
 
+def permute_bytes(x, y, selector):
+    """PTX prmt, generic form: with the fourth bit of a nibble set, the byte's top bit eight times."""
+    table = int(x).to_bytes(4, "little") + int(y).to_bytes(4, "little")
+    nibbles = [int(selector) >> shift & 15 for shift in (0, 4, 8, 12)]
+    return int.from_bytes(bytes(255 * (table[n & 7] >> 7) if n & 8 else table[n] for n in nibbles), "little")
+
+
 def dp4a(a, b, c):
     bytes_of = [np.array([x], i32).view(np.int8).astype(int) for x in (a, b)]
     return signed(int(c) + int(bytes_of[0] @ bytes_of[1]))
@@ -701,6 +708,7 @@ EXACT = {
     "ffs": ([words], each(lambda x: (int(x) & -int(x)).bit_length(), i32)),
     "brev": ([words], each(lambda x: int(f"{x:032b}"[::-1], 2), u32)),
     "byte_perm": ([words] * 3, each(byte_perm, u32)),
+    "permute_bytes": ([words] * 3, each(permute_bytes, u32)),
     "funnelshift_l": ([words] * 3, each(lambda lo, hi, n: wrap((int(hi) << 32 | int(lo)) << (int(n) % 32) >> 32), u32)),
     "funnelshift_r": ([words] * 3, each(lambda lo, hi, n: wrap((int(hi) << 32 | int(lo)) >> (int(n) % 32)), u32)),
     "dp4a": ([INT] * 3, each(dp4a, i32)),
@@ -904,14 +912,16 @@ def test_mma_carries_infinity_and_nan(run):
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("scalar, numpy_type", [("kvb::i8", np.int8), ("kvb::u8", np.uint8)])
 @given(data=seeds, seed=schedules)
-def test_mma_m16n8k32(run, data, seed):
+def test_mma_m16n8k32(run, scalar, numpy_type, data, seed):
     rng = np.random.default_rng(data)
-    a, b = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((16, 32), (32, 8)))
+    a = rng.integers(-128, 128, (16, 32)).astype(np.int8)
+    b = rng.integers(0, 256, (32, 8)).astype(np.uint8).view(numpy_type)
     c = rng.integers(-2**31, 2**31, (16, 8)).astype(i32)   # sums wrap around
     exact = a.astype(np.int64) @ b.astype(np.int64) + c
     expected = (exact & 0xFFFFFFFF).astype(u32).view(i32)
-    np.testing.assert_array_equal(multiply(run, "mma_k32_kernel", a, b, c, (a_k32, b_k32), seed), expected)
+    np.testing.assert_array_equal(multiply(run, f"mma_k32_kernel<{scalar}>", a, b, c, (a_k32, b_k32), seed), expected)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -930,9 +940,15 @@ def test_ldmatrix(run, transposed, data, seed):
 @pytest.mark.parametrize("once", [False, True])
 @given(chunks=st.integers(1, 6), missing=st.integers(0, 6), seed=st.just(0) | schedules)
 def test_a_ring_of_asynchronous_copies(run, once, chunks, missing, seed):
-    """Chunks that are not valid come out as zeros, and global memory is not read for them: the array ends before."""
+    """Chunks that are not valid come out as zeros, and global memory is not read for them: the array ends before.
+    The copy for data that is read once also takes a part of a chunk."""
     present = max(0, chunks - missing)
-    x = np.arange(1, 128 * present + 1, dtype=i32)
+    expected = np.zeros((chunks + 1, 32, 4), i32)
+    expected[:present] = 1 + np.arange(128 * present).reshape(-1, 32, 4)
+    x = expected[:present + once].copy()
+    if once:
+        x[present] = np.arange(-128, 0).reshape(32, 4)
+        expected[present] = np.where(np.arange(4) < np.arange(32)[:, None] % 5, x[present], 0)
     out = np.full(128 * chunks, -1, i32)
     run(f"ring_kernel<{str(once).lower()}>", 1, 32, x, out, i32(chunks), i32(present), seed=seed)
-    np.testing.assert_array_equal(out, np.concatenate([x, np.zeros(128 * (chunks - present), i32)]))
+    np.testing.assert_array_equal(out.reshape(-1, 32, 4), expected[:chunks])

@@ -173,10 +173,9 @@ def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, d
     return given
 
 
-def split_shared_bytes(copies: int, heads: int, head_dim: int, group: int, splits: int, threads: int) -> int:
-    """Shared memory that the end of a split kernel needs (kvb/splits.cuh): warp copies, or the weights and shares of
-    the merge."""
-    return max(copies * heads * (head_dim + 2) * 4, -(-group * splits // 4) * 16 + threads * 16)
+def split_shared_bytes(copies: int, heads: int, head_dim: int, threads: int) -> int:
+    """Shared memory that the end of a split kernel needs (kvb/splits.cuh): the warps' copies, or the threads' sums."""
+    return max(copies * heads * (head_dim + 2) * 4, threads * 24)
 
 
 def _launch_decode(query, keys, values, lengths, scale, splits, out, lse, workspace, backend, arguments):
@@ -193,7 +192,7 @@ def _launch_decode(query, keys, values, lengths, scale, splits, out, lse, worksp
     if splits is None:
         splits = choose_splits(-(-tokens // tile), batch * kv_heads, tiles_per_block,
                                loaders.multiprocessors(backend, device))
-    shared_bytes = split_shared_bytes(copies, heads, head_dim, group, splits, 256)
+    shared_bytes = split_shared_bytes(copies, heads, head_dim, 256)
     if query.dtype == "float32":
         shared_bytes += MAX_GROUP * head_dim * 4    # the copies follow the queries
     scratch = take_workspace(arguments, workspace, splits, device, out.framework)

@@ -21,6 +21,7 @@ namespace kvb {
   MAP(ffs, u32, u32, u32, i32, __ffs(int(a)))                                            \
   MAP(brev, u32, u32, u32, u32, __brev(a))                                               \
   MAP(byte_perm, u32, u32, u32, u32, __byte_perm(a, b, c))                               \
+  MAP(permute_bytes, u32, u32, u32, u32, permute_bytes(a, b, c))                         \
   MAP(funnelshift_l, u32, u32, u32, u32, __funnelshift_l(a, b, c))                       \
   MAP(funnelshift_r, u32, u32, u32, u32, __funnelshift_r(a, b, c))                       \
   MAP(dp4a, i32, i32, i32, i32, __dp4a(a, b, c))                                         \
@@ -191,6 +192,7 @@ __global__ void __launch_bounds__(32) mma_k16_kernel(const u32* a, const u32* b,
   mma_m16n8k16<T>(sum, fragment_a, fragment_b);
   for (int i = 0; i < 4; ++i) d[4 * lane + i] = sum[i];
 }
+template <class B>
 __global__ void __launch_bounds__(32) mma_k32_kernel(const u32* a, const u32* b, int* d) {
   const int lane = threadIdx.x;
   u32 fragment_a[4], fragment_b[2];
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(32) mma_k32_kernel(const u32* a, const u32* b,
   for (int i = 0; i < 4; ++i) fragment_a[i] = a[4 * lane + i];
   for (int i = 0; i < 2; ++i) fragment_b[i] = b[2 * lane + i];
   for (int i = 0; i < 4; ++i) sum[i] = d[4 * lane + i];
-  mma_m16n8k32(sum, fragment_a, fragment_b);
+  mma_m16n8k32<B>(sum, fragment_a, fragment_b);
   for (int i = 0; i < 4; ++i) d[4 * lane + i] = sum[i];
 }
 
@@ -216,7 +218,8 @@ __global__ void __launch_bounds__(32) ldmatrix_kernel(const u16* matrices, const
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
 }
 
-// out = x, four ints a thread, in a ring of two stages; a chunk from `present` on is replaced by zeros, not read
+// out = x, four ints a thread, in a ring of two stages; chunks from `present` on are replaced by zeros, not read, but that
+// ONCE reads t % 5 ints of chunk `present`
 template <bool ONCE>
 __global__ void __launch_bounds__(32) ring_kernel(const int* x, int* out, int chunks, int present) {
   KVB_SHARED(int, stage, [2][128]);
@@ -224,7 +227,7 @@ __global__ void __launch_bounds__(32) ring_kernel(const int* x, int* out, int ch
   for (int c = 0; c <= chunks; ++c) {
     int* to = &stage[c % 2][4 * t];
     const int* from = x + 128 * c + 4 * t;
-    if (c < chunks && ONCE) cp_async_16_once(to, from, c < present, read_once_policy());
+    if (c < chunks && ONCE) cp_async_16_once(to, from, c < present ? 16 : c == present ? 4 * (t % 5) : 0, read_once_policy());
     if (c < chunks && !ONCE) cp_async_16(to, from, c < present);
     cp_async_commit();
     if (c == 0) continue;
@@ -253,7 +256,8 @@ KVB_EXPORT(64, kvb::atomic_add_kernel)
 KVB_EXPORT(64, kvb::atomic_add_long_kernel)
 KVB_EXPORT(64, kvb::mma_k16_kernel<__half>)
 KVB_EXPORT(64, kvb::mma_k16_kernel<__nv_bfloat16>)
-KVB_EXPORT(64, kvb::mma_k32_kernel)
+KVB_EXPORT(64, kvb::mma_k32_kernel<kvb::i8>)
+KVB_EXPORT(64, kvb::mma_k32_kernel<kvb::u8>)
 KVB_EXPORT(64, kvb::ldmatrix_kernel<false>)
 KVB_EXPORT(64, kvb::ldmatrix_kernel<true>)
 KVB_EXPORT(64, kvb::ring_kernel<false>)

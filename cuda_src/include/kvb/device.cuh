@@ -40,6 +40,15 @@ using i32 = int;
   type* name = reinterpret_cast<type*>(kvb_dynamic_shared_)
 #endif
 
+namespace kvb {
+// x, kept in a register: a shuffle is not computed a second time, as cheap arithmetic is when registers are scarce.
+// The whole warp calls it.
+template <class T>
+__device__ __forceinline__ T pinned(T x) {
+  return __shfl_sync(0xffffffffu, x, threadIdx.x % 32);
+}
+}  // namespace kvb
+
 // ---- the list of kernel instances -----------------------------------------------------------------------------------
 // KVB_EXPORT(registers, kvb::some_kernel<float, 128>) at the end of a .cu file, outside namespaces.  `registers` is the
 // tested limit per thread.  nvcc and g++ register the instance with the module they build; NVRTC is asked for single
@@ -81,12 +90,23 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d[16x8] += a[16x32] b[32x8] on one warp: int8 inputs, int32 sums that wrap around.
+// d[16x8] += a[16x32] b[32x8] on one warp: int8 a, B (i8 or u8) b, int32 sums that wrap around.
 //   a[i]: row g + 8 (i & 1), columns 4t .. 4t + 3 (+ 16 for i >= 2)
 //   b[i]: rows 4t .. 4t + 3 (+ 16 for i = 1), column g
-__device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+template <class B>
+__device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k32<i8>(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k32<u8>(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -115,16 +135,16 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 // The same for data that is read once: it is the first to leave the L2 cache, and 128 bytes are fetched from memory at
-// a time.
+// a time.  Only the first `bytes` (0 to 16) are read; the others become zero.
 __device__ __forceinline__ u64 read_once_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ void cp_async_16_once(void* shared, const void* global, bool valid, u64 policy) {
+__device__ __forceinline__ void cp_async_16_once(void* shared, const void* global, int bytes, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
                    static_cast<u32>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(valid ? 16 : 0), "l"(policy)
+               "l"(global), "r"(bytes), "l"(policy)
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -133,6 +153,24 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Byte i of the result is byte (nibble i of selector) & 7 of the eight bytes of x (0-3) and y (4-7); where bit 3 of the
+// nibble is set, eight copies of that byte's top bit.  One instruction, where __byte_perm may need a second to clear
+// bit 3.
+__device__ __forceinline__ u32 permute_bytes(u32 x, u32 y, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(y), "r"(selector));
+  return d;
+}
+
+// Adds one to *counter and returns what it was.  What this thread has written before (and, through a barrier before, its
+// block) is seen by whoever takes a later ticket; this thread (and its block, through a barrier after) sees what those
+// with earlier tickets had written.
+__device__ __forceinline__ u32 take_ticket(u32* counter) {
+  u32 taken;
+  asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(taken) : "l"(counter) : "memory");
+  return taken;
 }
 
 // 2^x within 2 ulp; subnormal arguments and results count as zero.

@@ -27,32 +27,39 @@ __device__ __forceinline__ int active_splits(int tiles, int tiles_per_block, int
   return min(splits, max((tiles + tiles_per_block - 1) / tiles_per_block, 1));
 }
 
-// Where the result of one (sequence, KV head) goes.
+// Where the results of one (sequence, KV head) go, but for the output itself.
 struct DecodeTarget {
-  void* output;           // (rows, D) T or float: the rows of the group's query heads
-  float* lse;             // (rows,) natural log-sum-exp, or null
-  float* partial_output;  // (rows, splits, D)
+  float* lse;               // (rows,) natural log-sum-exp, or null
+  const float* lse_offset;  // (rows,), added to lse, or null
+  float* partial_output;    // (rows, splits, D)
   float2* partial_statistics;   // (rows, splits): reference, total
-  u32* ticket;            // counts the splits that have stored their part; zero before and after every launch
-  int output_float32;
+  u32* ticket;              // counts the splits that have stored their part; zero before and after every launch
 };
 
+// Stores four numbers of the output in its storage type.
 template <class T>
-__device__ __forceinline__ void store_output(const DecodeTarget& target, int index, const float4& x) {
-  if (target.output_float32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(target.output) + index) = x;
-  } else {
-    T* out = static_cast<T*>(target.output) + index;
-    out[0] = from_float<T>(x.x);
-    out[1] = from_float<T>(x.y);
-    out[2] = from_float<T>(x.z);
-    out[3] = from_float<T>(x.w);
+struct StoreOutput {
+  void* output;   // (rows, D) T, or float if output_float32
+  int output_float32;
+  __device__ __forceinline__ void operator()(int index, const float4& x) const {
+    if (output_float32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(output) + index) = x;
+    } else {
+      T* out = static_cast<T*>(output) + index;
+      out[0] = from_float<T>(x.x);
+      out[1] = from_float<T>(x.y);
+      out[2] = from_float<T>(x.z);
+      out[3] = from_float<T>(x.w);
+    }
   }
-}
+};
 
 // reference + log2(total), in natural units; -inf for no tokens.
 __device__ __forceinline__ float natural_lse(float reference, float total) {
   return total == 0.f ? -infinity() : (reference + log2f(total)) * 0.693147180559945309f;
+}
+__device__ __forceinline__ void store_lse(const DecodeTarget& target, int h, float reference, float total) {
+  if (target.lse) target.lse[h] = natural_lse(reference, total) + (target.lse_offset ? target.lse_offset[h] : 0.f);
 }
 // 1 / total, and 0 for no tokens, so that an empty sequence gives zeros; NaN stays NaN.
 __device__ __forceinline__ float inverse_total(float total) { return total == 0.f ? 0.f : 1.f / total; }
@@ -67,13 +74,27 @@ __device__ __forceinline__ float4 scaled(float weight, const float4& x) {
   return make_float4(weight * x.x, weight * x.y, weight * x.z, weight * x.w);
 }
 
+// (reference, total, sum) += (other_reference, other_total, other_sum), with the larger reference.
+__device__ __forceinline__ void add_part(float& reference, float& total, float4& sum, float other_reference,
+                                         float other_total, const float4& other_sum) {
+  const float largest = fmaxf(reference, other_reference);
+  const float weight = exp2_approx(reference - largest), other_weight = exp2_approx(other_reference - largest);
+  reference = largest;
+  total = fmaf(other_weight, other_total, weight * total);
+  sum = scaled(weight, sum);
+  add_scaled(sum, other_weight, other_sum);
+}
+
 // Called by all THREADS threads of a block once its tokens are done.
 //   copies      shared (COPIES, HEADS, D): partial outputs, one copy per warp that took its own tokens
 //   statistics  shared (COPIES, HEADS): their reference and total
-//   scratch     shared, 16 * ceil(group * splits / 4) + 16 * THREADS bytes that hold nothing any more (may be `copies`)
-template <class T, int D, int COPIES, int HEADS, int THREADS>
-__device__ __forceinline__ void finish_split(const float* copies, const float2* statistics, void* scratch,
-                                             const DecodeTarget& target, int group, int split, int splits, int active) {
+//   scratch     shared, 24 * THREADS bytes that hold nothing any more (may be `copies`)
+//   store       (index, float4): receives the numbers index .. index + 3 of the output (rows, D)
+// Returns, for the whole block, whether this block had the last word and called `store`.
+template <int D, int COPIES, int HEADS, int THREADS, class Store>
+__device__ __forceinline__ bool finish_split(const float* copies, const float2* statistics, void* scratch,
+                                             const DecodeTarget& target, int group, int split, int splits, int active,
+                                             const Store& store) {
   constexpr int QUADS = D / 4;   // float4s of a row
   __syncthreads();               // copies and statistics are complete
   for (int i = threadIdx.x; i < group * QUADS; i += THREADS) {
@@ -90,72 +111,77 @@ __device__ __forceinline__ void finish_split(const float* copies, const float2* 
       add_scaled(sum, weight, *reinterpret_cast<const float4*>(copies + (c * HEADS + h) * D + d));
     }
     if (active == 1) {
-      store_output<T>(target, h * D + d, scaled(inverse_total(total), sum));
-      if (d == 0 && target.lse) target.lse[h] = natural_lse(reference, total);
+      store(h * D + d, scaled(inverse_total(total), sum));
+      if (d == 0) store_lse(target, h, reference, total);
     } else {
       *reinterpret_cast<float4*>(target.partial_output + (static_cast<u64>(h) * splits + split) * D + d) = sum;
       if (d == 0) target.partial_statistics[h * splits + split] = make_float2(reference, total);
     }
   }
-  if (active == 1) return;
+  if (active == 1) return true;
 
   // The last block to arrive merges: it sees what the others stored before they took their tickets.
   KVB_SHARED(int, is_last);
-  __threadfence();
-  __syncthreads();
+  __syncthreads();   // the block has stored its part
   if (threadIdx.x == 0) {
-    is_last = atomicAdd(target.ticket, 1u) == static_cast<u32>(active) - 1;
+    is_last = take_ticket(target.ticket) == static_cast<u32>(active) - 1;
     if (is_last) *target.ticket = 0;   // ready for the next launch
   }
   __syncthreads();
-  if (!is_last) return;
-  __threadfence();
+  if (!is_last) return false;
 
-  float* weights = static_cast<float*>(scratch);                          // (group, active)
-  float4* parts = reinterpret_cast<float4*>(weights + ((group * active + 3) & ~3));   // (THREADS,)
-  for (int h = threadIdx.x / 32; h < group; h += THREADS / 32) {          // a warp per query head
-    const int lane = threadIdx.x % 32;
-    const float2* own = target.partial_statistics + h * splits;
-    float reference = kNoReference, total = 0.f;
-    for (int s = lane; s < active; s += 32) reference = fmaxf(reference, __ldcg(own + s).x);
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2)
-      reference = fmaxf(reference, __shfl_xor_sync(0xffffffffu, reference, distance));
-    for (int s = lane; s < active; s += 32) {
-      const float2 statistic = __ldcg(own + s);
-      const float weight = exp2_approx(statistic.x - reference);
-      weights[h * active + s] = weight;
-      total = fmaf(weight, statistic.y, total);
-    }
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
-    const float inverse = inverse_total(total);
-    for (int s = lane; s < active; s += 32) weights[h * active + s] *= inverse;
-    if (lane == 0 && target.lse) target.lse[h] = natural_lse(reference, total);
-  }
-  __syncthreads();
-
-  // With few outputs, `shares` threads add up different splits of the same four, so that many loads are in flight.
+  // With few outputs, `shares` threads merge different splits of the same four, so that many loads are in flight; each
+  // loads statistics and outputs together: one wait for memory, not two.
+  float4* sums = static_cast<float4*>(scratch);                       // (THREADS,)
+  float2* totals = reinterpret_cast<float2*>(sums + THREADS);         // (THREADS,): reference, total
   const int quads = group * QUADS, shares = max(THREADS / quads, 1);
   for (int first = 0; first < quads; first += THREADS) {   // one pass unless shares == 1
     const int i = shares > 1 ? threadIdx.x % quads : first + threadIdx.x, share = shares > 1 ? threadIdx.x / quads : 0;
+    const bool present = i < quads && share < shares;
+    const int h = i / QUADS, d = i % QUADS * 4;
+    float reference = kNoReference, total = 0.f;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (i < quads && share < shares) {
-      const int h = i / QUADS, d = i % QUADS * 4;
-      const float* rows = target.partial_output + static_cast<u64>(h) * splits * D + d;
-#pragma unroll 8
-      for (int s = share; s < active; s += shares)
-        add_scaled(sum, weights[h * active + s],
-                   __ldcg(reinterpret_cast<const float4*>(rows + static_cast<u64>(s) * D)));
+    if (present) {
+      constexpr int BATCH = 8;
+      const float2* statistic_of = target.partial_statistics + h * splits;
+      const float* output_of = target.partial_output + static_cast<u64>(h) * splits * D + d;
+      for (int s = share; s < active; s += BATCH * shares) {
+        float2 statistic[BATCH];
+        float4 part[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) {
+          const int other = s + k * shares;
+          statistic[k] = make_float2(kNoReference, 0.f);
+          part[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (other < active) {
+            statistic[k] = __ldcg(statistic_of + other);
+            part[k] = __ldcg(reinterpret_cast<const float4*>(output_of + static_cast<u64>(other) * D));
+          }
+        }
+        float largest = reference;
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) largest = fmaxf(largest, statistic[k].x);
+        add_part(reference, total, sum, largest, 0.f, make_float4(0.f, 0.f, 0.f, 0.f));
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) add_part(reference, total, sum, statistic[k].x, statistic[k].y, part[k]);
+      }
     }
     if (shares > 1) {
-      parts[threadIdx.x] = sum;
+      sums[threadIdx.x] = sum;
+      totals[threadIdx.x] = make_float2(reference, total);
       __syncthreads();
       if (share == 0)
-        for (int k = 1; k < shares; ++k) add_scaled(sum, 1.f, parts[threadIdx.x + k * quads]);
+        for (int k = 1; k < shares; ++k) {
+          const float2 other = totals[threadIdx.x + k * quads];
+          add_part(reference, total, sum, other.x, other.y, sums[threadIdx.x + k * quads]);
+        }
     }
-    if (share == 0 && i < quads) store_output<T>(target, i * 4, sum);
+    if (share == 0 && present) {
+      store(i * 4, scaled(inverse_total(total), sum));
+      if (d == 0) store_lse(target, h, reference, total);
+    }
   }
+  return true;
 }
 
 }  // namespace kvb

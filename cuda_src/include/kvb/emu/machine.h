@@ -69,8 +69,9 @@ struct Warp {
 };
 struct Copy {                      // a cp.async that has been issued and has not landed
   void* to;
-  const void* from;                // nullptr: zeros
+  const void* from;
   u32 group;
+  u32 bytes;                       // of 16; the others become zero
 };
 struct Fiber {
   Context context;

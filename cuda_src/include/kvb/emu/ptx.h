@@ -62,7 +62,8 @@ KVB_EMU_OWN void combine_mma_m16n8k16(Warp& warp, u32 members) {
   }
 }
 
-KVB_EMU_OWN inline void combine_mma_m16n8k32(Warp& warp, u32 members) {
+template <class B>
+KVB_EMU_OWN void combine_mma_m16n8k32(Warp& warp, u32 members) {
   need_whole_warp(warp, members);
   int a[16][32], b[32][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -72,7 +73,7 @@ KVB_EMU_OWN inline void combine_mma_m16n8k32(Warp& warp, u32 members) {
     for (int byte = 0; byte < 4; ++byte) {
       for (int i = 0; i < 4; ++i)
         a[g + 8 * (i & 1)][4 * t + byte + 16 * (i >> 1)] = static_cast<i8>(in.a[i] >> (8 * byte));
-      for (int i = 0; i < 2; ++i) b[4 * t + byte + 16 * i][g] = static_cast<i8>(in.b[i] >> (8 * byte));
+      for (int i = 0; i < 2; ++i) b[4 * t + byte + 16 * i][g] = static_cast<B>(in.b[i] >> (8 * byte));
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -127,8 +128,10 @@ KVB_EMU_OWN inline void check_global(const void* p, size_t bytes, const char* wh
 // The kernel's own accesses, so that ThreadSanitizer sees them: no KVB_EMU_OWN.
 inline void copy_16(void* to, const void* from) { *static_cast<uint4*>(to) = *static_cast<const uint4*>(from); }
 inline void perform(const Copy& copy) {
-  if (copy.from) copy_16(copy.to, copy.from);
-  else *static_cast<uint4*>(copy.to) = uint4{0, 0, 0, 0};
+  if (copy.bytes == 16) return copy_16(copy.to, copy.from);
+  u8 chunk[16] = {};
+  for (u32 i = 0; i < copy.bytes; ++i) chunk[i] = static_cast<const u8*>(copy.from)[i];
+  copy_16(copy.to, chunk);
 }
 // Performs the copies of all groups up to this one.
 KVB_EMU_OWN inline void land(u32 newest_group) {
@@ -157,8 +160,10 @@ KVB_EMU_OWN void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2
   static_assert(std::is_same<T, __half>::value || std::is_same<T, __nv_bfloat16>::value, "16-bit float inputs");
   emu::mma(d, a, b, emu::combine_mma_m16n8k16<T>, "mma_m16n8k16", line);
 }
-KVB_EMU_OWN inline void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], int line = __builtin_LINE()) {
-  emu::mma(d, a, b, emu::combine_mma_m16n8k32, "mma_m16n8k32", line);
+template <class B>
+KVB_EMU_OWN void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], int line = __builtin_LINE()) {
+  static_assert(std::is_same<B, i8>::value || std::is_same<B, u8>::value, "8-bit integers");
+  emu::mma(d, a, b, emu::combine_mma_m16n8k32<B>, "mma_m16n8k32", line);
 }
 
 KVB_EMU_OWN inline void ldmatrix_x4(u32 (&r)[4], const void* shared_row, int line = __builtin_LINE()) {
@@ -170,11 +175,12 @@ KVB_EMU_OWN inline void ldmatrix_x4_trans(u32 (&r)[4], const void* shared_row, i
 
 // A copy lands when its group is waited for; under a random schedule some land at once.  Both are legal, so a kernel
 // that forgets to wait reads the 0xFF poison in one of them.
-KVB_EMU_OWN inline void cp_async_16(void* shared, const void* global, bool valid = true, int line = __builtin_LINE()) {
+KVB_EMU_OWN inline void copy_async_16(void* shared, const void* global, u32 bytes, int line) {
   emu::check_shared(shared, "cp_async_16", line);
-  if (valid) emu::check_global(global, 16, "cp_async_16", line);
+  if (bytes > 16) emu::fail("cp_async_16 at line %d: %d bytes, expected 0 to 16", line, int(bytes));
+  if (bytes) emu::check_global(global, 16, "cp_async_16", line);
   emu::Fiber& fiber = *emu::machine.current;
-  const emu::Copy copy{shared, valid ? global : nullptr, fiber.group};
+  const emu::Copy copy{shared, global, fiber.group, bytes};
   if (emu::machine.random && emu::random_bits(1)) {
     emu::perform(copy);
   } else {
@@ -183,17 +189,32 @@ KVB_EMU_OWN inline void cp_async_16(void* shared, const void* global, bool valid
     fiber.copies[fiber.copy_count++] = copy;
   }
 }
+KVB_EMU_OWN inline void cp_async_16(void* shared, const void* global, bool valid = true, int line = __builtin_LINE()) {
+  copy_async_16(shared, global, valid ? 16 : 0, line);
+}
 // Caches are not emulated: a policy is a number, and data that is read once is copied like any other.
 inline u64 read_once_policy() { return 1; }
-KVB_EMU_OWN inline void cp_async_16_once(void* shared, const void* global, bool valid, u64 policy,
+KVB_EMU_OWN inline void cp_async_16_once(void* shared, const void* global, int bytes, u64 policy,
                                          int line = __builtin_LINE()) {
   if (policy != read_once_policy()) emu::fail("cp_async_16_once at line %d: not a policy", line);
-  cp_async_16(shared, global, valid, line);
+  copy_async_16(shared, global, u32(bytes), line);
 }
 KVB_EMU_OWN inline void cp_async_commit() { ++emu::machine.current->group; }
 template <int Pending>
 KVB_EMU_OWN void cp_async_wait() {
   emu::land(emu::machine.current->group - 1 - Pending);
+}
+
+inline u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }   // blocks run one after another
+
+inline u32 permute_bytes(u32 x, u32 y, u32 selector) {
+  const u64 bytes = static_cast<u64>(y) << 32 | x;
+  u32 result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 nibble = selector >> (4 * i) & 15, byte = static_cast<u8>(bytes >> (8 * (nibble & 7)));
+    result |= (nibble < 8 ? byte : byte & 128 ? 255u : 0u) << (8 * i);
+  }
+  return result;
 }
 
 // Within an ulp or so, where the GPU is within 2 ulp; .ftz as on the GPU, whatever the launch asks for.
