@@ -3,10 +3,8 @@
 //
 // rotation_hadamard_kernel: R = H_rounds ... H_1 with H_r = D^(-1/2) H diag(signs_r), one pass over memory.
 //   Work    Four lanes share a row, a warp takes eight rows at a time and walks over the rows with a grid stride.
-//   Layout  Lane l of the four holds the 16-byte chunks l, l+4, l+8, ... of its row, so the bits of a coordinate are,
-//           from the lowest: position in the chunk, lane, chunk number.  Butterflies run at distances 1, 2, 4, ... (the
-//           order of the reference): inside a chunk and between chunks they stay in registers, only the two lane bits
-//           need shuffles.
+//   Layout  Lane l of the four holds the 16-byte chunks l, l+4, l+8, ... of its row (kvb/hadamard.cuh): the butterflies
+//           stay in registers but for those at the distances of the two lane bits.
 //   Bytes   Each row is read once and written once.
 //   Counts  Per fp16 row of 128 and round: 7 * 128 additions, 2 * 128 / 32 warp shuffles a row.  Per 8 rows and warp,
 //           three rounds: about 670 FADD, 190 SHFL (one per cycle and SM), 50 FMUL, 64 conversions, 40 loads and
@@ -21,6 +19,7 @@
 //   for comparison and theory.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
+#include "kvb/hadamard.cuh"
 
 namespace kvb {
 
@@ -51,53 +50,7 @@ __global__ void __launch_bounds__(256)
       if (present) chunk = *reinterpret_cast<const uint4*>(x + row * D + (c * LANES + lane) * WIDTH);
       unpack_chunk<T>(chunk, v[c]);
     }
-    for (int r = 0; r < rounds; ++r) {
-      const float* round_signs = staged_signs + (inverse ? rounds - 1 - r : r) * D + lane * WIDTH;
-      if (!inverse) {
-#pragma unroll
-        for (int c = 0; c < CHUNKS; ++c)
-#pragma unroll
-          for (int e = 0; e < WIDTH; ++e) v[c][e] *= round_signs[c * LANES * WIDTH + e];
-      }
-#pragma unroll
-      for (int distance = 1; distance < WIDTH; distance *= 2)
-#pragma unroll
-        for (int c = 0; c < CHUNKS; ++c)
-#pragma unroll
-          for (int e = 0; e < WIDTH; ++e)
-            if (!(e & distance)) {
-              float low = v[c][e], high = v[c][e + distance];
-              v[c][e] = low + high;
-              v[c][e + distance] = low - high;
-            }
-#pragma unroll
-      for (int distance = 1; distance < LANES; distance *= 2) {
-        // The upper lane of a pair computes other - own, which is own * -1 + other, exactly.
-        const float sign = lane & distance ? -1.f : 1.f;
-#pragma unroll
-        for (int c = 0; c < CHUNKS; ++c)
-#pragma unroll
-          for (int e = 0; e < WIDTH; ++e)
-            v[c][e] = fmaf(v[c][e], sign, __shfl_xor_sync(0xffffffffu, v[c][e], distance));
-      }
-#pragma unroll
-      for (int distance = 1; distance < CHUNKS; distance *= 2)
-#pragma unroll
-        for (int c = 0; c < CHUNKS; ++c)
-          if (!(c & distance))
-#pragma unroll
-            for (int e = 0; e < WIDTH; ++e) {
-              float low = v[c][e], high = v[c + distance][e];
-              v[c][e] = low + high;
-              v[c + distance][e] = low - high;
-            }
-      if (inverse) {
-#pragma unroll
-        for (int c = 0; c < CHUNKS; ++c)
-#pragma unroll
-          for (int e = 0; e < WIDTH; ++e) v[c][e] *= round_signs[c * LANES * WIDTH + e];
-      }
-    }
+    hadamard_rounds<LANES>(v, staged_signs, rounds, lane, inverse);
     if (present) {
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 
 import numpy as np
 
-from kvbench import arrays, codecs, storage
+from kvbench import arrays, codecs, storage, trees
 from kvbench.errors import CapacityError
 from kvbench.ops import attention
 
@@ -157,17 +157,14 @@ class KVCache:
         if self.device.kind == "cpu" or stream == self._stream:
             return
 
-        def move(array: arrays.Array) -> arrays.Array:
+        def move(path: str, array: arrays.Array) -> arrays.Array:
             return arrays.borrow(array, "KVCache", stream=stream)
 
-        def move_fields(record):
-            return replace(record, **{field.name: move(getattr(record, field.name)) for field in fields(record)})
-
-        move(self._scratch["counts"])                       # waits for the stream that was used last
+        move("", self._scratch["counts"])                   # waits for the stream that was used last
         # Views of the owned arrays, not of the last views: switching to and fro must not build a chain of loans.
-        self._stores = {name: (codec, move_fields(packed)) for name, (codec, packed) in self._owned.items()}
-        self._scratch = {name: move(array) for name, array in self._owned_scratch.items()}
-        self._workspace = move_fields(self._owned_workspace)
+        self._stores = {name: (codec, trees.apply(move, packed)) for name, (codec, packed) in self._owned.items()}
+        self._scratch = trees.apply(move, self._owned_scratch)
+        self._workspace = trees.apply(move, self._owned_workspace)
         self._stream = stream
 
     # ------------------------------------------------------------------------------------------------------- contents

@@ -11,6 +11,8 @@ import numpy as np
 
 from kvbench import loaders, trees
 from kvbench.arrays import borrow, upload
+from kvbench.reference.rotation import Rotation
+from kvbench.reference.turboquant import Projection
 from kvbench.registry import Kernel
 
 # Sizes of drawn problems; axes that are not here take their registry values.
@@ -64,10 +66,16 @@ def compare(kernel: Kernel, inputs: dict, backend: str, *, schedule: int = 0, ft
 def run(kernel: Kernel, inputs: dict, backend: str, *, schedule: int = 0, ftz: bool = False):
     """The operator's result on `backend` as NumPy arrays; GPU backends get the inputs in device memory."""
     if backend in ("cuda", "native"):
-        inputs = {name: upload(value, "cuda").give() if isinstance(value, np.ndarray) else value
-                  for name, value in inputs.items()}
+        inputs = {name: on_device(value, "cuda") for name, value in inputs.items()}
     with loaders.simt_schedule(schedule, ftz):
         return to_host(kernel.operator(**inputs, backend=backend))
+
+
+def on_device(value, device):
+    """An input with its arrays in device memory.  A rotation or a projection stays: operators take it to the device."""
+    if isinstance(value, (Rotation, Projection)):
+        return value
+    return trees.apply(lambda _, x: upload(x, device).give() if isinstance(x, np.ndarray) else x, value)
 
 
 def to_host(result):

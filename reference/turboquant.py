@@ -109,7 +109,8 @@ def encode(x, rotation: Rotation, bits: int, *, scale_mode: str = "nc", mean=Non
     rotation     : of size head_dim, or of a larger multiple of 32, to which x is padded with zeros
     bits         : 1 to 8
     scale_mode   : "nc", "plain", "mse" or "unbiased", see the head of this module
-    mean         : [kv_heads, head_dim], subtracted from x and never added back (keys only)
+    mean         : [kv_heads, head_dim] or [batch, kv_heads, head_dim], subtracted from x and never added back (keys
+                   only)
     check_finite : raise ValueError where x holds NaN or Inf, instead of storing s = NaN there
 
     Source: TurboQuant, arXiv 2504.19874, Algorithm 1; scales: EDEN, arXiv 2604.18555, and RaBitQ, arXiv 2405.12497.
@@ -149,19 +150,21 @@ def logits(query, encoded: Encoded, rotation: Rotation, *, scale=None) -> np.nda
 
 
 def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotation, value_rotation: Rotation, *,
-                     lengths=None, scale=None, return_lse: bool = True):
+                     lengths=None, scale=None, key_mean=None, return_lse: bool = True):
     """One decode step of attention on the codes: `attention.decode` over the decoded keys and values.
 
-    query   : [batch, q_heads, head_dim], not rotated
-    keys    : of [batch, kv_heads, tokens, head_dim], centred or not        values : likewise, never centred
-    lengths : [batch] int, tokens of each sequence (default: all); slots from there on are not read
-    scale   : factor of the logits (default head_dim ** -0.5)
+    query    : [batch, q_heads, head_dim], not rotated
+    keys     : of [batch, kv_heads, tokens, head_dim], centred or not        values : likewise, never centred
+    lengths  : [batch] int, tokens of each sequence (default: all); slots from there on are not read
+    scale    : factor of the logits (default head_dim ** -0.5)
+    key_mean : the mean of centred keys, as `encode` took it: scale <q, mean> is added to lse
 
     Returns (output [batch, q_heads, head_dim], lse [batch, q_heads]), float64, natural logarithm; the output alone
     without `return_lse`.  An empty sequence gives output 0 and lse -inf.  For centred keys lse is lower by
-    scale <q, mean>.  Results over disjoint tokens merge by `attention.merge`.
+    scale <q, mean>, unless `key_mean` is given.  Results over disjoint tokens merge by `attention.merge`.
     """
     batch, kv_heads, tokens = keys.scale.shape
+    scale = keys.head_dim**-0.5 if scale is None else scale
     rows = np.log2(np.e) * _query(query, keys.head_dim, key_rotation, keys.scale.shape, scale)   # logits to base 2
     lengths = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
     key_centroids, value_centroids = _centroids(keys, key_rotation), _centroids(values, value_rotation)
@@ -179,6 +182,10 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
             total = p.sum(axis=-1, keepdims=True)
             rotated[b, g] = (p * s_value) @ value_centroids[b, g, :n] / total
             lse[b, g] = np.log(2) * (largest + np.log2(total))[:, 0]
+    if key_mean is not None:
+        mean = _mean(key_mean, (batch, kv_heads, keys.head_dim))
+        grouped = np.asarray(query).astype(np.float64).reshape(batch, kv_heads, -1, keys.head_dim)
+        lse += scale * np.einsum("bghd,bgd->bgh", grouped, mean)
     output = _per_query_head(rotate(rotated, value_rotation, inverse=True)[..., : values.head_dim])
     return (output, _per_query_head(lse)) if return_lse else output
 
@@ -358,18 +365,23 @@ def _rotated(x, rotation, mean=None, check_finite=False):
     x = x.astype(np.float64)
     _check_rotation(rotation, x.shape[-1])
     if mean is not None:
-        mean = np.asarray(mean).astype(np.float64)
-        if mean.shape != (x.shape[1], x.shape[3]) or not np.isfinite(mean).all():
-            raise ValueError(f"turboquant: mean: expected finite numbers [kv_heads, head_dim] = "
-                             f"[{x.shape[1]}, {x.shape[3]}], got {list(mean.shape)}"
-                             + ("" if np.isfinite(mean).all() else " with NaN or Inf"))
-        x = x - mean[:, None]
+        x = x - _mean(mean, (*x.shape[:2], x.shape[3]))[:, :, None]
     finite = np.isfinite(x).all(axis=-1)
     if check_finite and not finite.all():
         raise ValueError(f"turboquant: x: expected finite numbers, got NaN or Inf in {(~finite).sum()} vectors, the "
                          f"first at [batch, kv_head, token] = {np.argwhere(~finite)[0].tolist()}")
     padding = [(0, 0)] * 3 + [(0, rotation.head_dim - x.shape[-1])]
     return rotate(np.pad(np.where(finite[..., None], x, 0.0), padding), rotation), finite
+
+
+def _mean(mean, shape):
+    """A mean of keys as [batch, kv_heads, head_dim] = shape float64."""
+    mean = np.asarray(mean).astype(np.float64)
+    if mean.shape not in (shape, shape[1:]) or not np.isfinite(mean).all():
+        raise ValueError(f"turboquant: mean: expected finite numbers [batch, kv_heads, head_dim] = {list(shape)} or "
+                         f"[kv_heads, head_dim] = {list(shape[1:])}, got {list(mean.shape)}"
+                         + ("" if np.isfinite(mean).all() else " with NaN or Inf"))
+    return np.broadcast_to(mean, shape)
 
 
 def _normalised(y):
@@ -832,15 +844,18 @@ def _logits_on_codes(rng, query, keys, values, key_rotation, value_rotation, len
 
 def _centring(rng, query, keys, values, key_rotation, value_rotation, lengths):
     """Codes of k - mu, and what they give against exact attention over keys to which mu was added back."""
-    mean = keys.mean(axis=(0, 2))                                                      # [kv_heads, head_dim]
+    mean = keys.mean(axis=2) if rng.random() < 0.5 else keys.mean(axis=(0, 2))         # [batch,] kv_heads, head_dim
     stored = _encoded_pair(rng, keys, values, key_rotation, value_rotation, mean=mean)
-    subtracted = encode(keys - mean[:, None], key_rotation, stored[0].bits).planes.arrays()
+    subtracted = encode(keys - mean[..., None, :], key_rotation, stored[0].bits).planes.arrays()
     codes = [(np.sum(plane != subtracted[name]), 0.0) for name, plane in stored[0].planes.arrays().items()]
-    decoded = decode(stored[0], key_rotation) + mean[:, None], decode(stored[1], value_rotation)
-    output, lse = decode_attention(query, *stored, key_rotation, value_rotation, lengths=lengths)
-    constant = query.shape[-1] ** -0.5 * (query * np.repeat(mean, query.shape[1] // len(mean), axis=0)).sum(axis=-1)
-    expected = attention.decode(query, *decoded, lengths=lengths)
-    return codes + _compared((output, lse + constant), expected, _attention_allowance(query, *decoded))
+    decoded = decode(stored[0], key_rotation) + mean[..., None, :], decode(stored[1], value_rotation)
+    rotations = key_rotation, value_rotation
+    output, lse = decode_attention(query, *stored, *rotations, lengths=lengths)
+    raised = decode_attention(query, *stored, *rotations, lengths=lengths, key_mean=mean)
+    grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])
+    constant = query.shape[-1] ** -0.5 * (grouped * mean[..., None, :]).sum(axis=-1).reshape(lse.shape)
+    expected, allowances = attention.decode(query, *decoded, lengths=lengths), _attention_allowance(query, *decoded)
+    return codes + _compared((output, lse + constant), expected, allowances) + _compared(raised, expected, allowances)
 
 
 CLAIMS = (
@@ -906,7 +921,8 @@ CLAIMS = (
     Claim("logits on codes", "logits and logits_prod are products of the query with decoded keys",
           "definition", "identity", partial(_attention_agreement, compare=_logits_on_codes), samples=200),
     Claim("centring",
-          "keys coded as k - mu give the output of keys decoded with mu added back, and a lse lower by scale <q, mu>",
+          "keys coded as k - mu give the output of keys decoded with mu added back, and a lse lower by scale <q, mu>, "
+          "which key_mean adds",
           "textbook: softmax is invariant to a constant", "identity", partial(_attention_agreement, compare=_centring),
           samples=200),
 )

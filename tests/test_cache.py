@@ -23,6 +23,7 @@ from kvbench.errors import CapacityError
 from kvbench.ops import attention
 from kvbench.ops.dispatch import EPSILON, assert_close
 from kvbench.reference import attention as reference
+from kvbench.reference import turboquant
 
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEAD_DIM = 8
@@ -540,6 +541,207 @@ def test_a_prompt_may_come_with_its_last_queries_alone():
     assert [shape for _, _, shape in BlockIndex.seen] == [(1, 2, 4, 4), (1, 2, 1, 4), None]
 
 
+# --------------------------------------------------------------------------------------------------------- TurboQuant
+
+
+# (head_dim, rotation).  A dense rotation is a matrix product of the BLAS library, whose rounding depends on the number
+# of rows: how tokens were cut into calls may show in codes next to a decision.
+ANY_CUT = ((64, "hadamard"), (128, "hadamard"), (8, "hadamard"))
+ROTATED = (*ANY_CUT, (32, "haar"), (80, "haar"))
+
+
+@st.composite
+def turboquant_problems(draw, centred=st.booleans(), bits=st.integers(1, 8), rotated=ROTATED):
+    """As `problems`, with keys around a mean of their own, which centring would take away."""
+    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 16))
+    head_dim, rotation = draw(st.sampled_from(rotated))
+    dtype, seed = draw(dtypes), draw(st.integers(0, 3))
+    tokens = draw(st.integers(1, 40))
+    lengths = draw(st.one_of(st.just([tokens] * batch),
+                             st.lists(st.integers(0, tokens), min_size=batch, max_size=batch)))
+    options = dict(
+        keys=codecs.TurboQuantMSE(head_dim, draw(bits), 2 * seed, rotation=rotation, centred=draw(centred)),
+        values=codecs.TurboQuantMSE(head_dim, draw(bits), 2 * seed + 1, rotation=rotation),
+        tail=draw(st.one_of(st.just(Tail()), tails)), sinks=draw(st.sampled_from((0, 0, 1, 4))), dtype=dtype)
+    rng = np.random.default_rng(draw(seeds))
+    shape = (batch, kv_heads, tokens, head_dim)
+    mean = 2 * normal(rng, (batch, kv_heads, 1, head_dim), "float32")
+    keys = (normal(rng, shape, "float32") + mean).astype(NUMPY[dtype])
+    sizes = (batch, kv_heads, kv_heads * group, head_dim, max(1, max(lengths) + draw(st.integers(0, 8))))
+    return (sizes, options, keys, normal(rng, shape, dtype), np.array(lengths),
+            normal(rng, (batch, kv_heads * group, head_dim), dtype))
+
+
+def contents(made, keys, values, lengths):
+    """The tokens that a cache of TurboQuant codes stands for, in order: float64 keys and values."""
+    result = {}
+    for side, x in (("keys", keys), ("values", values)):
+        codec, packed = made._owned[f"store.{side}"]
+        stored = codecs.TurboQuantTokens(**{name: array.numpy() for name, array in packed.arrays().items()})
+        decoded = turboquant.decode(codec.encoded(stored), codec.turn)
+        if stored.mean is not None:
+            decoded += stored.mean.astype(np.float64)
+        x = x.astype(np.float64)
+        for b, length in enumerate(lengths.tolist()):
+            encoded = int(made.tail.encoded(max(length - made.sinks, 0)))
+            x[b, :, made.sinks:made.sinks + encoded] = decoded[b, :, :encoded]
+        result[side] = x
+    return result["keys"], result["values"]
+
+
+@given(turboquant_problems(), st.sampled_from((None, 0.5, -1.0, 0.0)))
+def test_turboquant_attends_to_what_it_holds(problem, scale):
+    """Codes and exact tokens as one softmax: of centred keys, too, the log-sum-exp is that of the keys as given."""
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    made = KVCache(*sizes, **options)
+    for name in ("store.keys", "store.values"):                     # unused slots hold anything but numbers
+        made._owned[name][1].scale.numpy()[...] = np.nan
+    made.append(keys, values, lengths=lengths)
+    output, lse = made.attend(query, scale=scale, out=np.empty(query.shape, np.float32), return_lse=True)
+    held_keys, held_values = contents(made, keys, values, lengths)
+    expected, expected_lse = reference.decode(query, held_keys, held_values, lengths=lengths, scale=scale)
+    # A logit is off by the rounding of float32 rotations and sums, relative to |q| |k|; the weights by twice that, and
+    # by the rounding of those of exact tokens to their type; the log-sum-exp also by that of the exact tokens' weights.
+    factor = sizes[3]**-0.5 if scale is None else abs(scale)
+    longest = np.linalg.norm(held_keys, axis=-1).max() + (2 + 8 * sizes[3]**0.5)
+    logit_error = 40 * 2.0**-24 * factor * np.linalg.norm(query.astype(np.float64), axis=-1).max() * longest
+    relative = 2 * logit_error + EPSILON[keys.dtype.name] + 1e-5
+    assert np.allclose(output, expected, rtol=0, atol=relative * abs(held_values).max() + 1e-5)
+    finite = np.isfinite(expected_lse)
+    assert (np.isneginf(lse) == ~finite).all()
+    assert np.allclose(lse[finite], expected_lse[finite], rtol=1e-6, atol=relative)
+
+
+@given(turboquant_problems(rotated=ANY_CUT), st.data())
+def test_turboquant_tokens_are_encoded_one_by_one(problem, data):
+    """After the first append, which a mean depends on, any cut gives the bytes of one."""
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    first = np.minimum(lengths, data.draw(st.integers(1, 10)))
+    whole, parts = KVCache(*sizes, **options), KVCache(*sizes, **options)
+    for made, rest in ((whole, [lengths - first] if (lengths > first).any() else []),
+                       (parts, cuts(data.draw(seeds), lengths - first))):
+        append_in_parts(made, keys, values, [first])
+        later = [np.zeros_like(x) for x in (keys, values)]
+        for b, n in enumerate(first):
+            for target, source in zip(later, (keys, values)):
+                target[b, :, :lengths[b] - n] = source[b, :, n:lengths[b]]
+        append_in_parts(made, *later, rest)
+    assert used(parts) == used(whole)
+    assert parts.attend(query).tobytes() == whole.attend(query).tobytes()
+
+
+@given(turboquant_problems(rotated=ANY_CUT))
+def test_turboquant_in_a_batch_is_turboquant_alone(problem):
+    sizes, options, keys, values, lengths, _ = problem
+    assume(lengths.any())
+    together = KVCache(*sizes, **options)
+    together.append(keys, values, lengths=lengths)
+    for b, length in enumerate(lengths.tolist()):
+        alone = KVCache(1, *sizes[1:], **options)
+        if length:
+            alone.append(keys[b:b + 1, :, :length], values[b:b + 1, :, :length])
+        assert used(alone) == {f"{name.rpartition('.')[0]}.0": view for name, view in used(together).items()
+                               if name.endswith(f".{b}")}
+
+
+@given(turboquant_problems(st.just(True), st.just(8)), st.data())
+def test_turboquant_at_8_bits_is_nearly_exact(problem, data):
+    """Sinks, a mean and a tail in one softmax: a log-sum-exp without the mean's share would weigh them wrongly."""
+    sizes, options, keys, values, lengths, query = problem
+    assume(lengths.any())
+    options |= dict(sinks=3, tail=Tail(2))
+    made = KVCache(*sizes, **options)
+    append_in_parts(made, keys, values, cuts(data.draw(seeds), lengths))
+    exact = KVCache(*sizes, **options | dict(keys=codecs.Float16(sizes[3], options["dtype"]),
+                                             values=codecs.Float16(sizes[3], options["dtype"])))
+    exact.append(keys, values, lengths=lengths)
+    (output, lse), (expected, expected_lse) = (x.attend(query, out=np.empty(query.shape, np.float32), return_lse=True)
+                                               for x in (made, exact))
+    assert np.allclose(output, expected, rtol=0, atol=0.15)
+    assert np.allclose(lse, expected_lse, rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("side, centred", [("keys", False), ("values", False), ("keys", True)])
+def test_turboquant_keeps_nan_to_its_token(side, centred):
+    rng = np.random.default_rng(0)
+    keys, values, query = normal(rng, (2, 2, 30, 64)), normal(rng, (2, 2, 30, 64)), normal(rng, (2, 8, 64))
+    clean, spoilt = (caches.turboquant(2, 2, 8, 64, 40, centred=centred, sinks=2, tail=3) for _ in range(2))
+    clean.append(keys, values)
+    (keys if side == "keys" else values)[1, 0, 11, 5] = np.nan
+    spoilt.append(keys, values)
+    expected, actual = clean.attend(query), spoilt.attend(query)
+    for (name, one), (_, other) in zip(clean._views(), spoilt._views()):
+        one, other = (x.to_host().reshape(2, -1) for x in (one, other))
+        if f"store.{side}" in name and name.endswith(".1"):             # a mean is that of the other tokens
+            assert one[1].tobytes() == other[1].tobytes()
+        else:
+            assert one.tobytes() == other.tobytes()
+    scale = spoilt._owned[f"store.{side}"][1].scale.numpy()[:, :, :25]
+    assert np.argwhere(np.isnan(scale)).tolist() == [[1, 0, 9]]
+    assert np.isnan(actual[1, :4].astype(np.float32)).all()
+    assert actual[1, 4:].tobytes() == expected[1, 4:].tobytes() and actual[0].tobytes() == expected[0].tobytes()
+
+
+@given(turboquant_problems(rotated=ANY_CUT), st.integers(0, 5), st.data())
+def test_turboquant_is_saved_loaded_and_copied(problem, room, data):
+    sizes, options, keys, values, lengths, query = problem
+    made = KVCache(*sizes, **options)
+    append_in_parts(made, keys, values, cuts(data.draw(seeds), lengths))
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(Path(folder) / "kv")
+        loaded = caches.load(Path(folder) / "kv", capacity=sizes[4] + room)
+    more = np.full((sizes[0], sizes[1], 1, sizes[3]), 0.5, keys.dtype)
+    for other in (loaded, copy.deepcopy(made)):
+        assert used(other) == used(made) and other._part_objects() == made._part_objects()
+        assert other.attend(query).tobytes() == made.attend(query).tobytes()
+    if lengths.max() < sizes[4]:                        # and the mean that was frozen goes on being used
+        made.append(more, more), loaded.append(more, more)
+        assert used(loaded) == used(made)
+
+
+def test_turboquant_takes_the_bytes_that_it_says():
+    made = caches.turboquant(2, 3, 6, 128, 1000, sinks=0, tail=0)
+    mean = 2 * 3 * 128 * 4
+    assert made.nbytes == 2 * 2 * 3 * 1000 * (128 * 3 // 8 + 2) + mean
+    made.append(*2 * [np.ones((2, 3, 700, 128), np.float16)])
+    assert made.nbytes_used == 2 * 2 * 3 * 700 * 50 + mean
+    assert made.bits_per_element == 3.125 + 8 * mean / (2 * 2 * 3 * 700 * 128)
+    mixed = caches.turboquant(1, 1, 1, 64, 100, key_bits=4, value_bits=2, sinks=0, tail=7, centred=False)
+    assert mixed.nbytes == 93 * (34 + 18) + 7 * 4 * 64
+
+
+def test_turboquant_presets_draw_two_rotations_of_their_own():
+    seen = [codec.turn for seed in range(3) for made in [caches.turboquant(1, 1, 1, 64, 9, seed=seed)]
+            for codec in (made.keys, made.values)]
+    assert len(set(seen)) == 6
+    odd = caches.turboquant(1, 1, 1, 80, 9)
+    assert (odd.keys.rotation, odd.keys.turn.head_dim, caches.turboquant(1, 1, 1, 8, 9).keys.rotation) \
+        == ("haar", 96, "hadamard")
+
+
+@pytest.mark.parametrize("sinks, tail", [(0, 0), (4, 128)])
+def test_turboquant_appends_in_place(sinks, tail):
+    """Neither a step nor what it allocates grows with the tokens that are there."""
+    token, query = np.ones((1, 2, 1, 64), np.float16), np.ones((1, 4, 64), np.float16)
+    out = np.empty_like(query)
+    made = caches.turboquant(1, 2, 4, 64, 8192, sinks=sinks, tail=tail)
+    made.append(*2 * [np.random.default_rng(0).standard_normal((1, 2, 8000, 64)).astype(np.float16)])
+    places = [array.pointer for _, packed in made._owned.values() for array in packed.arrays().values()]
+    made.append(token, token), made.attend(query, out=out)              # compiled and warm
+    tracemalloc.start()
+    made.append(token, token)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    made.attend(query, out=out)
+    _, attend_peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 1024, f"append: {peak} bytes, where the cache holds {made.nbytes}"
+    assert attend_peak < 400 * 1024, f"attend: {attend_peak} bytes, where the cache holds {made.nbytes}"
+    assert places == [array.pointer for _, packed in made._owned.values() for array in packed.arrays().values()]
+
+
 # --------------------------------------------------------------------------------- errors, and that they change nothing
 
 
@@ -629,6 +831,9 @@ def test_wrong_arguments_of_attend(arguments, message):
     (dict(keys=BlockCodec(8), values=BlockCodec(8), tail=Tail(4, 3)), "tail: expected blocks of whole granules of 2"),
     (dict(values=BlockCodec(8), tail=Tail(4, 2)), "no decode attention for keys Float16 x values Block"),
     (dict(index=BlockIndex(), selector=Largest(2), tail=Tail(0, 2)), "no sparse attention for keys Float16"),
+    (dict(keys=codecs.TurboQuantMSE(8), values=codecs.TurboQuantMSE(8, 2)), "values: expected another seed"),
+    (dict(keys=codecs.TurboQuantMSE(8), values=codecs.TurboQuantMSE(8, seed=1, centred=True)), "not centred"),
+    (dict(keys=codecs.TurboQuantMSE(8)), "no decode attention for keys TurboQuantMSE x values Float16"),
     (dict(device="tpu"), "device"),
 ])
 def test_wrong_parameters(changes, message):
@@ -988,3 +1193,70 @@ def test_gpu_saves_and_loads(tail, sinks, tmp_path):
     with pytest.raises(CapacityError):
         made.append(keys, values)
     assert state(made) == before
+
+
+def gpu_turboquant(sinks, tail, device="cuda"):
+    return caches.turboquant(2, 2, 8, 64, 700, sinks=sinks, tail=tail, device=device)
+
+
+gpu_turboquant_cases = pytest.mark.parametrize("sinks, tail", [(0, 0), (4, 0), (4, 17)])
+
+
+@pytest.mark.gpu
+@gpu_turboquant_cases
+def test_gpu_turboquant_holds_what_the_host_holds(sinks, tail):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    keys, values, query = (normal(rng, shape) for shape in ((2, 2, 600, 64), (2, 2, 600, 64), (2, 8, 64)))
+    made = {device: gpu_turboquant(sinks, tail, device) for device in ("cpu", "cuda")}
+    results = {}
+    for device, cache in made.items():
+        k, v, q = (torch.from_numpy(x).to(device) for x in (keys, values, query))
+        cache.append(k[:, :, :500], v[:, :, :500], lengths=[500, 333])
+        for t in range(500, 560):
+            cache.append(k[:, :, t:t + 1], v[:, :, t:t + 1])
+        results[device] = [x.cpu().numpy() for x in cache.attend(q, out=torch.empty_like(q, dtype=torch.float32),
+                                                                 return_lse=True)]
+    on_host = dict(made["cpu"]._views())
+    for name, view in made["cuda"]._views():
+        one, other = view.to_host(), on_host[name].to_host()
+        if one.dtype == np.uint32:                  # a code next to a decision may be one cell off
+            assert np.unpackbits((one ^ other).view(np.uint8)).mean() < 1e-4, name
+        else:
+            np.testing.assert_allclose(one.astype(np.float64), other.astype(np.float64), rtol=2**-9, atol=1e-6)
+    for one, other in zip(results["cuda"], results["cpu"]):
+        assert np.allclose(one, other, rtol=0, atol=0.02)
+
+
+@pytest.mark.gpu
+@gpu_turboquant_cases
+def test_gpu_turboquant_follows_streams_and_is_captured(sinks, tail):
+    torch = pytest.importorskip("torch")
+    keys, values = torch.randn(2, 2, 2, 600, 64, device="cuda", dtype=torch.float16)
+    query = torch.randn(2, 8, 64, device="cuda", dtype=torch.float16)
+    out = torch.empty_like(query)
+    plain, moved = gpu_turboquant(sinks, tail), gpu_turboquant(sinks, tail)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for start in range(0, 400, 40):
+        plain.append(keys[:, :, start:start + 40], values[:, :, start:start + 40])
+        expected = plain.attend(query)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[start // 40 % 3]):
+            torch.cuda._sleep(2_000_000)
+            moved.append(keys[:, :, start:start + 40], values[:, :, start:start + 40])
+        with torch.cuda.stream(streams[start // 40 * 2 % 3]):
+            output = moved.attend(query)
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)
+    with torch.cuda.stream(streams[0]):
+        moved.attend(query, out=out)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=streams[0]):
+            moved.attend(query, out=out)
+        for t in range(400, 450):
+            for made in (plain, moved):
+                made.append(keys[:, :, t:t + 1], values[:, :, t:t + 1])
+            graph.replay()
+            assert torch.equal(out, plain.attend(query))

@@ -257,6 +257,16 @@ def test_exact_presets_lose_rounding_only(demo):
         assert 0 < float(numbers["error"]) < 2**-11 and float(numbers["logit error"]) < 1e-3
 
 
+def test_turboquant_is_small_and_near(demo):
+    """3 bits and a float16 per 64 of them; an error of the output far below that of a token, sqrt(D(3)) = 0.19, where
+    the newest tokens are exact."""
+    head, _, *rows = table_rows(demo[0])
+    numbers_of = {row[0]: dict(zip(head, row)) for row in rows}
+    preset, alone = numbers_of["turboquant"], numbers_of["turboquant, codes alone"]
+    assert alone["bits"] == "3.25" and 3.25 < float(preset["bits"]) < 3.6
+    assert float(preset["error"]) < 0.1 < float(alone["error"]) < 0.5
+
+
 def test_page_reads_well_anywhere_and_says_where_its_data_are_from(demo):
     page = demo[1]
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page

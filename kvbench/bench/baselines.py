@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvbench import arrays
+from kvbench.ops import turboquant
 from kvbench.registry import nearest
 
 
@@ -92,12 +93,12 @@ def _numpy_decode(inputs):
     def call():
         # NumPy multiplies no 16-bit floats: the conversion is part of what this way costs.
         grouped = query.astype(np.float32).reshape(batch, kv_heads, -1, head_dim)
-        logits = grouped @ keys.astype(np.float32).swapaxes(-1, -2)
+        logits = grouped @ keys.astype(np.float32, copy=False).swapaxes(-1, -2)
         logits *= np.float32(scale)
         logits -= logits.max(axis=-1, keepdims=True)
         np.exp(logits, out=logits)
         logits /= logits.sum(axis=-1, keepdims=True)
-        return (logits @ values.astype(np.float32)).reshape(query.shape)
+        return (logits @ values.astype(np.float32, copy=False)).reshape(query.shape)
 
     return call
 
@@ -146,6 +147,22 @@ def _flashinfer_decode(tensor_cores: bool):
     return prepare
 
 
+# ---- decode attention on codes -----------------------------------------------------------------------------------------
+
+def _on_decoded(prepare: Callable[[dict], Callable], dtype: str) -> Callable[[dict], Callable]:
+    """A baseline of exact attention for the cache that the codes replace: the decoded keys and values, held in dtype."""
+    def prepare_decoded(inputs):
+        key_rotation, value_rotation = inputs["key_rotation"], inputs["value_rotation"]
+        query = inputs["query"]
+        if dtype == "float32":
+            query = query.astype(np.float32)
+        elif arrays.borrow(query, "query").dtype != dtype:
+            raise Missing(f"compares with a {dtype} cache, and wants queries of that type")
+        return prepare({**inputs, "query": query, "keys": turboquant.decode(inputs["keys"], key_rotation, dtype=dtype),
+                        "values": turboquant.decode(inputs["values"], value_rotation, dtype=dtype)})
+    return prepare_decoded
+
+
 # ---- rotation --------------------------------------------------------------------------------------------------------
 
 def _dense_rotation(inputs) -> np.ndarray:
@@ -183,7 +200,7 @@ def _torch_tensor(torch, value):
     return tensor
 
 
-BASELINES: tuple[Baseline, ...] = (
+_EXACT: tuple[Baseline, ...] = (
     Baseline("torch-cudnn", "attention.decode", ("cuda",), "torch", _torch_decode("CUDNN_ATTENTION", False),
              "PyTorch SDPA, cuDNN backend, enable_gqa"),
     Baseline("torch-cudnn-packed", "attention.decode", ("cuda",), "torch", _torch_decode("CUDNN_ATTENTION", True),
@@ -201,6 +218,12 @@ BASELINES: tuple[Baseline, ...] = (
     Baseline("torch", "attention.decode", ("cpu",), "torch", _torch_decode(None, True),
              "PyTorch SDPA on the CPU, query heads of a group as query tokens"),
     Baseline("numpy", "attention.decode", ("cpu",), "numpy", _numpy_decode, "NumPy and its BLAS in float32"),
+)
+BASELINES: tuple[Baseline, ...] = (
+    *_EXACT,
+    *(replace(exact, kernel="turboquant.decode_attention", summary=f"{exact.summary}, on the decoded cache",
+              prepare=_on_decoded(exact.prepare, "float32" if exact.devices == ("cpu",) else "float16"))
+      for exact in _EXACT),
     Baseline("torch", "rotation.rotate", ("cpu", "cuda"), "torch", _torch_rotate,
              "PyTorch matrix product in the type of x"),
     Baseline("numpy", "rotation.rotate", ("cpu",), "numpy", _numpy_rotate, "NumPy and its BLAS in float32"),

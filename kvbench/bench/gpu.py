@@ -23,6 +23,7 @@ import numpy as np
 from kvbench import arrays, trees
 from kvbench.bench import machine
 from kvbench.errors import BackendUnavailable
+from kvbench.verify import on_device
 
 LEAST_FLUSH_BYTES = 256 << 20
 HOT_SECONDS = 200e-6           # least length of a hot sample: far above what events cost the GPU and a launch the host
@@ -78,7 +79,7 @@ class Gpu:
             except Exception as error:     # CuPy refuses in many ways; a fault of the input maker shows again below
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 drawn, where = kernel.inputs(problem, np.random.default_rng(seed)), f"host ({reason})"
-            placed = {name: self._place(value) for name, value in drawn.items()}
+            placed = {name: on_device(value, self.device) for name, value in drawn.items()}
         self.cupy.cuda.runtime.deviceSynchronize()
         self.release()
         return placed, where
@@ -165,16 +166,6 @@ class Gpu:
         self.cupy.get_default_memory_pool().free_all_blocks()
         if torch := sys.modules.get("torch"):
             torch.cuda.empty_cache()
-
-    def _place(self, value):
-        """Copy an input's arrays to the device.  What a reference made (a rotation) is host data everywhere."""
-        if type(value).__module__.startswith("kvbench.reference"):
-            return value
-
-        def upload(_, array):
-            return arrays.upload(array, self.device).give() if isinstance(array, np.ndarray) else array
-
-        return trees.apply(upload, value)
 
 
 class Stopwatch:

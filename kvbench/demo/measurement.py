@@ -15,10 +15,11 @@ from kvbench.reference import attention
 
 TIMED_PASSES = 3
 
-# What is measured: every preset as it comes, and the exact one cut into the parts that compressing presets keep exact,
-# which must lose nothing.
+# What is measured: every preset as it comes; the exact one cut into the parts that compressing presets keep exact,
+# which must lose nothing; and TurboQuant without such parts, which shows what they are worth.
 CACHES = {name: preset.function for name, preset in caches.PRESETS.items()}
 CACHES["exact in parts"] = functools.partial(caches.exact, sinks=4, tail=128)
+CACHES["turboquant, codes alone"] = functools.partial(caches.turboquant, centred=False, sinks=0, tail=0)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Outcome:
     tokens         tokens in it
     elements       numbers that it stands for: keys and values of all tokens
     output_error   ||output - exact|| / ||exact|| over all steps and query heads, exact in float64 on the float16 sample
-    logit_error    max |logit - exact| of the last step's queries, all keys stored as the preset's store holds them
+    logit_error    max |logit - exact| of the last step's queries, all keys encoded by the preset's codec
     prompt_ms      time to append the prompt
     step_us        median time of one decode step: append a token, attend, wait for the result
                    (both of the quickest of a few passes: other programs on the machine only ever add)

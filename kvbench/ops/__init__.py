@@ -3,6 +3,6 @@ registry records.
 
 Importing this package registers every kernel.
 """
-from kvbench.ops import attention, rotation
+from kvbench.ops import attention, rotation, turboquant
 
-__all__ = ["attention", "rotation"]
+__all__ = ["attention", "rotation", "turboquant"]
