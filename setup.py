@@ -69,6 +69,7 @@ class BuildKernels(build_ext):
             nvcc = toolchain.find_nvcc()
             toolkit = toolchain.toolkit_root(nvcc)
             device = (nvcc, "-std=c++17", "-O3", "-DKVB_NATIVE", "-Xcompiler=-fPIC,-fvisibility=hidden",
+                      "--threads=0", "--split-compile=0",     # all cores: one file may hold a hundred kernels
                       *toolchain.gpu_architectures(nvcc))
             steps = [toolchain.Step(device, path, (INCLUDE,)) for path in self.kernel_files()]
             steps.append(

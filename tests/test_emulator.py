@@ -719,7 +719,9 @@ EXACT = {
     "fsub_rn": ([floats] * 2, numpy_operation(np.subtract)), "fdiv_rn": ([floats] * 2, numpy_operation(np.divide)),
     "fsqrt_rn": ([floats], numpy_operation(np.sqrt)), "frcp_rn": ([floats], numpy_operation(lambda x: f32(1) / x)),
     "fmaf_rn": ([floats] * 3, each(fma, f32)), "fmaf": ([floats] * 3, each(fma, f32)),
-    "fmaxf": ([floats] * 2, np.fmax), "fminf": ([floats] * 2, np.fmin), "fabsf": ([floats], np.abs),
+    # Which of two zeros is the larger is not defined: the kernels add 0.
+    "fmaxf": ([floats] * 2, lambda x, y: np.fmax(x, y) + f32(0)),
+    "fminf": ([floats] * 2, lambda x, y: np.fmin(x, y) + f32(0)), "fabsf": ([floats], np.abs),
     "isnan": ([floats], lambda x: (x != x).astype(i32)),
     "float2int_rn": ([floats], each(to_int(np.rint), i32)), "float2int_rz": ([floats], each(to_int(np.trunc), i32)),
     "float2int_rd": ([floats], each(to_int(np.floor), i32)), "float2int_ru": ([floats], each(to_int(np.ceil), i32)),

@@ -41,8 +41,8 @@ namespace kvb {
   MAP(fmaf, float, float, float, float, fmaf(a, b, c))                                   \
   MAP(rsqrtf, float, float, float, float, rsqrtf(a))                                     \
   MAP(exp2_approx, float, float, float, float, exp2_approx(a))                           \
-  MAP(fmaxf, float, float, float, float, fmaxf(a, b))                                    \
-  MAP(fminf, float, float, float, float, fminf(a, b))                                    \
+  MAP(fmaxf, float, float, float, float, fmaxf(a, b) + 0.f)                              \
+  MAP(fminf, float, float, float, float, fminf(a, b) + 0.f)                              \
   MAP(fabsf, float, float, float, float, fabsf(a))                                       \
   MAP(isnan, float, float, float, i32, isnan(a) ? 1 : 0)                                 \
   MAP(float2int_rn, float, float, float, i32, __float2int_rn(a))                         \

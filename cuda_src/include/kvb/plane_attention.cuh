@@ -272,11 +272,12 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   float* lse_offset = query_offset + HEADS;                                   // (HEADS,)
   uint4* staged_query = reinterpret_cast<uint4*>(shared + 12 * HEADS);        // (OCTETS, HALVES, 32): A operands
   float* staged_signs = reinterpret_cast<float*>(staged_query + OCTETS * HALVES * 32);   // (key and value rounds, D)
-  // At a constant place: ptxas 13.0 encodes cp.async with a cache hint wrongly where a uniform register holds a part of
-  // the shared address.
   char* rings = reinterpret_cast<char*>(staged_signs + 2 * kPlaneRounds * D);
   constexpr int KEY_BYTES = kPlaneTileBytes<D, KEY_BITS>, TILE_BYTES = KEY_BYTES + kPlaneTileBytes<D, VALUE_BITS>;
   char* const ring = rings + warp * kPlaneRing * TILE_BYTES;
+  // The same for the copies, in a register of each lane: where a uniform register holds a part of the shared address,
+  // ptxas 13.0 may write cp.async with a cache hint in a form that the GPU refuses (tests/test_compile.py looks for it).
+  char* const filled = reinterpret_cast<char*>(pinned(reinterpret_cast<u64>(ring)));
 
   const PlaneSide keys = plane_side<D>(key_sign, key_mag2, key_mag1, key_scale,
                                        b * key_batch_stride + kv_head * key_head_stride);
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
     cp_async_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kPlaneRing - 1; ++i) copy_next(ring + i * TILE_BYTES);
+  for (int i = 0; i < kPlaneRing - 1; ++i) copy_next(filled + i * TILE_BYTES);
 
   // ---- the query: rotated, rounded to 15 bits, as A operands; a warp per head ----
   cp_async_wait<kPlaneRing - 1>();
@@ -407,12 +408,12 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   const auto first_place = OctetPlace<D, VALUE_BITS, D / 64>::of(plane_row<D>(2 * t), value_octet);
   const auto second_place = OctetPlace<D, VALUE_BITS, D / 64>::of(plane_row<D>(2 * t + 1), value_octet);
   const uint4* own_query = staged_query + pinned(lane);
-  char* current = ring;                                   // the tile that is read
-  char* freed = ring + (kPlaneRing - 1) * TILE_BYTES;     // the place of the one before it, filled next
+  int read = 0, freed = (kPlaneRing - 1) * TILE_BYTES;   // in the ring: the tile that is read, the one before it
   for (; tile < tiles; tile += stride) {
     cp_async_wait<kPlaneRing - 2>();
     __syncwarp();   // every lane's copies have landed, and every lane has read the slot that is filled now
-    copy_next(freed);
+    const char* current = ring + read;
+    copy_next(filled + freed);
 
     // ---- logits ----
     int sums[GROUPS][HALVES][4];
@@ -502,8 +503,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
     // ---- values ----
     add_values<D, HALVES, VALUE_BITS>(o, current + KEY_BYTES, first_place, second_place, p, value_table,
                                       value_octet % 4);
-    freed = current;
-    current = current == ring + (kPlaneRing - 1) * TILE_BYTES ? ring : current + TILE_BYTES;
+    freed = read;
+    read = read == (kPlaneRing - 1) * TILE_BYTES ? 0 : read + TILE_BYTES;
   }
 
   // ---- one copy of the partial output per warp, over the rings ----
