@@ -34,13 +34,21 @@ def results_table(folder: Path) -> str:
     documents = [document for document in documents if document["complete"] and not document["quick"]]
     if not documents:
         return ""
-    rows = [row for document in documents for case in document["cases"] if case["cold"] for row in [_row(case)]]
+    cases = [case for document in documents for case in document["cases"] if case["cold"]]
+    rows = [_row(case) for case in sorted(cases, key=_order)]
     machine = documents[0]["machine"]
     name = machine["gpu"]["name"] if machine.get("gpu") else machine["processor"]
     copy = documents[0]["yardsticks"]["copy"]["gbps"]
     return (f"{name}; copying memory reaches {copy:.0f} GB/s. Times are cold: caches flushed before every call.\n\n"
             + table(["kernel", "problem", "backend", "us", "GB/s", "% of copy", "best alternative", "us", "speed-up"],
                     rows, "lllrrrlrr") + "\n\n")
+
+
+def _order(case: dict) -> tuple:
+    """By kernel, then by how much is stored (bits), by tokens, by heads."""
+    problem = case["problem"]
+    bits = tuple(value for axis, value in problem.items() if axis.endswith("bits"))
+    return case["kernel"], bits, problem["tokens"], problem["batch"], problem["kv_heads"], str(problem)
 
 
 def _row(case: dict) -> list[str]:

@@ -47,7 +47,7 @@ def refused_copies(cubin, lowered):
     """Asynchronous copies in the form that takes a part of the shared address from a uniform register.
 
     ptxas 13.0 may choose it together with a cache hint; a GPU of generation 9 stops at such a one with "illegal
-    instruction".  Bits 0 to 11 of an instruction are its operation and the form of its operands: 0xdae instead of 0xfae.
+    instruction".  Bits 0 to 11 of an instruction are its operation and the form of its operands: 0xdae, not 0xfae.
     """
     return sum(word & 0xFFF == 0xDAE for word in instructions(cubin, f".text.{lowered}"))
 

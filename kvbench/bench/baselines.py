@@ -147,10 +147,10 @@ def _flashinfer_decode(tensor_cores: bool):
     return prepare
 
 
-# ---- decode attention on codes -----------------------------------------------------------------------------------------
+# ---- decode attention on codes ---------------------------------------------------------------------------------------
 
 def _on_decoded(prepare: Callable[[dict], Callable], dtype: str) -> Callable[[dict], Callable]:
-    """A baseline of exact attention for the cache that the codes replace: the decoded keys and values, held in dtype."""
+    """A baseline of exact attention for the cache that the codes replace: decoded keys and values, held in dtype."""
     def prepare_decoded(inputs):
         key_rotation, value_rotation = inputs["key_rotation"], inputs["value_rotation"]
         query = inputs["query"]

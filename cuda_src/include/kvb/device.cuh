@@ -164,9 +164,9 @@ __device__ __forceinline__ u32 permute_bytes(u32 x, u32 y, u32 selector) {
   return d;
 }
 
-// Adds one to *counter and returns what it was.  What this thread has written before (and, through a barrier before, its
-// block) is seen by whoever takes a later ticket; this thread (and its block, through a barrier after) sees what those
-// with earlier tickets had written.
+// Adds one to *counter and returns what it was.  What this thread has written before (and, through a barrier before,
+// its block) is seen by whoever takes a later ticket; this thread (and its block, through a barrier after) sees what
+// those with earlier tickets had written.
 __device__ __forceinline__ u32 take_ticket(u32* counter) {
   u32 taken;
   asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(taken) : "l"(counter) : "memory");

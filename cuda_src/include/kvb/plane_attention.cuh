@@ -4,14 +4,15 @@
 //   output_h = R_v^T ( sum_t softmax_t(scale s^k_t <R_k q_h, c^k_t>) s^v_t c^v_t )
 //
 // turboquant_attention_kernel: keys and values of 1 to 4 bits each.
-//   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges, rotates the
-//             result back and writes it (kvb/splits.cuh).  With more query heads than HEADS (9 to 16 at D = 256, where
-//             registers hold 8) a KV head has two rows of blocks, and its codes are read twice.
+//   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges, rotates
+//             the result back and writes it (kvb/splits.cuh).  With more query heads than HEADS (9 to 16 at D = 256,
+//             where registers hold 8) a KV head has two rows of blocks, and its codes are read twice.
 //   Block     8 warps, each with its own tiles of 32 tokens.
-//   Pipeline  Each warp has a ring of kPlaneRing tiles in shared memory filled by cp.async, one being read.  A tile of a
+//   Pipeline  Each warp has a ring of three tiles in shared memory filled by cp.async, one being read.  A tile of a
 //             plane is contiguous in memory.
-//   Start     While the first tiles arrive, a warp per query head rotates the query (registers and shuffles) and rounds it
-//             to 15 bits, z = q' / delta, as two int8 rows: z = 128 hi + lo.
+//   Start     The query is asked for before the tiles: behind them it would wait for all of them.  While the first
+//             tiles arrive, a warp per query head rotates it (registers and shuffles) and rounds it to 15 bits,
+//             z = q' / delta, as two int8 rows: z = 128 hi + lo.
 //   Keys      Logits by mma.m16n8k32.s8 with the query as A: rows 0-7 are the hi parts of eight heads, rows 8-15 the
 //             lo parts, so integers give the product of the rounded query and the table exactly.  Lane (g, t) =
 //             (lane / 4, lane % 4) looks up the coordinates [D/4 t, + D/4) of token g: the order of the coordinates
@@ -21,6 +22,29 @@
 //   Softmax   Online, base 2.  The weights of the product, w = p s^v, are what must fit fp16: the reference (subtracted
 //             exponent) stays 8 below the largest log2(w) and is raised when one exceeds it by 15.  The total sums p.
 //   Bytes     D (key_bits + value_bits) / 8 + 4 per token and KV head, once: 100 at D = 128, 3 + 3 bits.
+//   Counts    Per tile of 32 tokens at D = 128, 3 + 3 bits (SASS): 600 warp instructions, of them 176 PRMT, 70 LOP3, 70
+//             shifts on the half-rate integer pipe; 16 IMMA, 16 HMMA.  315 of the 600 belong to the values: a look-up
+//             gives the high or the low bytes of four centroids, and as many PRMT put them together.  At 132
+//             multiprocessors and 1.75 GHz, 128K tokens x 8 KV heads: 21 us of issue slots, 26 us of the integer
+//             pipe, 35 us of memory at 3 TB/s.
+//   Tried     H100, D = 128, 3 + 3 bits, us with L2 flushed (by writing); best number of splits each time.
+//                                                              32:8 128K  16:2 128K  32:32 128K  32:8 32K  32:8 4K
+//               every copy clamped to the length                    64.6       31.0       201.1      27.4      15.1
+//               whole tiles copied without clamps                   62.2       30.1       194.3      26.7      14.8
+//               + a ring of two tiles instead of three              57.5       28.2       185.4      25.0      14.7
+//               + query before tiles, lane addresses in
+//                 registers, fp16 overflow instead of a maximum     56.8       27.5       184.4      24.9      14.4
+//               shifts as multiplications (IMAD.HI)                 56.7       27.8       180.2                14.5
+//               10, 12, 16 warps in a block                         58-61      28-30      182-196             16-17
+//               one block per multiprocessor, 150 registers         58.1       27.4       189.0                14.4
+//               + merge with one wait for memory (this version)     56.7       29.8       185.0      23.4      13.3
+//               the copies alone, nothing computed                  52.7                  173.1                13.1
+//               4 + 4 bits: two blocks of 128 registers / one       82.8       36.1       278.6                15.6
+//                                                                   71.3       35.5       237.6      28.8      14.0
+//             What is left: of 13.3 us at 4K tokens, 4.0 are the launch, 2.3 the first tile on its way, 0.7 the query,
+//             2.7 one tile, 2.4 to store and merge, 0.5 to rotate back.  The copies alone run at 2.9 TB/s once
+//             started.  With 2 + 2 bits (51 us at 32:8, 128K) and 4 + 4 bits arithmetic is the limit, not memory.  66
+//             splits (16:2) are merged eight at a time, each waiting for the one before.
 #pragma once
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
@@ -51,7 +75,7 @@ __device__ __forceinline__ PlaneSide plane_side(const u32* sign, const u32* mag2
           scale + first_token};
 }
 
-// A tile of one plane is contiguous in memory: 32 rows of ROW_BYTES.  Lane l copies the bytes [16 l, + 16) of every 512.
+// A tile of one plane is contiguous in memory: 32 rows of ROW_BYTES.  Lane l copies bytes [16 l, + 16) of every 512.
 template <int D, int ROW_BYTES>
 struct PlaneCopy {
   static constexpr int BYTES = kPlaneTile * ROW_BYTES;
@@ -60,8 +84,8 @@ struct PlaneCopy {
   static __device__ __forceinline__ int place(int at) {
     return ROW_BYTES >= 16 ? plane_row<D>(at / ROW_BYTES) * ROW_BYTES + at % ROW_BYTES : at;
   }
-  // Of a whole tile, with rows that begin at multiples of 16 bytes.  to : place(16 lane) in the plane's part of the tile
-  // in shared memory; from : the lane's first bytes in memory
+  // Of a whole tile, with rows that begin at multiples of 16 bytes.  to : place(16 lane) in the plane's part of the
+  // tile in shared memory; from : the lane's first bytes in memory
   static __device__ __forceinline__ void whole(char* to, const char* from, int lane, u64 policy) {
     if (BYTES >= 512 || 16 * lane < BYTES)
 #pragma unroll
@@ -154,7 +178,8 @@ __device__ __forceinline__ void store_float(void* x, int type, u64 index, float 
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
 
-// sums[j] = the products of token column 8 j + .. with the staged query: hi parts of head g in [0], [1], lo in [2], [3].
+// sums[j] = the products of token column 8 j + .. with the staged query: hi parts of head g in [0] and [1], lo parts in
+// [2] and [3].
 template <int D, int HALVES, int BITS>
 __device__ __forceinline__ void key_products(int (&sums)[kPlaneTile / 8][HALVES][4], const char* tile,
                                              const OctetPlace<D, BITS, D / 32>& place, const uint4* staged_query,
@@ -233,12 +258,13 @@ __device__ __forceinline__ float exponent(float scale) {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-// query : (batch, kv_heads * all_heads, D), type 0 float, 1 fp16, 2 bf16        output : likewise, output_type
-// planes (batch, kv_heads, tokens, words), scales (batch, kv_heads, tokens) : strides in tokens      *_signs : (rounds, D) +-2^-k; rounds 0: nothing is rotated
-// *_remaining_scale : factor at the end of a rotation       key_table, value tables : kvb/planes.cuh
+// query : (batch, kv_heads * all_heads, D), type 0 float, 1 fp16, 2 bf16    output : likewise, of output_type
+// planes (batch, kv_heads, tokens, words), scales (batch, kv_heads, tokens) : strides in tokens
+// *_signs : (rounds, D) +-2^-k, rounds <= 8; 0 rounds: nothing is rotated   *_remaining_scale : factor at the end
+// key_table_*, value_* : KeyTable and ValueTable of kvb/planes.cuh          lengths : (batch,) or null for `tokens`
 // key_mean : (kv_heads, D) float per key_mean_batch_stride, or null: lse += scale <q, key_mean>
-// lengths : (batch,) or null for `tokens`                   lse : (batch, kv_heads * all_heads) or null
-// partial_output, partial_statistics, tickets : kvb/splits.cuh         scale_log2 = softmax scale * log2(e)
+// lse : (batch, kv_heads * all_heads) or null                               scale_log2 = softmax scale * log2(e)
+// partial_output, partial_statistics, tickets : kvb/splits.cuh
 template <int D, int HEADS, int KEY_BITS, int VALUE_BITS>
 __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kernel(
     const void* __restrict__ query, int query_type, const u32* __restrict__ key_sign, const u32* __restrict__ key_mag2,
@@ -276,7 +302,7 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   constexpr int KEY_BYTES = kPlaneTileBytes<D, KEY_BITS>, TILE_BYTES = KEY_BYTES + kPlaneTileBytes<D, VALUE_BITS>;
   char* const ring = rings + warp * kPlaneRing * TILE_BYTES;
   // The same for the copies, in a register of each lane: where a uniform register holds a part of the shared address,
-  // ptxas 13.0 may write cp.async with a cache hint in a form that the GPU refuses (tests/test_compile.py looks for it).
+  // ptxas 13.0 may write cp.async with a cache hint in a form that the GPU refuses; tests/test_compile.py looks for it.
   char* const filled = reinterpret_cast<char*>(pinned(reinterpret_cast<u64>(ring)));
 
   const PlaneSide keys = plane_side<D>(key_sign, key_mag2, key_mag1, key_scale,
@@ -371,8 +397,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
     for (int e = 0; e < N; ++e) finite = finite && fabsf(v[i][e]) < infinity();
     finite = __all_sync(0xffffffffu, finite);
     int sum = 0;
-    // Coordinates [D/4 t, + D/4) belong to lane t of the product: octet k of them is k-step k, its first four bytes a[0]
-    // and a[1] (hi, lo), the others a[2] and a[3].
+    // Coordinates [D/4 t, + D/4) belong to lane t of the product: octet k of them is k-step k, its first four bytes
+    // a[0] and a[1] (hi, lo), the others a[2] and a[3].
     char* operands = reinterpret_cast<char*>(staged_query);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
@@ -397,7 +423,10 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   const ValueTable value_table = {value_high_low, value_high_high, value_low_low, value_low_high};
   float unit[HALVES], offset[HALVES];   // logit = unit * s * (128 hi + lo + offset)
 #pragma unroll
-  for (int half = 0; half < HALVES; ++half) unit[half] = query_unit[8 * half + g], offset[half] = query_offset[8 * half + g];
+  for (int half = 0; half < HALVES; ++half) {
+    unit[half] = query_unit[8 * half + g];
+    offset[half] = query_offset[8 * half + g];
+  }
   float o[D / 16][HALVES][4] = {};
   float reference[HALVES], total[HALVES];     // of head g (+ 8), the same in the four lanes of g
 #pragma unroll
@@ -475,8 +504,9 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
 #pragma unroll
         for (int j = 0; j < GROUPS; ++j) {
           const float2 s = __half22float2(scale[j]);
-          largest = fmaxf(largest, fmaf(product[j][half][0], unit[half] * factor[j].x, exponent(s.x)));
-          largest = fmaxf(largest, fmaf(product[j][half][1], unit[half] * factor[j].y, exponent(s.y)));
+          const float first = fmaf(product[j][half][0], unit[half] * factor[j].x, exponent(s.x));
+          const float second = fmaf(product[j][half][1], unit[half] * factor[j].y, exponent(s.y));
+          largest = fmaxf(largest, fmaxf(first, second));
         }
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
@@ -528,7 +558,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   }
   float* rows = reinterpret_cast<float*>(statistics + kPlaneWarps * HEADS);                 // (HEADS, D)
   const DecodeTarget target = {lse ? lse + row : nullptr, key_mean ? lse_offset : nullptr,
-                               partial_output + row * splits * D, partial_statistics + row * splits, tickets + pair * parts + part};
+                               partial_output + row * splits * D, partial_statistics + row * splits,
+                               tickets + pair * parts + part};
   const bool finished = finish_split<D, kPlaneWarps, HEADS, THREADS>(
       copies, statistics, rings, target, group, split, splits, active,
       [&](int index, const float4& x) { *reinterpret_cast<float4*>(rows + index) = x; });

@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_words(u32 (&words)[N], const char* from) {
   }
 }
 
-// Where a lane finds its words in a tile in shared memory, in bytes: octets q .. q + OCTETS - 1 of the token in one row.
+// Where a lane finds its words in a tile in shared memory, in bytes: octets q .. q + OCTETS - 1 of one row's token.
 // Rows that are whole eights further on lie at constant distances.
 template <int D, int BITS, int OCTETS>
 struct OctetPlace {
@@ -74,7 +74,8 @@ struct OctetPlace {
 // The planes of two tokens interleaved by bytes, so that 16 bits hold two nibbles of each:
 //   low:  bytes first 0, second 0, first 1, second 1 (p = 0..3)      high: bytes 2 and 3 (p = 4..7)
 template <int OCTETS, int BITS>
-__device__ __forceinline__ void interleave(const PlaneWords<OCTETS, BITS>& first, const PlaneWords<OCTETS, BITS>& second,
+__device__ __forceinline__ void interleave(const PlaneWords<OCTETS, BITS>& first,
+                                           const PlaneWords<OCTETS, BITS>& second,
                                            PlaneWords<OCTETS, BITS> (&both)[2]) {
   using Words = PlaneWords<OCTETS, BITS>;
 #pragma unroll
@@ -97,8 +98,8 @@ __device__ __forceinline__ u32 shifted(u32 word, int left) {
   return left >= 0 ? word << left : word >> -left;
 }
 
-// Selectors of the eight coordinates of one octet in nibbles: octet i of the run, which begins at octet q; phase = q % 4,
-// and 0 is known where OCTETS >= 4.
+// Selectors of the eight coordinates of one octet in nibbles: octet i of the run, which begins at octet q; phase is
+// q % 4, known to be 0 where OCTETS >= 4.
 //   table      index in the table: 4 sigma + m, or for four bits m alone
 //   negative   four bits only: sigma in bit 0 of the nibbles
 struct Selectors {
