@@ -125,7 +125,17 @@ def test_workspace_is_left_ready_for_the_next_launch(backend):
     with pytest.raises(ValueError, match="workspace: expected room for batch 2, q_heads 6, splits 200"):
         attention.decode(**inputs, splits=200, workspace=attention.workspace(1, 1, 64, scratch.tickets.device),
                          backend=backend)
-    assert scratch.nbytes == 2 * 6 * attention.MAX_SPLITS * 66 * 4 + 2 * 6 * 4
+
+
+@given(tokens=st.integers(1, 10**6), pairs=st.integers(1, 2000), group=st.integers(1, 16),
+       multiprocessors=st.integers(1, 200))
+def test_a_workspace_has_room_for_the_splits_that_are_chosen(tokens, pairs, group, multiprocessors):
+    splits = attention.choose_splits(-(-tokens // 16), pairs, 8, multiprocessors)
+    assert pairs * group * splits <= attention.most_parts(pairs * group, multiprocessors)
+
+
+def test_a_workspace_does_not_grow_with_the_batch_beyond_what_the_gpu_takes():
+    assert attention.most_parts(64 * 32, 132) * 128 * 4 < 2**23          # all 256 splits would be 270 MB
 
 
 @given(tokens=st.integers(0, 10**6), pairs=st.integers(1, 5000), multiprocessors=st.integers(1, 200))

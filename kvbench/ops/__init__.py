@@ -4,5 +4,6 @@ registry records.
 Importing this package registers every kernel.
 """
 from kvbench.ops import attention, rotation, turboquant
+from kvbench.ops import turboquant_records as _turboquant_records   # noqa: F401
 
 __all__ = ["attention", "rotation", "turboquant"]

@@ -21,6 +21,7 @@ __all__ = ["Workspace", "decode", "merge", "workspace"]
 CUDA_HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 16
 MAX_SPLITS = 256     # per sequence and KV head; beyond it the merge costs more than the split gains
+BLOCKS_PER_MULTIPROCESSOR = 4    # at most, when splits are chosen
 BACKENDS = registry.BACKENDS
 
 
@@ -30,9 +31,9 @@ class Workspace:
 
     One stream at a time.
 
-    partial_output     [batch, q_heads, splits, head_dim] float32
-    partial_statistics [batch, q_heads, splits, 2] float32: reference exponent and total of each part
-    tickets            [batch, kv_heads] uint32: splits that have finished; zero between launches
+    partial_output     room for [batch, q_heads, splits, head_dim] float32
+    partial_statistics room for [batch, q_heads, splits, 2] float32: reference exponent and total of each part
+    tickets            [batch * q_heads] uint32: splits that have finished; zero between launches
     """
 
     partial_output: Array
@@ -46,16 +47,25 @@ class Workspace:
 
 def workspace(batch: int, q_heads: int, head_dim: int, device: Device | str, *,
               framework: str | None = None) -> Workspace:
-    """Scratch for any decode operator with at most this batch, q_heads and head_dim."""
+    """Scratch for any decode operator with at most this batch, q_heads and head_dim, and the splits that it chooses."""
     device = Device.parse(device)
-    return _workspace(batch, q_heads, head_dim, MAX_SPLITS, device, framework)
+    backend = "simt" if device.kind == "cpu" else "native" if loaders.availability("cuda") else "cuda"
+    rows = batch * q_heads
+    return _workspace(rows, most_parts(rows, loaders.multiprocessors(backend, device)), head_dim, device, framework)
 
 
-def _workspace(batch, q_heads, head_dim, splits, device, framework, stream=None):
-    rows = batch * q_heads * splits
-    return Workspace(empty((rows * head_dim,), "float32", device, framework, stream=stream),
-                     empty((rows * 2,), "float32", device, framework, stream=stream),
-                     zeros((batch * q_heads,), "uint32", device, framework, stream=stream))
+def most_parts(rows: int, multiprocessors: int) -> int:
+    """Partial results that `choose_splits` can lead to for so many query heads in all.
+
+    It makes more than one split only up to BLOCKS_PER_MULTIPROCESSOR, and a block has the query heads of one KV head.
+    """
+    return min(rows * MAX_SPLITS, max(rows, BLOCKS_PER_MULTIPROCESSOR * multiprocessors * MAX_GROUP))
+
+
+def _workspace(rows, parts, head_dim, device, framework, stream=None):
+    return Workspace(empty((parts * head_dim,), "float32", device, framework, stream=stream),
+                     empty((parts * 2,), "float32", device, framework, stream=stream),
+                     zeros((rows,), "uint32", device, framework, stream=stream))
 
 
 def decode(query, keys, values, *, lengths=None, scale: float | None = None, splits: int | None = None,
@@ -70,8 +80,8 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
                 outside 0..tokens are clamped, since checking them would wait for the device.  Length 0:
                 output 0, lse -inf
     scale     : factor of the logits (default head_dim ** -0.5)
-    splits    : thread blocks per sequence and KV head (default: enough to fill the GPU); the cpu and reference backends
-                do not split
+    splits    : thread blocks per sequence and KV head (default: enough to fill the GPU, for which a workspace has room);
+                the cpu and reference backends do not split
     return_lse: also return the natural log-sum-exp of the logits, with which partial results merge
     out, lse  : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
     workspace : from `workspace(...)`, so that nothing is allocated (default: a temporary one)
@@ -143,7 +153,7 @@ def choose_splits(tiles: int, pairs: int, tiles_per_block: int, multiprocessors:
     A partly filled last round leaves multiprocessors idle; every further round costs a start, an end and more partial
     results to merge, about 5 % of a round.  No split gets less than `tiles_per_block` tiles.
     """
-    most = max(1, min(tiles // tiles_per_block, MAX_SPLITS, 4 * multiprocessors // pairs))
+    most = max(1, min(tiles // tiles_per_block, MAX_SPLITS, BLOCKS_PER_MULTIPROCESSOR * multiprocessors // pairs))
 
     def merit(splits):
         rounds = -(-pairs * splits // multiprocessors)
@@ -155,11 +165,11 @@ def choose_splits(tiles: int, pairs: int, tiles_per_block: int, multiprocessors:
 def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, device: Device,
                    framework: str) -> Workspace:
     """The caller's workspace, checked for size and device, or a new one."""
-    batch, q_heads, head_dim, kv_heads = (arguments.sizes[n] for n in ("batch", "q_heads", "head_dim", "kv_heads"))
+    batch, q_heads, head_dim = (arguments.sizes[name] for name in ("batch", "q_heads", "head_dim"))
     if given is None:
         # Allocated on the launch's stream and released after the launch: the frameworks' allocators order both by
         # stream.
-        return _workspace(batch, q_heads, head_dim, splits, device, framework,
+        return _workspace(batch * q_heads, batch * q_heads * splits, head_dim, device, framework,
                           arguments.stream if device.kind == "cuda" else None)
     if not isinstance(given, Workspace):
         raise TypeError(f"{arguments.operator}: workspace: expected a Workspace from attention.workspace(), "
@@ -167,7 +177,7 @@ def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, d
     rows = batch * q_heads * splits
     arguments.require(given.tickets.device == device, "workspace", f"memory on {device}", given.tickets.device)
     arguments.require(given.partial_output.size >= rows * head_dim and given.partial_statistics.size >= rows * 2
-                      and given.tickets.size >= batch * kv_heads, "workspace",
+                      and given.tickets.size >= batch * q_heads, "workspace",
                       f"room for batch {batch}, q_heads {q_heads}, splits {splits}, head_dim {head_dim}",
                       f"{given.partial_output.size} partial outputs, {given.tickets.size} tickets")
     return given
