@@ -88,6 +88,7 @@ def _decode(query, keys, values, lengths, scale, outputs, lses):
 @numba.njit(**COMPILE)
 def _merge(outputs, lses, out, lse):
     parts, batch, q_heads, head_dim = outputs.shape
+    weights, value = np.empty(parts, np.float32), np.empty(head_dim, np.float32)
     for b in range(batch):
         for h in range(q_heads):
             largest = np.float32(-np.inf)
@@ -97,13 +98,15 @@ def _merge(outputs, lses, out, lse):
             shift = np.float32(0) if largest == -np.inf else largest
             total = np.float32(0)
             for i in range(parts):
-                total += np.exp(lses[i, b, h] - shift)
+                weights[i] = np.exp(lses[i, b, h] - shift)
+                total += weights[i]
             inverse = np.float32(1) / total if total != 0 else np.float32(0)
+            value[:] = 0
+            for i in range(parts):
+                weight = weights[i] * inverse
+                if weight != 0:   # an empty part's output is not read into the result
+                    for d in range(head_dim):
+                        value[d] += weight * load(outputs[i, b, h, d])
             for d in range(head_dim):
-                value = np.float32(0)
-                for i in range(parts):
-                    weight = np.exp(lses[i, b, h] - shift) * inverse
-                    if weight != 0:   # an empty part's output is not read into the result
-                        value += weight * load(outputs[i, b, h, d])
-                out[b, h, d] = store(value, out)
+                out[b, h, d] = store(value[d], out)
             lse[b, h] = shift + np.log(total)

@@ -56,7 +56,7 @@ def rotate(x, rotation: Rotation, *, inverse: bool = False, out=None, backend: s
     elif backend == "cpu":
         rows_of_x, rows_of_out = x.numpy().reshape(rows, head_dim), out.numpy().reshape(rows, head_dim)
         if rotation.kind == "haar":
-            cpu_rotation.dense(rows_of_x, rows_of_out, _matrix(rotation, inverse))
+            cpu_rotation.dense(rows_of_x, rows_of_out, dense_matrix(rotation, inverse))
         else:
             signs, remaining_scale = scaled_signs(rotation)
             cpu_rotation.hadamard(rows_of_x, rows_of_out, signs, remaining_scale, inverse)
@@ -73,10 +73,10 @@ def _launch(x, out, rotation, inverse, rows, backend, arguments):
     head_dim, device = rotation.head_dim, x.device
     if rotation.kind == "haar":
         name, block, rows_per_block, blocks_per_multiprocessor = "rotation_dense_kernel", head_dim, 8, 2048 // head_dim
-        constants = (_on_device(rotation, inverse, device), np.uint64(rows))
+        constants = (on_device(rotation, inverse, device), np.uint64(rows))
     else:
         name, block, rows_per_block, blocks_per_multiprocessor = "rotation_hadamard_kernel", 256, 64, 8
-        constants = (_on_device(rotation, False, device), np.uint64(rows), np.int32(rotation.rounds),
+        constants = (on_device(rotation, False, device), np.uint64(rows), np.int32(rotation.rounds),
                      np.float32(scaled_signs(rotation)[1]), np.int32(inverse))
     function = loaders.get_function("rotation", f"kvb::{name}<{CXX_TYPE[x.dtype]}, {head_dim}>", backend, device)
     blocks = min(-(-rows // rows_per_block), loaders.multiprocessors(backend, device) * blocks_per_multiprocessor)
@@ -94,15 +94,15 @@ def scaled_signs(rotation: Rotation) -> tuple[np.ndarray, float]:
 
 
 @functools.lru_cache(maxsize=256)
-def _matrix(rotation: Rotation, inverse: bool) -> np.ndarray:
+def dense_matrix(rotation: Rotation, inverse: bool) -> np.ndarray:
     """M with y = x M: R^T, or R for the inverse; float32."""
     return np.ascontiguousarray(rotation.matrix if inverse else rotation.matrix.T).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(rotation: Rotation, inverse: bool, device: Device):
+def on_device(rotation: Rotation, inverse: bool, device: Device):
     """The rotation's data on the device: it is uploaded when a rotation is first used there."""
-    return upload(_matrix(rotation, inverse) if rotation.kind == "haar" else scaled_signs(rotation)[0], device)
+    return upload(dense_matrix(rotation, inverse) if rotation.kind == "haar" else scaled_signs(rotation)[0], device)
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------

@@ -535,7 +535,7 @@ def _cpu_signs(rotation):
 
 
 def _cpu_matrix(rotation, inverse):
-    return rotation_operator._matrix(rotation, inverse) if rotation.kind == "haar" else None
+    return rotation_operator.dense_matrix(rotation, inverse) if rotation.kind == "haar" else None
 
 
 def _rotated_query(query: np.ndarray, rotation: Rotation, group: int) -> np.ndarray:

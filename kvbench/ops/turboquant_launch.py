@@ -141,7 +141,7 @@ def _device_rotation(rotation, device) -> tuple:
     """(signs, rounds, remaining scale) as kernels take them; rounds 0, nothing to rotate, for a dense rotation."""
     if rotation.kind == "haar":
         return None, np.int32(0), np.float32(1)
-    return (rotation_operator._on_device(rotation, False, device), np.int32(rotation.rounds),
+    return (rotation_operator.on_device(rotation, False, device), np.int32(rotation.rounds),
             np.float32(rotation_operator.scaled_signs(rotation)[1]))
 
 
