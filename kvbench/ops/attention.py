@@ -80,8 +80,8 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
                 outside 0..tokens are clamped, since checking them would wait for the device.  Length 0:
                 output 0, lse -inf
     scale     : factor of the logits (default head_dim ** -0.5)
-    splits    : thread blocks per sequence and KV head (default: enough to fill the GPU, for which a workspace has room);
-                the cpu and reference backends do not split
+    splits    : thread blocks per sequence and KV head (default: enough to fill the GPU, and what a workspace has room
+                for); the cpu and reference backends do not split
     return_lse: also return the natural log-sum-exp of the logits, with which partial results merge
     out, lse  : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
     workspace : from `workspace(...)`, so that nothing is allocated (default: a temporary one)

@@ -224,8 +224,8 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
                               f"1 to 4 bits on backend {backend!r} (decode them, or use the cpu backend)",
                               f"{codes.bits} bits")
         if batch:
-            turboquant_launch.launch_attention(query, keys, values, key_rotation, value_rotation, lengths, scale, key_mean, splits, out,
-                              lse, workspace, backend, arguments)
+            turboquant_launch.launch_attention(query, keys, values, key_rotation, value_rotation, lengths, scale,
+                                               key_mean, splits, out, lse, workspace, backend, arguments)
     return (out.give(), lse.give()) if return_lse else out.give()
 
 
