@@ -42,12 +42,13 @@ def versions() -> dict:
 
 
 def source() -> dict:
-    """The commit of the working tree that this package runs from; $KVBENCH_COMMIT, or None, when it is not run from
-    one."""
+    """The commit: $KVBENCH_COMMIT, for a tree that was sent without its history or with an old one; else that of the
+    working tree that this package runs from, or None."""
     here = Path(__file__)
+    if os.environ.get("KVBENCH_COMMIT"):
+        return {"commit": os.environ["KVBENCH_COMMIT"], "dirty": None}
     if _output("git", "ls-files", "--error-unmatch", here.name, folder=here.parent) is None:
-        # An installed copy, even if it lies inside some other repository, or a tree that was sent without its history.
-        return {"commit": os.environ.get("KVBENCH_COMMIT"), "dirty": None}
+        return {"commit": None, "dirty": None}     # an installed copy, even if it lies inside some other repository
     return {"commit": _output("git", "rev-parse", "HEAD", folder=here.parent),
             "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no", folder=here.parent))}
 

@@ -313,6 +313,7 @@ def attention_tolerance(query, keys: Encoded, values: Encoded, key_rotation, val
     rows = reference.rotate(scale * padded, key_rotation).reshape(batch, kv_heads, -1, key_size)
     lengths = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
     eps = EPSILON["float32"] / 2
+    rotation_back = value_rotation.dense()
     output, lse = np.zeros((*rows.shape[:3], head_dim)), np.zeros(rows.shape[:3])
     for b in range(batch):
         n = int(lengths[b])
@@ -335,7 +336,7 @@ def attention_tolerance(query, keys: Encoded, values: Encoded, key_rotation, val
             p /= p.sum(axis=-1, keepdims=True)
             change = p * np.expm1(delta)
             c, s = _tokens_of(values, value_size, b, g, n)
-            v = reference.rotate(s[:, None] * c, value_rotation, inverse=True)[:, :head_dim]
+            v = ((s[:, None] * c) @ rotation_back)[:, :head_dim]
             for h in range(len(q)):
                 allowance = change[h] @ np.abs(v - p[h] @ v) * np.exp(delta[h].max())
                 allowance += 2.0**-11 * (p[h] @ np.abs(v))
