@@ -681,8 +681,8 @@ KVB_EXPORT(128, kvb::turboquant_logits_kernel<256>)
   KVB_EXPORT(REGISTERS, kvb::turboquant_attention_kernel<D, HEADS, KEY_BITS, 2>)                   \
   KVB_EXPORT(REGISTERS, kvb::turboquant_attention_kernel<D, HEADS, KEY_BITS, 3>)                   \
   KVB_EXPORT(REGISTERS, kvb::turboquant_attention_kernel<D, HEADS, KEY_BITS, 4>)
-KVB_EXPORT_ATTENTION(64, 8, 168)
-KVB_EXPORT_ATTENTION(64, 16, 224)
-KVB_EXPORT_ATTENTION(128, 8, 200)
+KVB_EXPORT_ATTENTION(64, 8, 208)
+KVB_EXPORT_ATTENTION(64, 16, 248)
+KVB_EXPORT_ATTENTION(128, 8, 224)
 KVB_EXPORT_ATTENTION(128, 16, 255)
 KVB_EXPORT_ATTENTION(256, 8, 255)

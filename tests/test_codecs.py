@@ -254,6 +254,15 @@ def test_turboquant_prod_is_its_operators(codec, shape, group, seed):
                       turboquant.logits_prod(query, expected, codec.turn, codec.draw))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_every_head_of_a_store_begins_where_a_gpu_copies_whole_units(head_dim, bits):
+    """Else the attention kernel reads the store two bytes at a time."""
+    storage = codecs.TurboQuantMSE(head_dim, bits).allocate(2, 3, 1001, "cpu")
+    for name, array in storage.arrays().items():
+        assert all(stride * array.itemsize % 16 == 0 for stride in array.strides[:2]), name
+
+
 @given(st.one_of(mse_codecs(), prod_codecs), st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.data())
 def test_turboquant_writes_its_slots_in_place_and_used_shows_them(codec, batch, kv_heads, capacity, data):
     storage = codec.allocate(batch, kv_heads, capacity, "cpu")
@@ -277,6 +286,7 @@ def test_turboquant_writes_its_slots_in_place_and_used_shows_them(codec, batch, 
         codec.write(storage, sequences, start + first, arrays.borrow(x, "x").narrow(2, first, last))
     for name, content in shadow.items():
         if name != "mean":
+            assert content.shape[2] - capacity in range(8)
             content[sequences, :, start:start + count] = whole[name]
         assert same_bytes(storage.arrays()[name].numpy(), content), name
     sequence, tokens = data.draw(st.integers(0, batch - 1)), data.draw(st.integers(0, capacity))

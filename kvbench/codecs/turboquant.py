@@ -23,6 +23,7 @@ from kvbench.reference.rotation import Rotation, haar, hadamard
 from kvbench.reference.turboquant import Encoded, EncodedProd, Projection
 
 ROTATIONS = ("hadamard", "haar")
+ALIGNED_TOKENS = 8    # so many rows of every plane, and scales, fill whole units of 16 bytes, which GPUs copy at a time
 PROJECTIONS = {"orthogonal": reference.orthogonal_projection, "gaussian": reference.gaussian_projection}
 
 
@@ -136,7 +137,8 @@ class TurboQuantMSE(Codec):
         return Encoded(Planes.of(packed.arrays()), packed.scale, self.head_dim)
 
     def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> TurboQuantTokens:
-        shape = (batch, kv_heads, capacity)
+        """As `Store.allocate`, with up to 7 slots more: see ALIGNED_TOKENS."""
+        shape = (batch, kv_heads, -(-capacity // ALIGNED_TOKENS) * ALIGNED_TOKENS)
         # Zeros, not undefined: the log-sum-exp of an empty sequence is -inf plus what the mean adds.
         mean = arrays.zeros((batch, kv_heads, 1, self.head_dim), "float32", device) if self.centred else None
         return TurboQuantTokens(**_planes(shape, self.bits, self.turn.head_dim, device),
