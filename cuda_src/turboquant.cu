@@ -591,7 +591,7 @@ __global__ void __launch_bounds__(32, kDecodeBlocks<D>)
 // query : (batch, kv_heads * group, D), type 0 float, 1 fp16, 2 bf16        out : (batch, kv_heads * group, tokens)
 // Grid (blocks, kv_heads, batch); group <= 16.  Other arguments as for decode; rounds 0: the query is rotated already.
 template <int D>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 3)
     turboquant_logits_kernel(const void* __restrict__ query, int query_type, const u32* __restrict__ sign,
                              const u32* __restrict__ mag2_0, const u32* __restrict__ mag2_1,
                              const u32* __restrict__ mag2_2, const u32* __restrict__ mag1,
