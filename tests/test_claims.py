@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import scipy
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -238,14 +238,17 @@ def test_interval_of_a_skewed_sample_is_longer_towards_the_tail():
 
 
 @given(trials=st.integers(1, 10**6), share=st.floats(0, 1))
+@example(trials=65408, share=0.99999)
 @settings(max_examples=200, deadline=None)
 def test_tail_interval_is_exact(trials, share):
     count = round(share * trials)
     e = claim.tail(count, trials, 0.5)
     one_sided = stats.norm.sf(6)
     assert e.low == 0 if count == 0 else stats.binom.sf(count - 1, trials, e.low) == pytest.approx(one_sided, rel=1e-6)
+    # A limit next to 1 has few digits left in 1 - high, which is what the probability depends on: none is nearer.
+    digits = 2.0**-52 / (1 - e.high) if e.high < 1 else 0
     assert e.high == 1 if count == trials else \
-        stats.binom.cdf(count, trials, e.high) == pytest.approx(one_sided, rel=1e-6)
+        stats.binom.cdf(count, trials, e.high) == pytest.approx(one_sided, rel=1e-6 + digits)
     assert e.holds == (e.low <= 0.5)
     assert claim.tail(count, trials, 0.5, relation="=").holds == (e.low <= 0.5 <= e.high)
 
