@@ -640,6 +640,7 @@ def test_an_installed_copy_inside_another_repository_has_no_commit(tmp_path, mon
         pytest.skip("git is not installed")
     copied = tmp_path / "machine.py"
     copied.write_text("")
+    monkeypatch.delenv("KVBENCH_COMMIT", raising=False)
     monkeypatch.setattr(machine, "__file__", str(copied))
     assert machine.source() == {"commit": None, "dirty": None}
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
@@ -648,6 +649,8 @@ def test_an_installed_copy_inside_another_repository_has_no_commit(tmp_path, mon
     assert len(machine.source()["commit"]) == 40 and machine.source()["dirty"] is False
     copied.write_text("changed")
     assert machine.source()["dirty"] is True
+    monkeypatch.setenv("KVBENCH_COMMIT", "abc")              # a tree that was sent with an old history
+    assert machine.source() == {"commit": "abc", "dirty": None}
 
 
 # ---- result files ----------------------------------------------------------------------------------------------------

@@ -88,6 +88,22 @@ def test_compiles_within_its_limits(stem, architecture):
         assert not refused, f"{name} on {architecture}: {refused} copies that the GPU refuses"
 
 
+def test_a_refused_copy_is_found(monkeypatch):
+    """Every asynchronous copy of a kernel, rewritten to the form that takes a uniform register."""
+    name, get_cubin = "kvb::attention_decode_kernel<__half, 64, 8>", nvrtc.getCUBIN
+
+    def rewritten(program):
+        cubin = bytearray(get_cubin(program))
+        for at in range(0, len(cubin) - 15, 16):
+            if int.from_bytes(cubin[at:at + 2], "little") & 0xFFF == 0xFAE:
+                cubin[at + 1] ^= 0x02
+        return bytes(cubin)
+
+    assert compile_cubin("attention", [name], "sm_90")[name][3] == 0
+    monkeypatch.setattr(nvrtc, "getCUBIN", rewritten)
+    assert compile_cubin("attention", [name], "sm_90")[name][3] > 0
+
+
 def test_a_broken_kernel_does_not_compile(monkeypatch):
     monkeypatch.setattr(loaders, "source",
                         lambda stem: '#include "kvb/device.cuh"\n__global__ void broken() { nothing(); }')
