@@ -541,6 +541,17 @@ def test_the_parts_that_were_compared_are_said(small_parts):
     assert check.Check(kernel, problem, inputs, seconds=0).agreement((output, lse)).agrees
 
 
+def test_a_slow_agreement_is_cut_short_and_says_so(small_parts):
+    kernel, problem, inputs, output, lse = decode_case()
+    comparison = check.Check(kernel, problem, inputs)
+    comparison._seconds = 0                            # the reference was quick, its tolerance is not
+    parts = ("kv_heads 0:1 batch 0:1", "kv_heads 3:4 batch 1:2")
+    assert comparison.agreement((output, lse)).parts == parts
+    assert comparison.closeness(output, 1e-3).parts == parts
+    output[0, 0, 0] += 0.5
+    assert not comparison.agreement((output, lse)).agrees
+
+
 def test_a_baseline_that_gives_the_first_output_alone_is_compared_in_parts(small_parts):
     kernel, problem, inputs, output, lse = decode_case()
     comparison = check.Check(kernel, problem, inputs)
