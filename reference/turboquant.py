@@ -117,7 +117,7 @@ def encode(x, rotation: Rotation, bits: int, *, scale_mode: str = "nc", mean=Non
     """
     y, finite = _rotated(x, rotation, mean, check_finite)
     signs, magnitudes, s = quantise(y, codebook_for(bits, rotation.head_dim), scale_mode)
-    return Encoded(bit_planes.pack(signs, magnitudes, bits), _scalar(s, finite), np.shape(x)[-1])
+    return Encoded(bit_planes.pack(signs, magnitudes, bits), stored_scale(s, finite), np.shape(x)[-1])
 
 
 def decode(encoded: Encoded, rotation: Rotation) -> np.ndarray:
@@ -163,31 +163,45 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
     without `return_lse`.  An empty sequence gives output 0 and lse -inf.  For centred keys lse is lower by
     scale <q, mean>, unless `key_mean` is given.  Results over disjoint tokens merge by `attention.merge`.
     """
-    batch, kv_heads, tokens = keys.scale.shape
     scale = keys.head_dim**-0.5 if scale is None else scale
-    rows = np.log2(np.e) * _query(query, keys.head_dim, key_rotation, keys.scale.shape, scale)   # logits to base 2
+    base_2 = logits(query, keys, key_rotation, scale=np.log2(np.e) * scale)
+    output, lse = attend(base_2, values, value_rotation, lengths)
+    if key_mean is not None:
+        lse += mean_logits(query, key_mean, keys.scale.shape[1], scale)
+    return (output, lse) if return_lse else output
+
+
+def attend(base_2, values: Encoded, rotation: Rotation, lengths=None) -> tuple[np.ndarray, np.ndarray]:
+    """(output, lse) of attention to coded values by logits to base 2, [batch, q_heads, tokens], whatever the keys.
+
+    Other arguments, and results, as in `decode_attention`; the sum over values is rotated back, once.
+    """
+    batch, kv_heads, tokens = values.scale.shape
+    rows = base_2.reshape(batch, kv_heads, base_2.shape[1] // kv_heads, tokens)
     lengths = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
-    key_centroids, value_centroids = _centroids(keys, key_rotation), _centroids(values, value_rotation)
-    rotated = np.zeros((*rows.shape[:3], value_rotation.head_dim))
+    centroids = _centroids(values, rotation)
+    rotated = np.zeros((*rows.shape[:3], rotation.head_dim))
     lse = np.full(rows.shape[:3], -np.inf)
     for b in range(batch):
         n = int(lengths[b])
         if n == 0:
             continue
         for g in range(kv_heads):
-            s_key, s_value = (encoded.scale[b, g, :n].astype(np.float64) for encoded in (keys, values))
-            base_2 = s_key * (rows[b, g] @ key_centroids[b, g, :n].T)       # [group, n]; s multiplies the whole product
-            largest = base_2.max(axis=-1, keepdims=True)
-            p = np.exp2(base_2 - largest)
+            largest = rows[b, g, :, :n].max(axis=-1, keepdims=True)
+            p = np.exp2(rows[b, g, :, :n] - largest)
             total = p.sum(axis=-1, keepdims=True)
-            rotated[b, g] = (p * s_value) @ value_centroids[b, g, :n] / total
+            rotated[b, g] = (p * values.scale[b, g, :n].astype(np.float64)) @ centroids[b, g, :n] / total
             lse[b, g] = np.log(2) * (largest + np.log2(total))[:, 0]
-    if key_mean is not None:
-        mean = _mean(key_mean, (batch, kv_heads, keys.head_dim))
-        grouped = np.asarray(query).astype(np.float64).reshape(batch, kv_heads, -1, keys.head_dim)
-        lse += scale * np.einsum("bghd,bgd->bgh", grouped, mean)
-    output = _per_query_head(rotate(rotated, value_rotation, inverse=True)[..., : values.head_dim])
-    return (output, _per_query_head(lse)) if return_lse else output
+    return _per_query_head(rotate(rotated, rotation, inverse=True)[..., : values.head_dim]), _per_query_head(lse)
+
+
+def mean_logits(query, mean, kv_heads: int, scale: float) -> np.ndarray:
+    """scale <q_h, mean>, [batch, q_heads] float64: what the logits of centred keys lack."""
+    query = np.asarray(query).astype(np.float64)
+    batch, q_heads, head_dim = query.shape
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    return scale * _per_query_head(np.einsum("bghd,bgd->bgh", grouped,
+                                             mean_of_heads(mean, (batch, kv_heads, head_dim))))
 
 
 # --- TurboQuant-prod -------------------------------------------------------------------------------------------------
@@ -274,9 +288,9 @@ def encode_prod(x, rotation: Rotation, projection: Projection, bits: int, *, mea
     head_dim, first = np.shape(x)[-1], None
     if codes is not None:
         signs, magnitudes, s = codes
-        first = Encoded(bit_planes.pack(signs, magnitudes, bits - 1), _scalar(s, finite), head_dim)
+        first = Encoded(bit_planes.pack(signs, magnitudes, bits - 1), stored_scale(s, finite), head_dim)
     sign = bit_planes.pack_bits(residual @ projection.matrix.T < 0)                        # sign(0) = +1
-    return EncodedProd(first, sign, _scalar(np.linalg.norm(residual, axis=-1), finite), head_dim)
+    return EncodedProd(first, sign, stored_scale(np.linalg.norm(residual, axis=-1), finite), head_dim)
 
 
 def residual_distance(x, rotation: Rotation, projection: Projection, bits: int, *, mean=None) -> np.ndarray:
@@ -336,7 +350,7 @@ def rescale(x, rotation: Rotation, *, mean=None) -> np.ndarray:
     """r = n^2 / |R x|_1, [batch, kv_heads, tokens] float16: what the sign plane needs to estimate inner products."""
     y, finite = _rotated(x, rotation, mean)
     total = np.abs(y).sum(axis=-1)
-    return _scalar((y * y).sum(axis=-1) / np.where(total == 0, 1.0, total), finite)
+    return stored_scale((y * y).sum(axis=-1) / np.where(total == 0, 1.0, total), finite)
 
 
 def sign_logits(query, sign, rescale, rotation: Rotation, *, scale=None) -> np.ndarray:
@@ -359,22 +373,28 @@ def sign_logits(query, sign, rescale, rotation: Rotation, *, scale=None) -> np.n
 
 def _rotated(x, rotation, mean=None, check_finite=False):
     """(R (x - mean) of the padded vectors, which of them are finite [batch, kv_heads, tokens]).  Others count as 0."""
+    x, finite = centred(x, mean, check_finite)
+    _check_rotation(rotation, x.shape[-1])
+    padding = [(0, 0)] * 3 + [(0, rotation.head_dim - x.shape[-1])]
+    return rotate(np.pad(x, padding), rotation), finite
+
+
+def centred(x, mean=None, check_finite=False) -> tuple[np.ndarray, np.ndarray]:
+    """(x - mean float64, 0 where a vector holds NaN or Inf; which vectors do not, [batch, kv_heads, tokens])."""
     x = np.asarray(x)
     if x.ndim != 4:
         raise ValueError(f"turboquant: x: expected [batch, kv_heads, tokens, head_dim], got {list(x.shape)}")
     x = x.astype(np.float64)
-    _check_rotation(rotation, x.shape[-1])
     if mean is not None:
-        x = x - _mean(mean, (*x.shape[:2], x.shape[3]))[:, :, None]
+        x = x - mean_of_heads(mean, (*x.shape[:2], x.shape[3]))[:, :, None]
     finite = np.isfinite(x).all(axis=-1)
     if check_finite and not finite.all():
         raise ValueError(f"turboquant: x: expected finite numbers, got NaN or Inf in {(~finite).sum()} vectors, the "
                          f"first at [batch, kv_head, token] = {np.argwhere(~finite)[0].tolist()}")
-    padding = [(0, 0)] * 3 + [(0, rotation.head_dim - x.shape[-1])]
-    return rotate(np.pad(np.where(finite[..., None], x, 0.0), padding), rotation), finite
+    return np.where(finite[..., None], x, 0.0), finite
 
 
-def _mean(mean, shape):
+def mean_of_heads(mean, shape):
     """A mean of keys as [batch, kv_heads, head_dim] = shape float64."""
     mean = np.asarray(mean).astype(np.float64)
     if mean.shape not in (shape, shape[1:]) or not np.isfinite(mean).all():
@@ -390,7 +410,7 @@ def _normalised(y):
     return norm, y * (y.shape[-1] ** 0.5 / np.where(norm == 0, 1.0, norm))[..., None]
 
 
-def _scalar(s, finite):
+def stored_scale(s, finite):
     """float16, at most 65504; NaN where x was not finite."""
     return np.where(finite, np.minimum(s, LARGEST_SCALE), np.nan).astype(np.float16)
 

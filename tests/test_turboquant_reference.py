@@ -360,8 +360,8 @@ def test_wrong_arguments_are_refused(call, message):
 QUANTISE, ENCODE, DECODE, ROTATED = turboquant.quantise, turboquant.encode, turboquant.decode, turboquant._rotated
 RESCALE, SIGN_LOGITS, LOGITS, ATTEND = (turboquant.rescale, turboquant.sign_logits, turboquant.logits,
                                         turboquant.decode_attention)
-ENCODE_PROD, NORMALISED, SCALAR, RESIDUAL_STAGE = (turboquant.encode_prod, turboquant._normalised, turboquant._scalar,
-                                                   turboquant._first_stage)
+ENCODE_PROD, NORMALISED, SCALAR, RESIDUAL_STAGE = (turboquant.encode_prod, turboquant._normalised,
+                                                   turboquant.stored_scale, turboquant._first_stage)
 
 
 def always(mode):
@@ -480,7 +480,7 @@ DEFECTS = [
     ("quantise", quantise_rounds_down, ["distortion", "shrinkage of plain"]),
     ("haar", one_hadamard_round, ["unbiased", "variance of unbiased", "sign plane unbiased", "sign plane variance"]),
     ("_normalised", normalised_with_epsilon, ["equivariance", "float32 rounding"]),
-    ("_scalar", coarse_scalar, [*PER_VECTOR, "one bit is RaBitQ"]),
+    ("stored_scale", coarse_scalar, [*PER_VECTOR, "one bit is RaBitQ"]),
     ("encode", encode_with_one_scale, ["token by token", *PER_VECTOR]),
     ("encode", encode_signs_of_more_bits, ["one bit is RaBitQ"]),
     ("decode", decode_without_rotation, ["unbiased keeps the inner product", "attention on codes", "logits on codes",
