@@ -91,8 +91,14 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
                        help="values of one axis, such as tokens=4K,32K or heads=32:8; repeat for more axes")
     bench.add_argument("--baseline", type=lambda text: text.split(","), default=[], metavar="NAME,...",
                        help="also time these, or all")
+    bench.add_argument("--suite", metavar="NAME", help="a named set of cases: --list shows them")
     bench.add_argument("--quick", action="store_true", help="few samples: a look, not a result")
+    bench.add_argument("--list", action="store_true", help="print suites, kernels with their axes, and baselines")
+    bench.add_argument("--profile", action="store_true",
+                       help="run one case once, untimed, for a profiler: ncu --profile-from-start off kvbench bench ...")
     json_path(bench)
+    bench.add_argument("--csv", type=_output_path, metavar="PATH", help="also write the results as CSV")
+    bench.add_argument("--markdown", type=_output_path, metavar="PATH", help="also write the printed table")
     return parser, list(commands.choices)
 
 
@@ -192,12 +198,24 @@ def _verify(options) -> int:
 
 def _bench(options) -> int:
     from kvbench import bench
+    from kvbench.bench import overview, results, tables
 
     axes: dict[str, list[str]] = {}
     for name, values in options.axis:
         axes.setdefault(name, []).extend(values)
-    return bench.run(options.kernels, options.backend, axes, options.baseline, options.quick, options.json,
-                     _progress).exit_status
+    if options.list:
+        print(overview.text(options.kernels))
+        return HELD
+    if options.profile:
+        print(f"ran once: {bench.profile(options.kernels, options.backend, axes, suite=options.suite)}")
+        return HELD
+    done = bench.run(options.kernels, options.backend, axes, options.baseline, options.quick, options.json, _progress,
+                     suite=options.suite)
+    if options.csv:
+        results.write_text(options.csv, tables.as_csv([done.document]))
+    if options.markdown:
+        results.write_text(options.markdown, tables.as_markdown(done.document))
+    return done.exit_status
 
 
 # Pieces

@@ -12,7 +12,7 @@ SUFFIXES = {"K": 1 << 10, "M": 1 << 20}    # tokens=32K
 
 def check(kernels: Sequence[Kernel], axes: Mapping[str, Sequence]) -> None:
     """ValueError for an axis that none of the kernels has, or one without values."""
-    known = {axis for kernel in kernels for axis in _axes_of(kernel)}
+    known = {axis for kernel in kernels for axis in names(kernel)}
     for axis, values in axes.items():
         if axis not in known:
             raise ValueError(f"unknown axis {axis!r}{nearest(axis, known)}")
@@ -26,12 +26,13 @@ def check(kernels: Sequence[Kernel], axes: Mapping[str, Sequence]) -> None:
 def problems(kernel: Kernel, axes: Mapping[str, Sequence]) -> list[dict]:
     """The product of the given values, other axes at their defaults; axes that this kernel lacks do not concern it."""
     choices = [[_typed(kernel, axis, value) for value in dict.fromkeys(values)]
-               for axis, values in axes.items() if axis in _axes_of(kernel)]
+               for axis, values in axes.items() if axis in names(kernel)]
     return [kernel.problem(**{axis: value for part in parts for axis, value in part.items()})
             for parts in itertools.product(*choices)]
 
 
-def _axes_of(kernel: Kernel) -> list[str]:
+def names(kernel: Kernel) -> list[str]:
+    """The axes that the command line takes for this kernel."""
     return [*kernel.axes, *([HEADS] if {"kv_heads", "group"} <= set(kernel.axes) else [])]
 
 

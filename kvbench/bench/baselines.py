@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvbench import arrays
-from kvbench.ops import turboquant
-from kvbench.registry import nearest
+from kvbench.ops import attention
+from kvbench.registry import Kernel, nearest
+
+EXACT = "attention.decode"     # the kernel whose baselines are those of every kernel with `exact`
+PAGE_TOKENS = 16               # FlashInfer's batch decode reads pages; 16 tokens is what serving systems use
+WORKSPACE_BYTES = 128 << 20    # what FlashInfer's documentation gives its wrappers
 
 
 class Missing(Exception):
@@ -28,12 +32,14 @@ class Baseline:
     name: str
     kernel: str
     devices: tuple[str, ...]
-    framework: str             # "numpy" or "torch": whose stream and graph capture the call needs
+    framework: str             # the library, whose stream and graph capture the call needs: numpy, torch, kvbench
     prepare: Callable[[dict], Callable]
     summary: str
+    library: str | None = None     # where the call needs another library than its framework
+    storage: str | None = None     # where it holds keys and values in a smaller type than they come in
 
 
-def choose(requested: Sequence[str], kernels: Sequence[str], device: str) -> list[str]:
+def choose(requested: Sequence[str], kernels: Sequence[Kernel], device: str) -> list[str]:
     """The requested names, "all" spelled out; ValueError for one that does no kernel's work on this device."""
     known = list(dict.fromkeys(baseline.name for baseline in BASELINES))
     useful = list(dict.fromkeys(baseline.name for kernel in kernels for baseline in of(kernel, device, known)))
@@ -41,7 +47,8 @@ def choose(requested: Sequence[str], kernels: Sequence[str], device: str) -> lis
         if name not in known and name != "all":
             raise ValueError(f"unknown baseline {name!r}{nearest(name, [*known, 'all'])}")
         if name not in useful and name != "all":
-            raise ValueError(f"baseline {name!r} does the work of none of {', '.join(kernels)} on {device}; "
+            names = ", ".join(kernel.name for kernel in kernels)
+            raise ValueError(f"baseline {name!r} does the work of none of {names} on {device}; "
                              f"those that do: {', '.join(useful) or 'none'}")
     return useful if "all" in requested else list(dict.fromkeys(requested))
 
@@ -57,20 +64,50 @@ def load(names: Sequence[str]) -> None:
             _import(framework)
 
 
-def of(kernel: str, device: str, names: Sequence[str]) -> list[Baseline]:
-    """The baselines of these names that do a kernel's work on a device ("cpu", "cuda")."""
-    return [baseline for baseline in BASELINES
-            if baseline.name in names and baseline.kernel == kernel and device in baseline.devices]
+def of(kernel: Kernel, device: str, names: Sequence[str]) -> list[Baseline]:
+    """The baselines of these names that do a kernel's work on a device ("cpu", "cuda").
+
+    Exact attention is not a baseline of itself: it is the kernel that is timed.
+    """
+    works = {kernel.name} | ({EXACT} if kernel.exact else set())
+    return [baseline for baseline in BASELINES if baseline.name in names and device in baseline.devices
+            and baseline.kernel in works and not (baseline.framework == "kvbench" and kernel.name == EXACT)]
 
 
-def allowed_error(inputs: dict) -> float:
+def missing(baseline: Baseline) -> str | None:
+    """Why this baseline cannot run here, if it cannot."""
+    try:
+        _import(baseline.framework)
+        _import(baseline.library or baseline.framework)
+    except Missing as reason:
+        return str(reason)
+    return None
+
+
+def inputs_of(baseline: Baseline, kernel: Kernel, inputs: dict, device: str) -> dict:
+    """What the baseline gets: the kernel's inputs, or those of exact attention on the cache that the codes replace.
+
+    On the CPU that cache is float32, the type that CPUs multiply; on a GPU it has the type of the query.
+    """
+    if baseline.kernel == kernel.name:
+        return inputs
+    query = inputs["query"]
+    dtype = "float32" if device == "cpu" else arrays.borrow(query, "query").dtype
+    if device == "cpu":
+        query = query.astype(np.float32)
+    return {"query": query, "lengths": inputs.get("lengths"), "scale": inputs.get("scale"),
+            **kernel.exact(inputs, dtype)}
+
+
+def allowed_error(inputs: dict, storage: str | None = None) -> float:
     """Relative RMS error that a baseline may have: a few roundings in the storage type, and float32 sums.
 
     One rounding costs half an eps; inputs, probabilities and output are each rounded once.  Wrong work is off by more.
+    A baseline that holds keys and values in a smaller type rounds each of them once more.
     """
     dtypes = [arrays.borrow(value, name).dtype for name, value in inputs.items() if hasattr(value, "__dlpack__")]
-    eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-    return 4 * max((eps.get(dtype, 0.0) for dtype in dtypes), default=0.0) + 32 * 2.0**-23
+    eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float8_e4m3fn": 2.0**-3}
+    return 4 * max((eps.get(dtype, 0.0) for dtype in dtypes), default=0.0) + eps.get(storage, 0.0) + 32 * 2.0**-23
 
 
 # ---- decode attention ------------------------------------------------------------------------------------------------
@@ -131,13 +168,15 @@ def _torch_decode(backend: str | None, packed: bool):
     return prepare
 
 
-def _flashinfer_decode(tensor_cores: bool):
+def _flashinfer_single(tensor_cores: bool, dtype: str | None = None):
     def prepare(inputs):
         torch, flashinfer = _import("torch"), _import("flashinfer")
         query, keys, values, scale = _plain(inputs)
         if query.shape[0] != 1:
             raise Missing("single decode takes batch 1")
         query, keys, values = (_torch_tensor(torch, x)[0] for x in (query, keys, values))
+        if dtype:
+            keys, values = (x.to(getattr(torch, dtype)) for x in (keys, values))
 
         def call():
             return flashinfer.single_decode_with_kv_cache(query, keys, values, kv_layout="HND", sm_scale=scale,
@@ -147,20 +186,41 @@ def _flashinfer_decode(tensor_cores: bool):
     return prepare
 
 
-# ---- decode attention on codes ---------------------------------------------------------------------------------------
+def _flashinfer_batch(tensor_cores: bool, dtype: str | None = None):
+    """Batch decode from a paged cache; the pages lie in order, which is the best case of such a cache."""
+    def prepare(inputs):
+        torch, flashinfer = _import("torch"), _import("flashinfer")
+        query, keys, values, scale = _plain(inputs)
+        batch, kv_heads, tokens, head_dim = keys.shape
+        if tokens % PAGE_TOKENS:
+            raise Missing(f"wants tokens in whole pages of {PAGE_TOKENS}")
+        query, keys, values = (_torch_tensor(torch, x) for x in (query, keys, values))
+        pages = batch * tokens // PAGE_TOKENS
 
-def _on_decoded(prepare: Callable[[dict], Callable], dtype: str) -> Callable[[dict], Callable]:
-    """A baseline of exact attention for the cache that the codes replace: decoded keys and values, held in dtype."""
-    def prepare_decoded(inputs):
-        key_rotation, value_rotation = inputs["key_rotation"], inputs["value_rotation"]
-        query = inputs["query"]
-        if dtype == "float32":
-            query = query.astype(np.float32)
-        elif arrays.borrow(query, "query").dtype != dtype:
-            raise Missing(f"compares with a {dtype} cache, and wants queries of that type")
-        return prepare({**inputs, "query": query, "keys": turboquant.decode(inputs["keys"], key_rotation, dtype=dtype),
-                        "values": turboquant.decode(inputs["values"], value_rotation, dtype=dtype)})
-    return prepare_decoded
+        def paged(x):
+            x = x.to(getattr(torch, dtype)) if dtype else x
+            x = x.view(batch, kv_heads, tokens // PAGE_TOKENS, PAGE_TOKENS, head_dim)
+            return x.transpose(1, 2).reshape(pages, kv_heads, PAGE_TOKENS, head_dim)
+
+        cache = paged(keys), paged(values)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=query.device), "HND", use_tensor_cores=tensor_cores)
+        ends = torch.arange(0, pages + 1, tokens // PAGE_TOKENS, dtype=torch.int32, device=query.device)
+        last = torch.full((batch,), PAGE_TOKENS, dtype=torch.int32, device=query.device)
+        wrapper.plan(ends, torch.arange(pages, dtype=torch.int32, device=query.device), last, query.shape[1], kv_heads,
+                     head_dim, PAGE_TOKENS, q_data_type=query.dtype, kv_data_type=cache[0].dtype, sm_scale=scale)
+        return lambda: wrapper.run(query, cache)
+    return prepare
+
+
+def _own_decode(inputs):
+    """This project's exact attention, with the workspace that a decode loop would hold."""
+    query, keys, values, scale = _plain(inputs)
+    array = arrays.borrow(query, "query")
+    batch, q_heads, head_dim = array.shape
+    workspace = attention.workspace(batch, q_heads, head_dim, array.device, framework=array.framework)
+    out = attention.decode(query, keys, values, scale=scale, workspace=workspace)
+    return lambda: attention.decode(query, keys, values, scale=scale, out=out, workspace=workspace)
 
 
 # ---- rotation --------------------------------------------------------------------------------------------------------
@@ -200,30 +260,37 @@ def _torch_tensor(torch, value):
     return tensor
 
 
-_EXACT: tuple[Baseline, ...] = (
-    Baseline("torch-cudnn", "attention.decode", ("cuda",), "torch", _torch_decode("CUDNN_ATTENTION", False),
-             "PyTorch SDPA, cuDNN backend, enable_gqa"),
-    Baseline("torch-cudnn-packed", "attention.decode", ("cuda",), "torch", _torch_decode("CUDNN_ATTENTION", True),
-             "PyTorch SDPA, cuDNN backend, query heads of a group as query tokens"),
-    Baseline("torch-flash", "attention.decode", ("cuda",), "torch", _torch_decode("FLASH_ATTENTION", False),
-             "PyTorch SDPA, FlashAttention backend, enable_gqa"),
-    Baseline("torch-flash-packed", "attention.decode", ("cuda",), "torch", _torch_decode("FLASH_ATTENTION", True),
-             "PyTorch SDPA, FlashAttention backend, query heads of a group as query tokens"),
-    Baseline("torch-efficient", "attention.decode", ("cuda",), "torch", _torch_decode("EFFICIENT_ATTENTION", True),
-             "PyTorch SDPA, memory-efficient backend, which knows no groups: query heads of a group as query tokens"),
-    Baseline("flashinfer", "attention.decode", ("cuda",), "torch", _flashinfer_decode(False),
-             "FlashInfer single decode on CUDA cores"),
-    Baseline("flashinfer-tensor", "attention.decode", ("cuda",), "torch", _flashinfer_decode(True),
-             "FlashInfer single decode on tensor cores"),
-    Baseline("torch", "attention.decode", ("cpu",), "torch", _torch_decode(None, True),
-             "PyTorch SDPA on the CPU, query heads of a group as query tokens"),
-    Baseline("numpy", "attention.decode", ("cpu",), "numpy", _numpy_decode, "NumPy and its BLAS in float32"),
-)
+def _decode(name: str, framework: str, prepare: Callable, summary: str, devices: tuple[str, ...] = ("cuda",),
+            **more) -> Baseline:
+    return Baseline(name, EXACT, devices, framework, prepare, summary, **more)
+
+
+def _flashinfer(name: str, prepare: Callable, summary: str, storage: str | None = None) -> Baseline:
+    return _decode(name, "torch", prepare, f"FlashInfer {summary}", library="flashinfer", storage=storage)
+
+
+FP8 = "float8_e4m3fn"
 BASELINES: tuple[Baseline, ...] = (
-    *_EXACT,
-    *(replace(exact, kernel="turboquant.decode_attention", summary=f"{exact.summary}, on the decoded cache",
-              prepare=_on_decoded(exact.prepare, "float32" if exact.devices == ("cpu",) else "float16"))
-      for exact in _EXACT),
+    _decode("torch-cudnn", "torch", _torch_decode("CUDNN_ATTENTION", False), "PyTorch SDPA, cuDNN backend, enable_gqa"),
+    _decode("torch-cudnn-packed", "torch", _torch_decode("CUDNN_ATTENTION", True),
+            "PyTorch SDPA, cuDNN backend, query heads of a group as query tokens"),
+    _decode("torch-flash", "torch", _torch_decode("FLASH_ATTENTION", False),
+            "PyTorch SDPA, FlashAttention backend, enable_gqa"),
+    _decode("torch-flash-packed", "torch", _torch_decode("FLASH_ATTENTION", True),
+            "PyTorch SDPA, FlashAttention backend, query heads of a group as query tokens"),
+    _decode("torch-efficient", "torch", _torch_decode("EFFICIENT_ATTENTION", True),
+            "PyTorch SDPA, memory-efficient backend, which knows no groups: query heads of a group as query tokens"),
+    _flashinfer("flashinfer", _flashinfer_single(False), "single decode on CUDA cores"),
+    _flashinfer("flashinfer-tensor", _flashinfer_single(True), "single decode on tensor cores"),
+    _flashinfer("flashinfer-fp8", _flashinfer_single(False, FP8), "single decode of an fp8 (e4m3) cache", FP8),
+    _flashinfer("flashinfer-batch", _flashinfer_batch(False), "batch decode of a paged cache on CUDA cores"),
+    _flashinfer("flashinfer-batch-tensor", _flashinfer_batch(True), "batch decode of a paged cache on tensor cores"),
+    _flashinfer("flashinfer-batch-fp8", _flashinfer_batch(False, FP8), "batch decode of a paged fp8 (e4m3) cache", FP8),
+    _decode("kvbench-exact", "kvbench", _own_decode, "this project's exact attention on the decoded cache",
+            ("cpu", "cuda")),
+    _decode("torch", "torch", _torch_decode(None, True),
+            "PyTorch SDPA on the CPU, query heads of a group as query tokens", ("cpu",)),
+    _decode("numpy", "numpy", _numpy_decode, "NumPy and its BLAS in float32", ("cpu",)),
     Baseline("torch", "rotation.rotate", ("cpu", "cuda"), "torch", _torch_rotate,
              "PyTorch matrix product in the type of x"),
     Baseline("numpy", "rotation.rotate", ("cpu",), "numpy", _numpy_rotate, "NumPy and its BLAS in float32"),

@@ -62,6 +62,23 @@ class Cpu:
         """The host has no streams."""
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def memory(self, framework: str):
+        """Yields a dictionary whose "peak" is, afterwards, by how many bytes the resident set grew at most; None where
+        the system does not tell.  Pages that were resident before and are used again do not count."""
+        found: dict[str, int | None] = {"peak": None}
+        before = machine.reset_peak_resident()
+        yield found
+        if before is not None:
+            found["peak"] = max(0, machine.resident()["peak"] - before)
+
+    def clock_mhz(self) -> None:
+        """Of a GPU only: each core of a processor has a clock of its own."""
+
+    def profiled(self, call: Callable) -> None:
+        """Run the call once: whatever profiles the process sees it."""
+        call()
+
     def release(self) -> None:
         """Nothing outlives a case here."""
 

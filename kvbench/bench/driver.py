@@ -1,19 +1,17 @@
-"""`kvbench bench`: which cases, in which order, and what is printed and kept of each."""
+"""`kvbench bench`: which cases, in which order, and what is kept of each."""
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import inspect
-import math
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kvbench import loaders, registry
 from kvbench.bench import axes as axis_values
 from kvbench.bench import baselines as baseline_records
-from kvbench.bench import machine, timing, yardsticks
+from kvbench.bench import calls, machine, suites, tables, timing, yardsticks
+from kvbench.bench.calls import OperatorCall
 from kvbench.bench.check import Check, Verdict
 from kvbench.bench.cpu import Cpu
 from kvbench.bench.gpu import Gpu
@@ -21,12 +19,14 @@ from kvbench.bench.results import SCHEMA_VERSION, Results
 
 PLACES = {"reference": Cpu, "cpu": Cpu, "cuda": Gpu, "native": Gpu}
 CHECK_SECONDS, QUICK_CHECK_SECONDS = 3.0, 1.0
+MOST_INPUT_SETS = 32
+THROTTLED_BELOW = 0.95     # of the clock at the start: a GPU's clock moves by 1 or 2 % with its temperature
 
 
 def run(kernels: Sequence[str] = (), backend: str | None = None, axes: Mapping[str, Sequence] | None = None,
         baselines: Sequence[str] = (), quick: bool = False, json_path: str | Path | None = None,
-        progress: Callable[[str], None] | None = None, *, report: Callable[[str], None] = print,
-        seed: int = 0) -> Results:
+        progress: Callable[[str], None] | None = None, *, suite: str | None = None,
+        report: Callable[[str], None] = print, seed: int = 0) -> Results:
     """Time kernels on one backend, each case only after its result agreed with the reference.
 
     kernels   names or stems from the registry; none: all that have the backend
@@ -36,36 +36,38 @@ def run(kernels: Sequence[str] = (), backend: str | None = None, axes: Mapping[s
     quick     few samples: a look, not a result
     json_path written after every case, in one step each time, so that Ctrl-C loses at most the case that runs
     progress  called with one line of text before each step, "" to clear it
+    suite     a name from suites.SUITES: of `kernels` those that belong to it, on its axes
     report    called with the lines of the table as they come
 
     Wrong names raise ValueError, a missing backend BackendUnavailable, before anything runs.  Ctrl-C returns what was
     finished; see Results.exit_status.
     """
-    chosen, backend, skipped = _select(kernels, backend)
-    axes = dict(axes or {})
-    axis_values.check(chosen, axes)
+    chosen, backend, axes, skipped = plan_of(kernels, backend, axes, suite)
+    quick = quick or (suite is not None and suites.get(suite).quick)
     plan = [(kernel, problem) for kernel in chosen for problem in axis_values.problems(kernel, axes)]
-    wanted = baseline_records.choose(list(baselines), [kernel.name for kernel in chosen], PLACES[backend].kind)
+    wanted = baseline_records.choose(list(baselines), chosen, PLACES[backend].kind)
     if json_path is not None and not Path(json_path).parent.is_dir():
         raise ValueError(f"json_path: expected a file in an existing folder, got {str(json_path)!r}")
     baseline_records.load(wanted)
     place = PLACES[backend]()
 
     options = _options(backend, wanted, quick)
-    command = shlex.join(["kvbench", "bench", *kernels, *options, *_axis_options(axes)])
+    command = shlex.join(["kvbench", "bench", *kernels, *(["--suite", suite] if suite else []), *options,
+                          *_axis_options(axes)])
     driver = _Driver(place, backend, wanted, quick, seed, options, progress or (lambda text: None))
     results = Results({
         "schema": SCHEMA_VERSION, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "complete": False, "command": command, "backend": backend, "quick": quick, "seed": seed,
         "stop_rule": dataclasses.asdict(driver.rule), "machine": {**machine.describe(), **place.describe()},
         "versions": machine.versions(), "source": machine.source(), "yardsticks": {}, "skipped": skipped, "cases": []})
-    document, table = results.document, _Table(plan, report)
+    document, table = results.document, tables.Live(plan, report)
     try:
         driver.progress("yardsticks")
         document["yardsticks"] = driver.yardsticks = yardsticks.measure(place, driver.rule)
+        driver.first_clock_mhz = place.clock_mhz()
         table.head(document)
         for number, (kernel, problem) in enumerate(plan, 1):
-            driver.step = f"{number}/{len(plan)} {kernel.name} {_text(problem)}"
+            driver.step = f"{number}/{len(plan)} {kernel.name} {tables.problem_text(problem)}"
             case = driver.case(kernel, problem)
             document["cases"].append(case)
             driver.progress("")
@@ -84,6 +86,39 @@ def run(kernels: Sequence[str] = (), backend: str | None = None, axes: Mapping[s
     return results
 
 
+def profile(kernels: Sequence[str] = (), backend: str | None = None, axes: Mapping[str, Sequence] | None = None, *,
+            suite: str | None = None, seed: int = 0) -> str:
+    """Run one case once, untimed and unchecked, for a profiler; on a GPU between cudaProfilerStart and Stop.
+
+    A first call, outside of that, compiles and allocates.  Returns what was run; ValueError if the names and axes
+    choose more than one case.
+    """
+    chosen, backend, axes, _ = plan_of(kernels, backend, axes, suite)
+    plan = [(kernel, problem) for kernel in chosen for problem in axis_values.problems(kernel, axes)]
+    if len(plan) != 1:
+        raise ValueError(f"--profile: expected one case, got {len(plan)}: name one kernel, and one value for each axis")
+    (kernel, problem), = plan
+    place = PLACES[backend]()
+    inputs, _ = place.inputs(kernel, problem, seed)
+    call = OperatorCall(kernel.operator, backend, inputs, problem, place)
+    with place.current(place.framework):
+        call()
+        place.profiled(call)
+    return f"{kernel.name} on {backend}, {tables.problem_text(problem)}"
+
+
+def plan_of(names: Sequence[str], backend: str | None, axes: Mapping[str, Sequence] | None,
+            suite: str | None) -> tuple[list, str, dict, list[dict]]:
+    """(kernels, backend, axes, kernels left out with the reason), every name checked."""
+    chosen, backend, skipped = _select(names, backend)
+    axes = dict(axes or {})
+    if suite is not None:
+        chosen = suites.kernels_of(suite, chosen)
+        skipped = [entry for entry in skipped if suites.get(suite).belongs(registry.get(entry["kernel"]))]
+    axis_values.check(chosen, axes)
+    return chosen, backend, {**(suites.axes_of(suite, chosen, axes) if suite else {}), **axes}, skipped
+
+
 class _Driver:
     """Runs single cases on one place with one set of options."""
 
@@ -91,7 +126,7 @@ class _Driver:
         self.place, self.backend, self.wanted, self.seed, self.options = place, backend, wanted, seed, options
         self.rule = timing.QUICK if quick else timing.FULL
         self.check_seconds = QUICK_CHECK_SECONDS if quick else CHECK_SECONDS
-        self.progress, self.step, self.yardsticks = progress, "", {}
+        self.progress, self.step, self.yardsticks, self.first_clock_mhz = progress, "", {}, None
 
     def case(self, kernel, problem: dict) -> dict:
         traffic = kernel.traffic(problem)
@@ -104,57 +139,88 @@ class _Driver:
             self.progress(f"{self.step}: inputs and reference")
             inputs, case["inputs"] = self.place.inputs(kernel, problem, self.seed)
             check = Check(kernel, problem, inputs, self.seed, self.check_seconds)
-            call = OperatorCall(kernel.operator, self.backend, inputs, problem, self.place)
-            case |= self._time(kernel.name, call, self.place.framework, check.agreement, traffic)
+            case |= self._time(
+                kernel.name, lambda given: OperatorCall(kernel.operator, self.backend, given, problem, self.place),
+                inputs, self.place.framework, check.agreement, traffic)
             case["state"] = self.place.state()
             if case["cold"] is not None:
-                case["baselines"] = [self._baseline(record, inputs, check, traffic)
-                                     for record in baseline_records.of(kernel.name, self.place.kind, self.wanted)]
+                case["baselines"] = [self._baseline(record, kernel, inputs, check, traffic)
+                                     for record in baseline_records.of(kernel, self.place.kind, self.wanted)]
         except Exception as error:     # one case that cannot run must not cost the others: it is a failure of its own
             case |= _untimed(checked=Verdict(False, _one_line(error), None, (), 0).summary())
         finally:
             self.place.release()
-        timed = [entry for entry in case["baselines"] if entry["cold"] is not None]
+        # A cache in a smaller type gives up accuracy for its time: shown, but no yardstick for one that does so, too.
+        timed = [entry for entry in case["baselines"] if entry["cold"] is not None and entry["storage"] is None]
         if timed:
             best = min(timed, key=lambda entry: entry["cold"]["median_us"])
             case["best_baseline"] = best["name"]
             case["speedup"] = round(best["cold"]["median_us"] / case["cold"]["median_us"], 4)
         return case
 
-    def _baseline(self, record, inputs, check, traffic) -> dict:
-        entry = {"name": record.name, "missing": None, **_untimed()}
-        limit = baseline_records.allowed_error(inputs)
+    def _baseline(self, record, kernel, inputs, check, traffic) -> dict:
+        entry = {"name": record.name, "storage": record.storage, "missing": None, **_untimed()}
         try:
-            with self.place.current(record.framework):
-                call = record.prepare(inputs)
-            entry |= self._time(record.name, call, record.framework, lambda result: check.closeness(result, limit),
-                                traffic)
+            given = baseline_records.inputs_of(record, kernel, inputs, self.place.kind)
+            limit = baseline_records.allowed_error(given, record.storage)
+            entry |= self._time(record.name, record.prepare, given, record.framework,
+                                lambda result: check.closeness(result, limit), traffic)
         except baseline_records.Missing as reason:
             entry["missing"] = str(reason)
         except Exception as error:     # a library that refuses this case: a dtype, a head size, a part it lacks
             entry["missing"] = f"refuses this case: {_one_line(error)}"
         return entry
 
-    def _time(self, name: str, call: Callable, framework: str, agree: Callable, traffic) -> dict:
-        """Check, time cold and hot, check again; no time is kept unless both checks hold."""
+    def _time(self, name: str, prepare: Callable, inputs: dict, framework: str, agree: Callable, traffic) -> dict:
+        """Check, time cold and hot, check again; no time is kept unless both checks hold.
+
+        prepare(inputs) -> a call without arguments: the contender.
+        """
         self.progress(f"{self.step}: {name}, check")
+        with self.place.current(framework):
+            prepare(inputs)()                          # compiles, which takes memory of its own
+            call = prepare(inputs)
+            with self.place.memory(framework) as memory:
+                call()
         stopwatch = self.place.stopwatch(call, framework)
         verdict = self._judge(stopwatch, agree)
-        timed = _untimed(checked=verdict.summary(), error=verdict.error, timer=stopwatch.timer, note=stopwatch.note)
+        timed = _untimed(checked=verdict.summary(), error=verdict.error, timer=stopwatch.timer, note=stopwatch.note,
+                         memory_peak_bytes=memory["peak"])
         if not verdict.agrees:
             return timed
         self.progress(f"{self.step}: {name}, cold")
         cold = timing.measure(stopwatch.cold, self.rule).summary()
+        clocks = [self.place.clock_mhz()]
         self.progress(f"{self.step}: {name}, hot")
         hot = timing.measure(stopwatch.hot, self.rule).summary()
+        clocks.append(self.place.clock_mhz())
         # Once more: a kernel that leaves a counter or a workspace behind is right the first time only.
         verdict = self._judge(stopwatch, agree)
+        if verdict.agrees:
+            timed |= self._rotating(name, prepare, call, inputs, framework)
+            if timed["rotating"]:
+                verdict = self._judge(stopwatch, agree)
         if not verdict.agrees:
             failure = {**verdict.summary(), "failure": f"after many calls: {verdict.failure}"}
-            return {**timed, "checked": failure, "error": verdict.error}
+            return {**timed, "rotating": None, "checked": failure, "error": verdict.error}
         speed = yardsticks.gbps(traffic.bytes_moved, cold["median_us"])
+        attainable = yardsticks.attainable_us(self.yardsticks, traffic.bytes_moved)
         return {**timed, "cold": cold, "hot": hot, "gbps": speed, "percent_of_copy": self._percent(speed, "copy"),
-                "percent_of_read": self._percent(speed, "read")}
+                "percent_of_read": self._percent(speed, "read"), "clock": self._clock(clocks),
+                "percent_of_attainable": round(100 * attainable / cold["median_us"], 2)
+                if attainable and cold["median_us"] else None}
+
+    def _rotating(self, name, prepare, call, inputs, framework) -> dict:
+        """Back-to-back calls on several sets of inputs that together do not fit the cache: a time per call."""
+        sets = calls.input_sets(calls.input_bytes(inputs), self.place.cache_bytes, MOST_INPUT_SETS)
+        if sets is None:
+            return {"rotating": None, "input_sets": None}
+        self.progress(f"{self.step}: {name}, {sets} sets of inputs")
+        with self.place.current(framework):
+            others = [prepare(calls.duplicate(inputs, self.place.device)) for _ in range(sets - 1)]
+        stopwatch = self.place.stopwatch(calls.Rotating([call, *others]), framework)
+        samples = timing.measure(lambda count: [seconds / sets for seconds in stopwatch.hot(count)], self.rule)
+        return {"rotating": samples.summary(), "input_sets": sets}
 
     def _judge(self, stopwatch, agree) -> Verdict:
         stopwatch.poison()
@@ -165,38 +231,12 @@ class _Driver:
         reached = self.yardsticks.get(yardstick, {}).get("gbps")
         return round(100 * speed / reached, 2) if speed is not None and reached else None
 
-
-class OperatorCall:
-    """An operator with the memory that it would otherwise allocate: workspace and, after the first call, outputs.
-
-    The outputs of an operator stand together in its signature, from `out` on, in the order in which they are returned;
-    a module whose operators take a `workspace` has a function of that name, whose parameters are axes of the problem.
-    """
-
-    def __init__(self, operator: Callable, backend: str, inputs: dict, problem: dict, place):
-        self._operator, self._arguments = operator, {**inputs, "backend": backend}
-        parameters = list(inspect.signature(operator).parameters)
-        after = parameters[parameters.index("out"):] if "out" in parameters else []
-        ends = [i for i, name in enumerate(after) if name in ("workspace", "backend", "stream")]
-        self._outputs = after[:min(ends, default=len(after))]
-        if "workspace" in parameters:
-            with place.current(place.framework):
-                self._arguments["workspace"] = _workspace(operator, problem, place)
-
-    def __call__(self):
-        result = self._operator(**self._arguments)
-        if self._outputs:
-            self._arguments |= zip(self._outputs, result if isinstance(result, tuple) else (result,))
-            self._outputs = []
-        return result
-
-
-def _workspace(operator: Callable, problem: dict, place):
-    make = sys.modules[inspect.unwrap(operator).__module__].workspace
-    known = {**problem, "device": place.device, "framework": place.framework}
-    if "kv_heads" in problem and "group" in problem:
-        known["q_heads"] = problem["kv_heads"] * problem["group"]
-    return make(**{name: known[name] for name in inspect.signature(make).parameters if name in known})
+    def _clock(self, seen: list[float | None]) -> dict | None:
+        """The lowest clock behind the samples, against that at the start of the run."""
+        if None in seen or not self.first_clock_mhz:
+            return None
+        share = min(seen) / self.first_clock_mhz
+        return {"sm_mhz": round(min(seen), 1), "of_start": round(share, 4), "throttled": share < THROTTLED_BELOW}
 
 
 def _select(names: Sequence[str], backend: str | None) -> tuple[list, str, list[dict]]:
@@ -220,7 +260,8 @@ def _select(names: Sequence[str], backend: str | None) -> tuple[list, str, list[
 def _untimed(**known) -> dict:
     """The fields of a contender that was not timed."""
     return {**dict.fromkeys(("checked", "error", "timer", "note", "cold", "hot", "gbps", "percent_of_copy",
-                             "percent_of_read")), **known}
+                             "percent_of_read", "percent_of_attainable", "memory_peak_bytes", "rotating", "input_sets",
+                             "clock")), **known}
 
 
 def _options(backend: str, wanted: Sequence[str], quick: bool) -> list[str]:
@@ -232,67 +273,5 @@ def _axis_options(axes: Mapping[str, Sequence]) -> list[str]:
     return [part for axis, values in axes.items() for part in ("--axis", f"{axis}={','.join(map(str, values))}")]
 
 
-def _text(problem: dict) -> str:
-    return " ".join(f"{axis}={value}" for axis, value in problem.items())
-
-
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-class _Table:
-    """Markdown rows, printed as the results come: widths are fixed from the plan."""
-
-    def __init__(self, plan, report):
-        self._report = report
-        names = [kernel.name for kernel, _ in plan] + [f"  {record.name}" for record in baseline_records.BASELINES]
-        self._columns = [("kernel", max(map(len, names)), str.ljust),
-                         ("problem", max([7, *(len(_text(problem)) for _, problem in plan)]), str.ljust),
-                         ("cold us", 10, str.rjust), ("+-%", 5, str.rjust), ("hot us", 10, str.rjust),
-                         ("GB/s", 7, str.rjust), ("% copy", 6, str.rjust), ("error", 7, str.rjust),
-                         ("note", 4, str.ljust)]
-
-    def head(self, document: dict) -> None:
-        measured = document["yardsticks"]
-        gpu = document["machine"].get("gpu")
-        self._report(f"{gpu['name'] if gpu else document['machine']['processor']}: "
-                     + ", ".join(f"{name} {entry['gbps']:.0f} GB/s" if entry["gbps"] else
-                                 f"{name} {(entry['cold'] or entry['hot'])['median_us']:.2f} us"
-                                 for name, entry in measured.items()))
-        self._report("cold: caches flushed before each sample; GB/s, % of the copy above and +-% belong to it; "
-                     "hot: back to back\n")
-        self._line([title for title, _, _ in self._columns])
-        self._report("|" + "|".join("-" * (width + 2) for _, width, _ in self._columns) + "|")
-
-    def case(self, case: dict) -> None:
-        notes = [f"{case['speedup']:.2f}x the speed of {case['best_baseline']}"] if case["speedup"] else []
-        self._row(case["kernel"], _text(case["problem"]), case, notes)
-        for entry in case["baselines"]:
-            self._row(f"  {entry['name']}", "", entry, [f"missing: {entry['missing']}"] if entry["missing"] else [])
-
-    def foot(self, document: dict) -> None:
-        for skipped in document["skipped"]:
-            self._report(f"{skipped['kernel']} is left out: {skipped['reason']}")
-
-    def _row(self, name: str, problem: str, entry: dict, notes: list[str]) -> None:
-        checked, cold, hot = entry["checked"], entry["cold"], entry["hot"]
-        if checked and not checked["agrees"]:
-            notes.append(f"WRONG, not timed: {checked['failure']}")
-        elif checked and len(checked["parts"]) < checked["of"]:
-            notes.append(f"checked in {len(checked['parts'])} of {checked['of']} parts")
-        notes += [f"{which} did not converge" for which, found in (("cold", cold), ("hot", hot))
-                  if found and not found["converged"]]
-        if entry["note"]:
-            notes.append(f"timed by {entry['timer']}: {entry['note']}")
-        spread = cold["relative_error"] if cold else None
-        self._line([name, problem, _number(cold and cold["median_us"], ".2f"),
-                    _number(None if spread is None else 100 * spread, ".1f"), _number(hot and hot["median_us"], ".2f"),
-                    _number(entry["gbps"], ".4g"), _number(entry["percent_of_copy"], ".1f"),
-                    _number(entry["error"], ".1e"), "; ".join(notes)])
-
-    def _line(self, cells: list[str]) -> None:
-        self._report("| " + " | ".join(pad(cell, width) for cell, (_, width, pad) in zip(cells, self._columns)) + " |")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, form)

@@ -29,6 +29,7 @@ LEAST_FLUSH_BYTES = 256 << 20
 HOT_SECONDS = 200e-6           # least length of a hot sample: far above what events cost the GPU and a launch the host
 MOST_HOT_CALLS = 200
 YARDSTICK_BYTES = 512 << 20    # per buffer: ten times the L2, long enough that ramps at both ends do not count
+SPIN_CYCLES = 2_000_000        # about a millisecond, a thousand times the resolution of the GPU's timer
 ON_DEVICE_ELEMENTS = 1 << 16   # smaller draws stay on the host: they are lengths, seeds, choices
 
 YARDSTICK_KERNELS = r"""
@@ -45,6 +46,18 @@ extern "C" __global__ void read_words(const uint4* words, long long count, unsig
     if (seen == 0x9e3779b9u) *seldom = seen;
 }
 extern "C" __global__ void empty() {}
+// Spins for `cycles` of this multiprocessor's clock, and tells how many cycles and nanoseconds that were.
+extern "C" __global__ void spin(long long cycles, long long* found)
+{
+    long long begun, ended;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begun));
+    const long long start = clock64();
+    long long passed = 0;
+    while (passed < cycles) passed = clock64() - start;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ended));
+    found[0] = passed;
+    found[1] = ended - begun;
+}
 """
 
 
@@ -64,7 +77,8 @@ class Gpu:
         self.device = arrays.Device("cuda", 0)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.properties = cupy.cuda.runtime.getDeviceProperties(0)
-        self.flush_bytes = max(LEAST_FLUSH_BYTES, 2 * self.properties["l2CacheSize"])
+        self.cache_bytes = self.properties["l2CacheSize"]
+        self.flush_bytes = max(LEAST_FLUSH_BYTES, 2 * self.cache_bytes)
         self._flush_buffer = cupy.empty(self.flush_bytes, cupy.uint8)
 
     def inputs(self, kernel, problem: dict, seed: int) -> tuple[dict, str]:
@@ -95,8 +109,7 @@ class Gpu:
         with self.stream:
             source, target = cupy.random.default_rng(0).random(size // 8), cupy.zeros(size // 8)
             seldom = cupy.zeros(1, cupy.uint32)
-        module = cupy.RawModule(code=YARDSTICK_KERNELS)
-        read_words, empty = module.get_function("read_words"), module.get_function("empty")
+        read_words, empty = self._module.get_function("read_words"), self._module.get_function("empty")
         blocks = 8 * self.properties["multiProcessorCount"]
 
         def copy():
@@ -135,6 +148,44 @@ class Gpu:
         return [self.cupy.cuda.get_elapsed_time(start, end) * 1e-3 for start, end in pairs]
 
     @functools.cached_property
+    def _module(self):
+        return self.cupy.RawModule(code=YARDSTICK_KERNELS)
+
+    def clock_mhz(self) -> float:
+        """The clock of a multiprocessor right now, behind whatever is queued: a GPU that is held down shows at once."""
+        with self.stream:
+            found = self.cupy.zeros(2, np.int64)
+            self._module.get_function("spin")((1,), (1,), (np.int64(SPIN_CYCLES), found))
+            cycles, nanoseconds = found.get(stream=self.stream).tolist()
+        return 1e3 * cycles / nanoseconds
+
+    @contextlib.contextmanager
+    def memory(self, framework: str):
+        """Yields a dictionary whose "peak" is, afterwards, the most memory in bytes that was allocated meanwhile."""
+        found: dict[str, int | None] = {"peak": None}
+        if framework == "torch":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            yield found
+            found["peak"] = torch.cuda.max_memory_allocated() - before
+        else:
+            with allocations(self.cupy) as seen:
+                yield found
+            found["peak"] = seen.peak
+
+    def profiled(self, call: Callable) -> None:
+        """Run the call once between cudaProfilerStart and cudaProfilerStop: `ncu --profile-from-start off` sees it
+        alone."""
+        runtime = self.cupy.cuda.runtime
+        self.stream.synchronize()
+        runtime.profilerStart()
+        call()
+        self.stream.synchronize()
+        runtime.profilerStop()
+
+    @functools.cached_property
     def torch_stream(self):
         """This stream as PyTorch sees it."""
         import torch
@@ -166,6 +217,26 @@ class Gpu:
         self.cupy.get_default_memory_pool().free_all_blocks()
         if torch := sys.modules.get("torch"):
             torch.cuda.empty_cache()
+
+
+def allocations(cupy):
+    """A CuPy memory hook that knows the most bytes in use, of those that were allocated while it was on."""
+    class Allocations(cupy.cuda.MemoryHook):
+        name = "kvbench allocations"
+        in_use = peak = 0
+
+        def __init__(self):
+            self._sizes = {}
+
+        def malloc_postprocess(self, *, mem_size, mem_ptr, **_):
+            self._sizes[mem_ptr] = mem_size
+            self.in_use += mem_size
+            self.peak = max(self.peak, self.in_use)
+
+        def free_postprocess(self, *, mem_ptr, **_):
+            self.in_use -= self._sizes.pop(mem_ptr, 0)
+
+    return Allocations()
 
 
 class Stopwatch:

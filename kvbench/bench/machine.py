@@ -11,6 +11,7 @@ from pathlib import Path
 import kvbench
 
 SYSTEM_CPU = Path("/sys/devices/system/cpu")
+STATUS = Path("/proc/self/status")
 FALLBACK_CACHE_BYTES = 64 << 20        # where the system does not tell
 
 PACKAGES = ("numpy", "scipy", "numba", "ml_dtypes", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "torch",
@@ -23,12 +24,35 @@ GPU_STATE = {
 }
 
 
+# Bits of nvidia-smi's clocks_event_reasons.active (nvml.h, nvmlClocksEventReason*) that mean a clock held down.
+CLOCK_LIMITS = {0x4: "software power cap", 0x8: "hardware slowdown", 0x20: "software thermal slowdown",
+                0x40: "hardware thermal slowdown", 0x80: "hardware power brake"}
+# What binds threads to cores, by library; none of them is set here.
+PINNING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+
 def describe() -> dict:
     """The processor and its use by this process.  Threads are named per library: each has a pool of its own."""
     return {
         "system": f"{platform.system()} {platform.release()}", "processor": _processor_name(),
         "cores": os.cpu_count(), "usable_cores": usable_cores(), "cache_bytes": cache_bytes(), "threads": threads(),
+        "pinning": pinning(),
     }
+
+
+def pinning() -> dict:
+    """The cores that the scheduler may choose from, and what binds single threads to one of them."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return {"cores": _ranges(cores), "threads": {name: os.environ[name] for name in PINNING if name in os.environ}}
+
+
+def clock_limits(mask: str) -> list[str]:
+    """What held the GPU's clocks down, from the bits that nvidia-smi prints ("0x0000000000000004")."""
+    try:
+        bits = int(mask, 16)
+    except ValueError:
+        return []
+    return [reason for bit, reason in CLOCK_LIMITS.items() if bits & bit]
 
 
 def versions() -> dict:
@@ -56,6 +80,21 @@ def source() -> dict:
 def usable_cores() -> int:
     """Cores that this process may use: its affinity mask, which containers and job schedulers set."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process in memory: now, and the most since reset_peak_resident."""
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+    return {name: int(lines[key].split()[0]) << 10 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+
+
+def reset_peak_resident() -> int | None:
+    """Make the peak what is resident now, and return that; None where the system does not allow or know it."""
+    try:
+        (STATUS.parent / "clear_refs").write_text("5")
+        return resident()["now"]
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def cache_bytes() -> int:
@@ -140,6 +179,17 @@ def threads() -> dict:
     if torch := sys.modules.get("torch"):
         found["torch"] = torch.get_num_threads()
     return found
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 as "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _output(*command: str, folder: Path | None = None) -> str | None:

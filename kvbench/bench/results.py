@@ -30,11 +30,15 @@ _MEASUREMENT = _object({
     "median_us": _NUMBER, "iqr_us": _NUMBER, "p5_us": _NUMBER, "p95_us": _NUMBER, "min_us": _NUMBER, "count": _COUNT,
     "converged": _BOOLEAN, "relative_error": _or_null(_NUMBER),
     "samples_us": {"type": "array", "items": _NUMBER, "minItems": 1}})
+_CLOCK = _object({"sm_mhz": _NUMBER, "of_start": _NUMBER, "throttled": _BOOLEAN})
 _CHECKED = _object({"agrees": _BOOLEAN, "failure": _or_null(_STRING), "parts": _LIST_OF_STRINGS, "of": _COUNT})
 _TIMED = {"checked": _or_null(_CHECKED), "error": _or_null(_NUMBER), "timer": _or_null(_STRING),
           "note": _or_null(_STRING), "cold": _or_null(_MEASUREMENT), "hot": _or_null(_MEASUREMENT),
           "gbps": _or_null(_NUMBER),
           "percent_of_copy": _or_null(_NUMBER), "percent_of_read": _or_null(_NUMBER)}
+# Absent from results of before these were measured.
+_TIMED_LATER = {"percent_of_attainable": _or_null(_NUMBER), "memory_peak_bytes": _or_null(_COUNT),
+                "rotating": _or_null(_MEASUREMENT), "input_sets": _or_null(_COUNT), "clock": _or_null(_CLOCK)}
 
 SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of kvbench bench", **_object({
     "schema": {"enum": [SCHEMA_VERSION]}, "created": _STRING, "complete": _BOOLEAN, "command": _STRING,
@@ -51,8 +55,9 @@ SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A
         "kernel": _STRING, "backend": _STRING, "problem": _FREE, "command": _STRING, "inputs": _or_null(_STRING),
         "traffic": _object({"bytes_read": _COUNT, "bytes_written": _COUNT}), **_TIMED,
         "best_baseline": _or_null(_STRING), "speedup": _or_null(_NUMBER), "state": _FREE,
-        "baselines": {"type": "array", "items": _object({"name": _STRING, "missing": _or_null(_STRING), **_TIMED})},
-    })},
+        "baselines": {"type": "array", "items": _object(
+            {"name": _STRING, "missing": _or_null(_STRING), **_TIMED}, {"storage": _or_null(_STRING), **_TIMED_LATER})},
+    }, _TIMED_LATER)},
 })}
 
 
@@ -76,20 +81,24 @@ class Results:
     def write(self, path: str | Path) -> None:
         """Replace the file in one step: a reader sees the old file or the new one, never a part."""
         validate(self.document)
-        path = Path(path)
-        text = json.dumps(self.document, indent=1, allow_nan=False)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(_lists_on_one_line(text) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())     # mkstemp makes it private; a result is an ordinary file
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_text(path, _lists_on_one_line(json.dumps(self.document, indent=1, allow_nan=False)) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file in one step."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())     # mkstemp makes it private; a result is an ordinary file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def load(path: str | Path) -> Results:

@@ -109,6 +109,11 @@ def _attention_traffic(problem):
     return Traffic(codes + _query_bytes(problem), _query_bytes(problem) + rows * 4)
 
 
+def _attention_exact(inputs, dtype):
+    return {side: decode(inputs[side], inputs[f"{name}_rotation"], dtype=dtype)
+            for side, name in (("keys", "key"), ("values", "value"))}
+
+
 def _encode_prod_inputs(problem, rng):
     projection = orthogonal_projection(problem["head_dim"], int(rng.integers(2**31)))
     return {"x": _random_tokens(problem, rng), "rotation": _rotation(problem, rng), "projection": projection,
@@ -397,7 +402,7 @@ register(Kernel(
     name="turboquant.decode_attention", reference=reference.decode_attention, operator=decode_attention,
     backends=BACKENDS, axes=ATTENTION_AXES, inputs=_attention_inputs, traffic=_attention_traffic,
     agreement=_attention_agreement, error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
-    source=f"{SOURCE}; arXiv 1805.02867 section 3.1"))
+    source=f"{SOURCE}; arXiv 1805.02867 section 3.1", exact=_attention_exact))
 register(Kernel(
     name="turboquant.encode_prod", reference=reference.encode_prod, operator=encode_prod, backends=HOST_BACKENDS,
     axes=ENCODE_AXES, inputs=_encode_prod_inputs, traffic=_encode_prod_traffic, agreement=_encode_prod_agreement,
