@@ -95,7 +95,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     bench.add_argument("--quick", action="store_true", help="few samples: a look, not a result")
     bench.add_argument("--list", action="store_true", help="print suites, kernels with their axes, and baselines")
     bench.add_argument("--profile", action="store_true",
-                       help="run one case once, untimed, for a profiler: ncu --profile-from-start off kvbench bench ...")
+                       help="run one case once, untimed: for ncu --profile-from-start off kvbench bench ...")
     json_path(bench)
     bench.add_argument("--csv", type=_output_path, metavar="PATH", help="also write the results as CSV")
     bench.add_argument("--markdown", type=_output_path, metavar="PATH", help="also write the printed table")

@@ -37,8 +37,8 @@ class Kernel:
     agreement   (inputs, expected, actual) -> None, or AssertionError; exact for codes, a derived tolerance for floats
     error       (inputs, expected, actual) -> relative RMS error, for tables
     source      citation: arXiv id, section or theorem
-    exact       for decode attention on codes: (inputs, dtype) -> {"keys", "values"}, the tokens that the codes stand for.
-                Exact attention on them is what one would run otherwise, and so every baseline of it is one of this kernel
+    exact       for decode attention on codes: (inputs, dtype) -> {"keys", "values"}, the tokens that the codes stand
+                for.  Exact attention on them is what one would run otherwise: its baselines become this kernel's
     """
 
     name: str

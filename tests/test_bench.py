@@ -1,11 +1,14 @@
 """The benchmark driver: is its time to be trusted?  Clocks and devices are faked wherever the truth must be known."""
 import copy
+import csv
 import ctypes
 import io
 import json
 import math
 import os
+import sys
 import types
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +18,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kvbench import arrays, bench, loaders, registry, trees
-from kvbench.bench import axes, baselines, check, cpu, driver, gpu, machine, results, timing, yardsticks
+from kvbench.bench import (axes, baselines, calls, check, cpu, driver, gpu, machine, overview, results, suites, tables,
+                           timing, yardsticks)
 from kvbench.errors import BackendUnavailable
 from kvbench.registry import Kernel, Traffic
 
@@ -287,6 +291,206 @@ def test_one_wrong_case_does_not_cost_the_others(fake):
     assert [case["cold"] is None for case in outcome.document["cases"]] == [True, False] and outcome.exit_status == 1
 
 
+# ---- the driver: what is measured besides ----------------------------------------------------------------------------
+
+@given(size=st.integers(1, 10**9), cache=st.integers(1, 10**9), most=st.integers(1, 64))
+def test_input_sets_fill_twice_the_cache_and_no_more(size, cache, most):
+    sets = calls.input_sets(size, cache, most)
+    if sets is None:
+        assert size >= 2 * cache or most * size < 2 * cache
+    else:
+        assert 1 < sets <= most and sets * size >= 2 * cache > (sets - 1) * size
+
+
+def test_inputs_that_fit_the_cache_are_rotated(fake):
+    """16 KiB of inputs, 64 KiB of cache: 8 sets, each in memory of its own, each with its own output."""
+    seen, sets = [], set()
+
+    def operator(x, *, out=None, backend=None):
+        seen.append((x.ctypes.data, None if out is None else out.ctypes.data))
+        return doubled(x, out=out)
+
+    fake(make_kernel(operator=operator))
+    outcome, text = quiet((), "cpu", {"tokens": [512]})
+    case, = outcome.document["cases"]
+    assert outcome.exit_status == 0 and case["input_sets"] == 8
+    assert case["rotating"]["median_us"] == pytest.approx(512) and case["rotating"]["count"] >= 10
+    sets = {pair for pair in seen if None not in pair}
+    assert len({x for x, _ in sets}) == len({out for _, out in sets}) == 8
+    assert "rotating us" in text
+
+
+def test_a_set_of_inputs_with_a_wrong_result_keeps_no_time(fake):
+    first = []
+
+    def operator(x, *, out=None, backend=None):
+        first.append(x.ctypes.data)
+        result = doubled(x, out=out)
+        if x.ctypes.data != first[0]:
+            result[0, 0] += 1              # right on the inputs that are checked, wrong on every other copy of them
+        return result
+
+    fake(make_kernel(operator=operator))
+    outcome, _ = quiet((), "cpu", {"tokens": [512]})
+    case, = outcome.document["cases"]
+    assert outcome.exit_status == 1 and case["cold"] is case["rotating"] is None
+    assert case["checked"]["failure"].startswith("on another set of inputs")
+
+
+def test_inputs_that_fill_the_cache_are_not_rotated(fake):
+    fake(make_kernel())
+    case, = quiet((), "cpu", {"tokens": [4096]})[0].document["cases"]      # 128 KiB
+    assert case["rotating"] is None and case["input_sets"] is None and case["hot"]
+
+
+@pytest.mark.parametrize("clock, throttled", [(2000.0, False), (1930.0, False), (1400.0, True)])
+def test_a_clock_that_falls_is_reported(fake, monkeypatch, clock, throttled):
+    fake(make_kernel())
+    clocks = iter([2000.0, 1990.0, clock])             # at the start, after the cold samples, after the hot ones
+    monkeypatch.setattr(cpu.Cpu, "clock_mhz", lambda self: next(clocks))
+    monkeypatch.setattr(cpu.Cpu, "state", lambda self: {"clock_limits": "0x0000000000000004"})
+    outcome, text = quiet((), "cpu")
+    case, = outcome.document["cases"]
+    lowest = min(1990.0, clock)
+    assert case["clock"] == {"sm_mhz": lowest, "of_start": lowest / 2000, "throttled": throttled}
+    said = "THROTTLED: the clock fell to 1400 MHz, 70 % of that at the start (software power cap)"
+    assert (said in text) == throttled
+    bench.validate(outcome.document)
+
+
+def test_reasons_for_a_low_clock():
+    assert machine.clock_limits("0x0000000000000000") == machine.clock_limits("[N/A]") == []
+    assert machine.clock_limits("0x0000000000000001") == []                # idle is no limit
+    assert machine.clock_limits("0x00000000000000a4") == ["software power cap", "software thermal slowdown",
+                                                          "hardware power brake"]
+
+
+def test_the_roofline_is_the_longer_of_launch_and_bytes():
+    measured = {"copy": {"gbps": 2000.0}, "read": {"gbps": 3000.0},
+                "empty_kernel": {"gbps": None, "cold": {"median_us": 4.0}, "hot": {"median_us": 0.8}}}
+    assert yardsticks.launch_floor_us(measured) == 4.0 and yardsticks.reached_gbps(measured) == 3000.0
+    assert yardsticks.attainable_us(measured, 3_000_000) == 4.0            # the bytes alone: 1 us
+    assert yardsticks.attainable_us(measured, 300_000_000) == pytest.approx(100.0)
+    assert yardsticks.attainable_us({}, 1) is None
+
+
+def test_percent_of_the_roofline(fake):
+    fake(make_kernel())
+    case, = quiet((), "cpu", {"tokens": [600]})[0].document["cases"]
+    assert case["percent_of_attainable"] == pytest.approx(100 * (600 * 1500 / 6e3) / 600)      # 6 GB/s, 600 us
+
+
+def test_memory_on_the_host_is_the_growth_of_the_resident_set():
+    if machine.reset_peak_resident() is None:
+        pytest.skip("this system does not tell the peak of the resident set")
+    with cpu.Cpu().memory("numpy") as used:
+        np.ones(64 << 20, np.uint8)
+    assert 60 << 20 <= used["peak"] <= 80 << 20
+
+
+def test_unknown_memory_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "STATUS", tmp_path / "status")
+    with cpu.Cpu().memory("numpy") as used:
+        pass
+    assert used["peak"] is None
+
+
+def test_cores_are_written_as_ranges():
+    assert machine._ranges([]) == "" and machine._ranges([3]) == "3"
+    assert machine._ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert machine.pinning()["cores"]
+
+
+def test_threads_and_pinning_are_said(fake, monkeypatch):
+    fake(make_kernel())
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    outcome, text = quiet((), "cpu")
+    assert outcome.document["machine"]["pinning"]["threads"] == {"OMP_PROC_BIND": "close"}
+    assert "threads: " in text and "bound by OMP_PROC_BIND=close" in text
+    monkeypatch.delenv("OMP_PROC_BIND")
+    assert "single threads not pinned" in quiet((), "cpu")[1]
+
+
+def test_every_case_prints_the_command_that_repeats_it(fake):
+    fake(make_kernel())
+    outcome, text = quiet((), "cpu", {"tokens": [64, 128]})
+    for number, case in enumerate(outcome.document["cases"], 1):
+        assert f"{number}  {case['command']}" in text.splitlines()
+
+
+def test_profile_runs_one_case_once(fake, monkeypatch):
+    ran = []
+
+    def operator(x, *, out=None, backend=None):
+        ran.append(x.shape[0])
+        return doubled(x, out=out)
+
+    fake(make_kernel(operator=operator))
+    monkeypatch.setattr(cpu.Cpu, "profiled", lambda self, call: (ran.append("profiled"), call()))
+    assert bench.profile(["fake.double"], "cpu", {"tokens": ["1K"]}).startswith("fake.double on cpu, tokens=1024")
+    assert ran == [1024, "profiled", 1024]
+    with pytest.raises(ValueError, match="--profile: expected one case, got 2"):
+        bench.profile(["fake.double"], "cpu", {"tokens": [1, 2]})
+
+
+# ---- suites ----------------------------------------------------------------------------------------------------------
+
+def test_suites_find_their_kernels_in_the_registry():
+    found = {name: [kernel.name for kernel in registry.select() if suite.belongs(kernel)]
+             for name, suite in suites.SUITES.items()}
+    assert {"attention.decode", "turboquant.decode_attention"} <= set(found["decode"])
+    assert "turboquant.encode" in found["encode"] and "attention.merge" not in found["decode"]
+    assert found["smoke"] == [kernel.name for kernel in registry.select()]
+    for name in found:                     # every axis of a suite is one that its kernels have, as the checks demand
+        kernels = [registry.get(kernel) for kernel in found[name]]
+        if kernels:
+            axes.check(kernels, suites.axes_of(name, kernels, {}))
+
+
+def test_the_command_line_overrides_a_suite():
+    kernels = [registry.get("attention.decode")]
+    assert suites.axes_of("decode", kernels, {"tokens": ["8"]}) == {"heads": ("32:8",)}
+    assert suites.axes_of("decode", kernels, {"group": ["8"]}) == {"tokens": (4096, 32768, 131072)}
+    assert suites.axes_of("encode", kernels, {"heads": ["8:2"]}) == {"tokens": (32768,)}
+
+
+def test_a_suite_runs_its_kernels_on_its_axes(fake):
+    def attend(x, *, return_lse=False, out=None, backend=None):
+        return doubled(x, out=out)
+
+    fake(make_kernel())
+    fake(make_kernel("fake.attend", operator=attend))
+    fake(make_kernel("fake.attend_elsewhere", operator=attend, backends=("reference",)))
+    fake(make_kernel("fake.other", backends=("reference",)))
+    outcome, _ = quiet((), "cpu", {"tokens": [8]}, suite="decode")
+    assert [case["kernel"] for case in outcome.document["cases"]] == ["fake.attend"]
+    assert [entry["kernel"] for entry in outcome.document["skipped"]] == ["fake.attend_elsewhere"]
+    problem = outcome.document["cases"][0]["problem"]
+    assert (problem["kv_heads"], problem["group"], problem["tokens"]) == (8, 4, 8)
+    assert outcome.document["command"].startswith("kvbench bench --suite decode --backend cpu")
+
+
+@pytest.mark.parametrize("suite, words", [("decod", "unknown suite 'decod'; did you mean decode"),
+                                          ("select", "has none of fake.double")])
+def test_wrong_suites_are_refused(fake, suite, words):
+    fake(make_kernel())
+    with pytest.raises(ValueError, match=words):
+        quiet((), "cpu", suite=suite)
+
+
+def test_the_overview_names_all_there_is_to_choose(monkeypatch):
+    monkeypatch.setattr(baselines, "missing", lambda record: "flashinfer is not installed" if record.library else None)
+    text = overview.text()
+    for kernel in registry.select():
+        assert f"  {kernel.name}  [" in text
+    for record in baselines.BASELINES:
+        assert f"  {record.name} (" in text and record.summary in text
+    assert "missing here: flashinfer is not installed" in text and "heads: query:KV heads" in text
+    assert "turboquant.encode" not in overview.text(["attention"])
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
 def test_outputs_and_workspace_are_handed_in_again():
     seen = []
 
@@ -416,6 +620,17 @@ def test_speedup_is_over_the_best_right_baseline(fake, monkeypatch):
     assert "2.50x the speed of good" in text
 
 
+def test_a_cache_in_a_smaller_type_is_shown_but_no_yardstick(fake, monkeypatch):
+    fake(make_kernel())
+    monkeypatch.setattr(baselines, "BASELINES", tuple(
+        baselines.Baseline(name, "fake.double", ("cpu",), "numpy", baseline_of(seconds, factor), "", storage=storage)
+        for name, seconds, factor, storage in (("exact", 160e-6, 2, None), ("fp8", 16e-6, 2.1, "float8_e4m3fn"))))
+    case, = quiet((), "cpu", baselines=["all"])[0].document["cases"]
+    assert case["best_baseline"] == "exact" and case["speedup"] == pytest.approx(2.5)
+    assert [entry["storage"] for entry in case["baselines"]] == [None, "float8_e4m3fn"]
+    assert case["baselines"][1]["cold"]["median_us"] == pytest.approx(16)      # 5 % off, as fp8 may be
+
+
 def test_a_missing_baseline_is_named_with_the_reason(fake, monkeypatch):
     def missing(inputs):
         raise baselines.Missing("quickattention is not installed")
@@ -486,6 +701,104 @@ def test_cpu_baselines_do_the_work_of_rotate(name, seed, inverse, **problem):
     comparison, limit = check.Check(kernel, problem, inputs), baselines.allowed_error(inputs)
     assert comparison.closeness(record.prepare(inputs)(), limit).agrees
     assert not comparison.closeness(record.prepare(inputs | {"inverse": not inverse})(), limit).agrees
+
+
+def test_baselines_of_exact_attention_serve_every_kernel_with_decoded_keys(fake):
+    given = []
+
+    def exact(inputs, dtype):
+        given.append(dtype)
+        return {"keys": inputs["x"], "values": inputs["x"]}
+
+    kernel = make_kernel(exact=exact)
+    assert baselines.of(make_kernel(), "cuda", ["torch-cudnn"]) == []
+    assert [record.name for record in baselines.of(kernel, "cuda", ["torch-cudnn", "kvbench-exact"])] \
+        == ["torch-cudnn", "kvbench-exact"]
+    assert baselines.of(make_kernel("attention.decode"), "cuda", ["kvbench-exact"]) == []
+    record, = baselines.of(kernel, "cpu", ["numpy"])
+    inputs = {"query": np.ones((1, 2, 4), np.float16), "x": np.ones((1, 1, 3, 4), np.float32), "scale": 0.5}
+    on_host = baselines.inputs_of(record, kernel, inputs, "cpu")
+    assert on_host["query"].dtype == np.float32 and on_host["scale"] == 0.5 and on_host["lengths"] is None
+    assert baselines.inputs_of(record, kernel, inputs, "cuda")["query"] is inputs["query"]
+    assert given == ["float32", "float16"]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "kvbench-exact"])
+def test_cpu_baselines_do_the_work_of_attention_on_codes(name):
+    if name == "torch":
+        pytest.importorskip("torch")
+    for kernel in registry.select():
+        if kernel.exact is None:
+            continue
+        problem = kernel.problem(tokens=40, kv_heads=2, head_dim=64)
+        inputs = kernel.inputs(problem, np.random.default_rng(0))
+        record, = baselines.of(kernel, "cpu", [name])
+        given = baselines.inputs_of(record, kernel, inputs, "cpu")
+        limit = baselines.allowed_error(given)
+        verdict = check.Check(kernel, problem, inputs).closeness(record.prepare(given)(), limit)
+        assert verdict.agrees, verdict.failure
+
+
+class FlashInfer(types.SimpleNamespace):
+    """FlashInfer's two functions with their own names of arguments, computed by PyTorch on the CPU."""
+
+    @staticmethod
+    def attend(query, keys, values, scale):
+        import torch
+
+        group = query.shape[0] // keys.shape[0]
+        keys, values = (x.float().repeat_interleave(group, 0) for x in (keys, values))
+        weights = torch.softmax(torch.einsum("hd,htd->ht", query.float(), keys) * scale, -1)
+        return torch.einsum("ht,htd->hd", weights, values).to(query.dtype)
+
+    @classmethod
+    def single_decode_with_kv_cache(cls, q, k, v, kv_layout="NHD", use_tensor_cores=False, sm_scale=None):
+        assert kv_layout == "HND"
+        return cls.attend(q, k, v, sm_scale)
+
+    class BatchDecodeWithPagedKVCacheWrapper:
+        def __init__(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False):
+            assert kv_layout == "HND" and not float_workspace_buffer.any()
+
+        def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
+                 q_data_type=None, kv_data_type=None, sm_scale=None):
+            assert (last_page_len == page_size).all()
+            self.pages = [indices[start:end].long() for start, end in zip(indptr[:-1], indptr[1:])]
+            self.scale, self.dtype, self.shape = sm_scale, kv_data_type, (num_kv_heads, page_size, head_dim)
+
+        def run(self, q, paged_kv_cache):
+            import torch
+
+            assert all(part.dtype == self.dtype and part.shape[1:] == self.shape for part in paged_kv_cache)
+            rows = [FlashInfer.attend(q[b], *(part.float()[pages].transpose(0, 1).flatten(1, 2)
+                                              for part in paged_kv_cache), self.scale)
+                    for b, pages in enumerate(self.pages)]
+            return torch.stack(rows)
+
+
+FLASHINFER = [record for record in baselines.BASELINES if record.library == "flashinfer"]
+
+
+@pytest.mark.parametrize("record", FLASHINFER, ids=lambda record: record.name)
+def test_flashinfer_baselines_do_the_work_of_decode(record, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "flashinfer", FlashInfer())
+    monkeypatch.setattr(baselines, "WORKSPACE_BYTES", 16)
+    kernel = registry.get("attention.decode")
+    batch = 2 if "batch" in record.name else 1
+    problem = kernel.problem(tokens=48, batch=batch, kv_heads=2, group=3, head_dim=64)
+    inputs = kernel.inputs(problem, np.random.default_rng(0))
+    verdict = check.Check(kernel, problem, inputs).closeness(record.prepare(inputs)(),
+                                                             baselines.allowed_error(inputs, record.storage))
+    assert verdict.agrees, verdict.failure
+    assert (verdict.error > 0.01) == (record.storage is not None)          # fp8 is fp8
+    refused = kernel.problem(tokens=47, batch=3 - batch, kv_heads=2, head_dim=64)
+    with pytest.raises(baselines.Missing, match="whole pages of 16|takes batch 1"):
+        record.prepare(kernel.inputs(refused, np.random.default_rng(0)))
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(baselines.Missing, match="flashinfer is not installed"):
+        record.prepare(inputs)
+    assert "flashinfer is not installed" in baselines.missing(record)
 
 
 def test_ragged_lengths_are_beyond_the_baselines():
@@ -793,6 +1106,27 @@ def test_the_file_is_there_after_every_case(fake, tmp_path):
     assert sorted(set(seen)) == [0, 1, 2] and bench.load(path).document == outcome.document
 
 
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def test_csv_has_a_line_for_every_contender(document):
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv([document, document]))))
+    assert [row["contender"] for row in rows] == ["a.right", "good", "b.wrong"] * 2
+    right, good, wrong_row = rows[:3]
+    assert right["kernel"] == good["kernel"] == "a.right" and right["tokens"] == "64" and right["agrees"] == "True"
+    assert float(right["cold_median_us"]) == pytest.approx(64) and float(good["cold_median_us"]) == pytest.approx(1000)
+    assert float(right["speedup"]) == pytest.approx(1000 / 64, rel=1e-3) and right["best_baseline"] == "good"
+    assert wrong_row["cold_median_us"] == "" and "WRONG" in wrong_row["remarks"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: path.stem)
+def test_committed_results_can_be_read_and_shown(path):
+    document = bench.load(path).document
+    text = tables.as_markdown(document)
+    assert all(case["command"] in text for case in document["cases"])
+    assert len(tables.as_csv([document]).splitlines()) == 1 + sum(1 + len(c["baselines"]) for c in document["cases"])
+
+
 # ---- the GPU stopwatch, on a device of our own making ----------------------------------------------------------------
 
 class FakeGpu:
@@ -895,6 +1229,39 @@ def test_a_graph_that_captured_nothing_shows():
     stopwatch.poison()
     stopwatch.once()
     assert np.isnan(stopwatch.result).all()
+
+
+def test_the_clock_is_cycles_over_nanoseconds():
+    launched = []
+    device = object.__new__(gpu.Gpu)
+    device.stream = io.StringIO()          # any context manager
+    found = types.SimpleNamespace(get=lambda stream: np.array([2_000_100, 1_010_152]))
+    device.cupy = types.SimpleNamespace(zeros=lambda count, dtype: found)
+    device.__dict__["_module"] = types.SimpleNamespace(
+        get_function=lambda name: lambda grid, block, arguments: launched.append((name, grid, block, *arguments)))
+    assert device.clock_mhz() == pytest.approx(1980.0, rel=1e-4)
+    assert launched == [("spin", (1,), (1,), gpu.SPIN_CYCLES, found)]
+
+
+def test_a_profiler_sees_the_call_alone():
+    log = []
+    device = object.__new__(gpu.Gpu)
+    device.stream = types.SimpleNamespace(synchronize=lambda: log.append("wait"))
+    device.cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(
+        profilerStart=lambda: log.append("start"), profilerStop=lambda: log.append("stop"))))
+    device.profiled(lambda: log.append("call"))
+    assert log == ["wait", "start", "call", "wait", "stop"]
+
+
+def test_device_memory_is_what_was_allocated_at_most():
+    cupy = pytest.importorskip("cupy")
+    seen = gpu.allocations(cupy)
+    with seen:                             # CuPy takes it for a hook of its own
+        pass
+    for step, pointer, size in [("malloc", 1, 512), ("malloc", 2, 1024), ("free", 1, 512), ("malloc", 3, 600),
+                                ("free", 99, 10**9), ("free", 2, 1024), ("malloc", 4, 512)]:   # 99: from before
+        getattr(seen, f"{step}_postprocess")(device_id=0, size=size, mem_size=size, mem_ptr=pointer, pmem_id=0)
+    assert seen.peak == 1024 + 600 and seen.in_use == 600 + 512
 
 
 def test_large_draws_come_from_the_device():

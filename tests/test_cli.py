@@ -112,13 +112,25 @@ def test_verify_takes_every_backend_of_this_machine():
 def test_bench_writes_what_it_prints(tmp_path):
     path = tmp_path / "bench.json"
     printed = held("bench", "rotation.rotate", "--backend", "cpu", *TINY, "--axis", "dtype=float16,float32", "--quick",
-                   "--json", path).stdout
+                   "--json", path, "--csv", tmp_path / "bench.csv", "--markdown", tmp_path / "bench.md").stdout
     document = json.loads(path.read_text())
     bench.validate(document)
     assert document["complete"] and document["quick"]
     assert [case["problem"]["dtype"] for case in document["cases"]] == ["float16", "float32"]
     assert all(case["problem"]["tokens"] == 64 for case in document["cases"])
     assert printed.count("| rotation.rotate ") == 2
+    assert (tmp_path / "bench.csv").read_text().count("\n") == 3
+    assert (tmp_path / "bench.md").read_text() in printed
+
+
+def test_bench_lists_what_there_is_to_choose():
+    printed = held("bench", "--list").stdout
+    assert "--suite NAME" in printed and "  torch-cudnn (cuda): " in printed and "  rotation.rotate  [" in printed
+
+
+def test_bench_profiles_one_case():
+    printed = held("bench", "rotation.rotate", "--profile", "--backend", "cpu", *TINY).stdout
+    assert printed.startswith("ran once: rotation.rotate on cpu, tokens=64")
 
 
 def test_version_and_help():
@@ -138,6 +150,9 @@ def test_version_and_help():
     (["bench", "rotation", "--backend", "cpu", "--axis", "tokens=many"], "positive integer"),
     (["bench", "rotation", "--backend", "cpu", "--baseline", "numy"], "did you mean numpy"),
     (["bench", "--backend", "simt"], "never timed"),
+    (["bench", "--suite", "decod"], "did you mean decode"),
+    (["bench", "attention", "--profile", "--backend", "cpu"], "expected one case, got 2"),
+    (["bench", "--csv", "/nowhere/results.csv"], "expected a file in an existing folder"),
     (["prove", "rotatio"], "did you mean rotation"),
     (["prove", "--samples", "0"], "expected a positive integer, got '0'"),
     (["prove", "--seed", "-1"], "expected a non-negative integer"),

@@ -66,7 +66,7 @@ def duplicate(inputs, device: arrays.Device):
 
 
 def input_sets(size: int, cache_bytes: int, most: int) -> int | None:
-    """Sets of `size` bytes that fill twice the cache; None for one that does so by itself, and where `most` would not."""
+    """How many sets of `size` bytes fill twice the cache; None where one does, and where more than `most` would."""
     sets = -(-2 * cache_bytes // max(size, 1))
     return sets if 1 < sets <= most else None
 

@@ -195,13 +195,15 @@ class _Driver:
         hot = timing.measure(stopwatch.hot, self.rule).summary()
         clocks.append(self.place.clock_mhz())
         # Once more: a kernel that leaves a counter or a workspace behind is right the first time only.
-        verdict = self._judge(stopwatch, agree)
-        if verdict.agrees:
-            timed |= self._rotating(name, prepare, call, inputs, framework)
-            if timed["rotating"]:
-                verdict = self._judge(stopwatch, agree)
+        when, verdict = "after many calls", self._judge(stopwatch, agree)
+        sets = calls.input_sets(calls.input_bytes(inputs), self.place.cache_bytes, MOST_INPUT_SETS)
+        if verdict.agrees and sets is not None:
+            self.progress(f"{self.step}: {name}, {sets} sets of inputs")
+            timed["input_sets"] = sets
+            timed["rotating"], verdict = self._rotating(prepare, call, inputs, sets, framework, agree)
+            when = "on another set of inputs"
         if not verdict.agrees:
-            failure = {**verdict.summary(), "failure": f"after many calls: {verdict.failure}"}
+            failure = {**verdict.summary(), "failure": f"{when}: {verdict.failure}"}
             return {**timed, "rotating": None, "checked": failure, "error": verdict.error}
         speed = yardsticks.gbps(traffic.bytes_moved, cold["median_us"])
         attainable = yardsticks.attainable_us(self.yardsticks, traffic.bytes_moved)
@@ -210,19 +212,17 @@ class _Driver:
                 "percent_of_attainable": round(100 * attainable / cold["median_us"], 2)
                 if attainable and cold["median_us"] else None}
 
-    def _rotating(self, name, prepare, call, inputs, framework) -> dict:
-        """Back-to-back calls on several sets of inputs that together do not fit the cache: a time per call."""
-        sets = calls.input_sets(calls.input_bytes(inputs), self.place.cache_bytes, MOST_INPUT_SETS)
-        if sets is None:
-            return {"rotating": None, "input_sets": None}
-        self.progress(f"{self.step}: {name}, {sets} sets of inputs")
+    def _rotating(self, prepare, call, inputs, sets, framework, agree) -> tuple[dict, Verdict]:
+        """Back-to-back calls on `sets` sets of inputs: the time per call, and whether all results are right."""
         with self.place.current(framework):
             others = [prepare(calls.duplicate(inputs, self.place.device)) for _ in range(sets - 1)]
         stopwatch = self.place.stopwatch(calls.Rotating([call, *others]), framework)
         samples = timing.measure(lambda count: [seconds / sets for seconds in stopwatch.hot(count)], self.rule)
-        return {"rotating": samples.summary(), "input_sets": sets}
+        verdicts = self._judge(stopwatch, lambda results: [agree(result) for result in results])
+        return samples.summary(), next((verdict for verdict in verdicts if not verdict.agrees), verdicts[0])
 
-    def _judge(self, stopwatch, agree) -> Verdict:
+    def _judge(self, stopwatch, agree):
+        """What `agree` says of a result of which every byte was written just now."""
         stopwatch.poison()
         stopwatch.once()
         return agree(stopwatch.result)

@@ -16,7 +16,7 @@ def text(names: Sequence[str] = ()) -> str:
         given = "; ".join(f"{axis}={','.join(map(str, values))}" for axis, values in suite.axes.items())
         members = ", ".join(kernel.name for kernel in kernels if suite.belongs(kernel)) or "none"
         lines += [f"  {name}: {suite.summary}", f"      on {given}{', quick' if suite.quick else ''}: {members}"]
-    lines += ["", "kernels and their axes (--axis NAME=V1,V2); the first value is the default, and numbers may be others"]
+    lines += ["", "kernels and their axes (--axis NAME=V1,V2); defaults first; other numbers work, too"]
     for kernel in kernels:
         lines.append(f"  {kernel.name}  [{', '.join(kernel.backends)}]")
         lines += [f"      {axis}: {', '.join(map(str, kernel.axes[axis]))}" if axis in kernel.axes

@@ -31,10 +31,10 @@ class Live:
                                  for name, entry in measured.items()))
         if not document["machine"].get("gpu"):
             self._report(cpu_use(document["machine"]))
-        self._report("cold: caches flushed before each sample; GB/s, % and +-% belong to it; hot: back to back; rotating: "
-                     "the same on\nseveral sets of inputs, where one would stay in the cache; % roof: of the time that an "
-                     f"empty kernel ({yardsticks.launch_floor_us(measured):.2f} us)\nor moving the bytes at the measured "
-                     "rate would take; MB: most memory beyond the inputs\n")
+        self._report("cold: caches flushed before each sample; GB/s, % and +-% belong to it; hot: back to back; "
+                     "rotating: the same on\nseveral sets of inputs, where one would stay in the cache; % roof: of the "
+                     f"time that an empty kernel ({yardsticks.launch_floor_us(measured):.2f} us)\nor moving the bytes "
+                     "at the measured rate would take; MB: most memory beyond the inputs\n")
         self._line([title for title, _, _ in self._columns])
         self._report("|" + "|".join("-" * (width + 1) + (":" if pad is str.rjust else "-")
                                     for _, width, pad in self._columns) + "|")
