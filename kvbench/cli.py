@@ -68,6 +68,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     demo = command(_demo, "the main job on real keys and values: every preset: bytes, error, time; a page to look at")
     demo.add_argument("--html", type=_output_path, default=Path("kvbench-demo.html"), metavar="PATH",
                       help="where the page goes (default: kvbench-demo.html)")
+    json_path(demo)
 
     listing = command(_list, "kernels x backends")
     listing.add_argument("--json", action="store_true", help="print JSON")
@@ -117,6 +118,7 @@ def _demo(options) -> int:
 
     shown = demo.run(_progress)
     options.html.write_text(shown.page, encoding="utf-8")
+    _write_json(options.json, shown.document)
     print(table(shown.head, shown.rows, "l" + "r" * (len(shown.head) - 1)))
     print("", *(f"{term:<12} {meaning}" for term, meaning in shown.legend.items()), sep="\n")
     print(f"\nA page to look at: {options.html.resolve()}")

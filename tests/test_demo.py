@@ -1,4 +1,5 @@
 """The demo: the sample and the tool that cut it, what is measured, the pictures, and a page that needs nothing else."""
+import json
 import re
 import shutil
 import subprocess
@@ -167,7 +168,7 @@ def test_measured_numbers_mean_what_they_say(monkeypatch):
 # ---- pictures and page
 
 def outcome(preset, nbytes, error):
-    return measurement.Outcome(preset, nbytes, 100, 12800, error, 0.1, 1.0, 10.0)
+    return measurement.Outcome(preset, nbytes, 100, 12800, error, 0.1, 1.0, 10.0, 3.0, 8.0)
 
 
 def test_pictures_are_well_formed_and_take_their_colours_from_the_page():
@@ -216,10 +217,10 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([sys.executable, "-m", "kvbench.cli", "demo"], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "kvbench.cli", "demo", "--json", "demo.json"], cwd=folder, capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout, (folder / "kvbench-demo.html").read_text(encoding="utf-8")
+    return done.stdout, *((folder / name).read_text(encoding="utf-8") for name in ("kvbench-demo.html", "demo.json"))
 
 
 def test_page_needs_nothing_else(demo):
@@ -237,13 +238,24 @@ def table_rows(text) -> list[list[str]]:
 
 
 def test_page_and_terminal_show_the_same_table(demo):
-    printed, page = demo
+    printed, page, _ = demo
     head, _, *rows = table_rows(printed)
     assert [row[0] for row in rows] == list(measurement.CACHES)
     assert "".join(f"<th>{cell}</th>" for cell in head) in page
     for row in rows:
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
     assert "kvbench-demo.html" in printed
+
+
+def test_json_holds_what_the_table_shows(demo):
+    document = json.loads(demo[2])
+    assert document["schema"] == "kvbench.demo/1" and document["machine"] and document["sample"] == data.sample().metadata
+    head, _, *rows = table_rows(demo[0])
+    for row, outcome in zip(rows, document["outcomes"], strict=True):
+        shown = dict(zip(head, row))
+        assert shown["preset"] == outcome["preset"] and shown["bytes"] == f"{outcome['nbytes']:,}"
+        assert shown["bits"] == f"{outcome['bits_per_element']:.2f}" and shown["step us"] == f"{outcome['step_us']:.0f}"
+        assert outcome["append_us"] > 0 and outcome["attend_us"] > 0
 
 
 def test_exact_presets_lose_rounding_only(demo):

@@ -1,17 +1,24 @@
 """`kvbench demo`: every preset on real keys and values, as a table and as one page to look at."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+from kvbench import __version__
+
+
+SCHEMA_VERSION = "kvbench.demo/1"
+
 
 class Demo(NamedTuple):
-    """What the command shows: a table, what its columns mean, and the text of the page."""
+    """What the command shows: a table, what its columns mean, the text of the page, and all of it as JSON."""
 
     head: list[str]
     rows: list[list[str]]
     legend: dict[str, str]
     page: str
+    document: dict
 
 
 def run(progress: Callable[[str], None]) -> Demo:
@@ -34,4 +41,8 @@ def run(progress: Callable[[str], None]) -> Demo:
         "prompt ms": f"time to append the prompt, best of a few passes, backend {backend} on {machine}",
         "step us": "median time of one decode step (append a token, attend, wait for the result) in the best pass",
     }
-    return Demo(head, rows, legend, page.render(sample, outcomes, head, rows, legend, machine))
+    document = {"schema": SCHEMA_VERSION, "kvbench": __version__, "machine": machine, "backend": backend,
+                "sample": dict(sample.metadata),
+                "outcomes": [{**dataclasses.asdict(o), "bytes_per_token": o.bytes_per_token,
+                              "bits_per_element": o.bits_per_element} for o in outcomes]}
+    return Demo(head, rows, legend, page.render(sample, outcomes, head, rows, legend, machine), document)

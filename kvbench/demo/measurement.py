@@ -34,6 +34,8 @@ class Outcome:
     prompt_ms      time to append the prompt
     step_us        median time of one decode step: append a token, attend, wait for the result
                    (both of the quickest of a few passes: other programs on the machine only ever add)
+    append_us      the parts of a step in a pass that waits for each: what they overlap in step_us, if they do, is in
+    attend_us      both
     """
 
     preset: str
@@ -44,6 +46,8 @@ class Outcome:
     logit_error: float
     prompt_ms: float
     step_us: float
+    append_us: float
+    attend_us: float
 
     @property
     def bytes_per_token(self) -> float:
@@ -103,28 +107,38 @@ def _measure_preset(preset, sample, exact, backend) -> Outcome:
     steps = decode_steps(sample)
     queries = [arrays.upload(np.ascontiguousarray(sample.queries[:, :, step]), device) for step, _ in steps]
     prompt = steps[0][1]
-    prompt_times, step_times = [], []
-    for _ in range(1 + TIMED_PASSES):           # the first pass compiles, and is never the quickest
+    prompt_times, step_times, part_times = [], [], []
+
+    def wait():
+        keys.narrow(2, 0, 1).to_host()
+
+    # The first pass compiles, and is never the quickest; the last waits between the parts of a step.
+    for parts_apart in [False] * (1 + TIMED_PASSES) + [True]:
         cache = CACHES[preset](batch=1, kv_heads=kv_heads, q_heads=sample.queries.shape[1], head_dim=head_dim,
                                capacity=tokens, device=device)
         start = time.perf_counter()
         cache.append(keys.narrow(2, 0, prompt), values.narrow(2, 0, prompt))
-        keys.narrow(2, 0, 1).to_host()          # waits for the device
+        wait()
         prompt_times.append(time.perf_counter() - start)
         outputs, times = [], []
         for step, position in steps:
             start = time.perf_counter()
             cache.append(keys.narrow(2, position, position + 1), values.narrow(2, position, position + 1))
+            if parts_apart:
+                wait()
+            middle = time.perf_counter()
             output = cache.attend(queries[step])
             outputs.append(arrays.borrow(output, "output").to_host()[0])
-            times.append(time.perf_counter() - start)
-        step_times.append(float(np.median(times)))
+            times.append((middle - start, time.perf_counter() - middle))
+        (part_times if parts_apart else step_times).append(np.array(times))
     difference = np.stack(outputs).astype(np.float64) - exact
     logits = arrays.borrow(cache.keys.logits(queries[-1], cache.keys.encode(keys)), "logits").to_host()[0]
     logit_difference = logits - sample.queries[0, :, -1].astype(np.float64) @ sample.keys[0, 0].T * head_dim**-0.5
     return Outcome(preset, cache.nbytes, len(cache), 2 * kv_heads * len(cache) * head_dim,
                    float(np.linalg.norm(difference) / np.linalg.norm(exact)),
-                   float(np.abs(logit_difference).max()), 1e3 * min(prompt_times), 1e6 * min(step_times))
+                   float(np.abs(logit_difference).max()), 1e3 * min(prompt_times),
+                   1e6 * min(float(np.median(times.sum(axis=1))) for times in step_times),
+                   *(1e6 * np.median(part_times[0], axis=0)).tolist())
 
 
 def decode_steps(sample: Sample) -> list[tuple[int, int]]:
