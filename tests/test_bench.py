@@ -703,8 +703,13 @@ def test_cpu_baselines_do_the_work_of_rotate(name, seed, inverse, **problem):
     assert not comparison.closeness(record.prepare(inputs | {"inverse": not inverse})(), limit).agrees
 
 
-def test_baselines_of_exact_attention_serve_every_kernel_with_decoded_keys(fake):
-    given = []
+def test_baselines_of_exact_attention_serve_every_kernel_with_decoded_keys():
+    codes, plain = registry.get("turboquant.decode_attention"), registry.get("attention.decode")
+    given, record = [], next(record for record in baselines.BASELINES if record.name == "torch-cudnn")
+    problem, on_cpu = codes.problem(tokens=64), plain.problem(tokens=64, dtype="float32")
+    assert baselines.bytes_moved(record, codes, problem, "cuda") == plain.traffic(plain.problem(tokens=64)).bytes_moved
+    assert baselines.bytes_moved(record, codes, problem, "cpu") == plain.traffic(on_cpu).bytes_moved
+    assert baselines.bytes_moved(FLASHINFER[2], codes, problem, "cuda") is None        # fp8
 
     def exact(inputs, dtype):
         given.append(dtype)
@@ -737,6 +742,9 @@ def test_cpu_baselines_do_the_work_of_attention_on_codes(name):
         limit = baselines.allowed_error(given)
         verdict = check.Check(kernel, problem, inputs).closeness(record.prepare(given)(), limit)
         assert verdict.agrees, verdict.failure
+
+
+FLASHINFER = [record for record in baselines.BASELINES if record.library == "flashinfer"]
 
 
 class FlashInfer(types.SimpleNamespace):
@@ -776,7 +784,6 @@ class FlashInfer(types.SimpleNamespace):
             return torch.stack(rows)
 
 
-FLASHINFER = [record for record in baselines.BASELINES if record.library == "flashinfer"]
 
 
 @pytest.mark.parametrize("record", FLASHINFER, ids=lambda record: record.name)
@@ -1024,7 +1031,7 @@ def test_both_validators_agree_on_broken_results(document):
                 parent = parent[key]
             value = parent[path[-1]]
             if change == "remove" and isinstance(parent, dict) and path[0] != "yardsticks" \
-                    and path[-1] not in (*results._TIMED_LATER, "storage"):
+                    and path[-1] not in (*results._TIMED_LATER, "storage", "bytes_moved"):
                 del parent[path[-1]]
             elif change == "type":
                 parent[path[-1]] = {"an": "object"} if not isinstance(value, dict) else [1]

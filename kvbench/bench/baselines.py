@@ -14,7 +14,7 @@ import numpy as np
 
 from kvbench import arrays
 from kvbench.ops import attention
-from kvbench.registry import Kernel, nearest
+from kvbench.registry import Kernel, get, nearest
 
 EXACT = "attention.decode"     # the kernel whose baselines are those of every kernel with `exact`
 PAGE_TOKENS = 16               # FlashInfer's batch decode reads pages; 16 tokens is what serving systems use
@@ -97,6 +97,17 @@ def inputs_of(baseline: Baseline, kernel: Kernel, inputs: dict, device: str) -> 
         query = query.astype(np.float32)
     return {"query": query, "lengths": inputs.get("lengths"), "scale": inputs.get("scale"),
             **kernel.exact(inputs, dtype)}
+
+
+def bytes_moved(baseline: Baseline, kernel: Kernel, problem: dict, device: str) -> int | None:
+    """The least that this way of doing the work must move; None where it holds keys and values in a type of its own."""
+    if baseline.storage is not None:
+        return None
+    if baseline.kernel == kernel.name:
+        return kernel.traffic(problem).bytes_moved
+    exact = get(EXACT)
+    shape = {axis: value for axis, value in problem.items() if axis in exact.axes}
+    return exact.traffic(exact.problem(**shape | ({"dtype": "float32"} if device == "cpu" else {}))).bytes_moved
 
 
 def allowed_error(inputs: dict, storage: str | None = None) -> float:

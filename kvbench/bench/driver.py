@@ -141,10 +141,10 @@ class _Driver:
             check = Check(kernel, problem, inputs, self.seed, self.check_seconds)
             case |= self._time(
                 kernel.name, lambda given: OperatorCall(kernel.operator, self.backend, given, problem, self.place),
-                inputs, self.place.framework, check.agreement, traffic)
+                inputs, self.place.framework, check.agreement, traffic.bytes_moved)
             case["state"] = self.place.state()
             if case["cold"] is not None:
-                case["baselines"] = [self._baseline(record, kernel, inputs, check, traffic)
+                case["baselines"] = [self._baseline(record, kernel, problem, inputs, check)
                                      for record in baseline_records.of(kernel, self.place.kind, self.wanted)]
         except Exception as error:     # one case that cannot run must not cost the others: it is a failure of its own
             case |= _untimed(checked=Verdict(False, _one_line(error), None, (), 0).summary())
@@ -158,20 +158,22 @@ class _Driver:
             case["speedup"] = round(best["cold"]["median_us"] / case["cold"]["median_us"], 4)
         return case
 
-    def _baseline(self, record, kernel, inputs, check, traffic) -> dict:
-        entry = {"name": record.name, "storage": record.storage, "missing": None, **_untimed()}
+    def _baseline(self, record, kernel, problem, inputs, check) -> dict:
+        moved = baseline_records.bytes_moved(record, kernel, problem, self.place.kind)
+        entry = {"name": record.name, "storage": record.storage, "bytes_moved": moved, "missing": None, **_untimed()}
         try:
             given = baseline_records.inputs_of(record, kernel, inputs, self.place.kind)
             limit = baseline_records.allowed_error(given, record.storage)
             entry |= self._time(record.name, record.prepare, given, record.framework,
-                                lambda result: check.closeness(result, limit), traffic)
+                                lambda result: check.closeness(result, limit), moved)
         except baseline_records.Missing as reason:
             entry["missing"] = str(reason)
         except Exception as error:     # a library that refuses this case: a dtype, a head size, a part it lacks
             entry["missing"] = f"refuses this case: {_one_line(error)}"
         return entry
 
-    def _time(self, name: str, prepare: Callable, inputs: dict, framework: str, agree: Callable, traffic) -> dict:
+    def _time(self, name: str, prepare: Callable, inputs: dict, framework: str, agree: Callable,
+              moved: int | None) -> dict:
         """Check, time cold and hot, check again; no time is kept unless both checks hold.
 
         prepare(inputs) -> a call without arguments: the contender.
@@ -205,8 +207,8 @@ class _Driver:
         if not verdict.agrees:
             failure = {**verdict.summary(), "failure": f"{when}: {verdict.failure}"}
             return {**timed, "rotating": None, "checked": failure, "error": verdict.error}
-        speed = yardsticks.gbps(traffic.bytes_moved, cold["median_us"])
-        attainable = yardsticks.attainable_us(self.yardsticks, traffic.bytes_moved)
+        speed = None if moved is None else yardsticks.gbps(moved, cold["median_us"])
+        attainable = None if moved is None else yardsticks.attainable_us(self.yardsticks, moved)
         return {**timed, "cold": cold, "hot": hot, "gbps": speed, "percent_of_copy": self._percent(speed, "copy"),
                 "percent_of_read": self._percent(speed, "read"), "clock": self._clock(clocks),
                 "percent_of_attainable": round(100 * attainable / cold["median_us"], 2)
