@@ -120,6 +120,7 @@ setup(
     include_package_data=False,  # the list below alone decides
     package_data={
         "kvbench": ["data/*"],
+        "kvbench.report": ["*.css", "*.js"],
         "kvbench.cuda_src": ["*.cu", "include/**/*"],
         "kvbench.bindings": ["*.cpp", "*.h"],
     },

@@ -1,6 +1,6 @@
 """The command line.
 
-    kvbench doctor | demo | list | prove | verify | bench
+    kvbench doctor | demo | list | prove | verify | bench | report
 
 Exit status: 0 all held; 1 something measured fell short; 2 wrong usage or a backend that this machine lacks; 130 after
 Ctrl-C, with what was done until then printed and written.  Results go to stdout, progress and errors to stderr.
@@ -100,6 +100,16 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     json_path(bench)
     bench.add_argument("--csv", type=_output_path, metavar="PATH", help="also write the results as CSV")
     bench.add_argument("--markdown", type=_output_path, metavar="PATH", help="also write the printed table")
+
+    report = command(_report, "results as a table or a page, and compared with earlier ones")
+    report.add_argument("results", nargs="+", metavar="RESULTS.json",
+                        help="of kvbench bench; for errors against bytes also of kvbench demo or eval")
+    report.add_argument("--html", type=_output_path, metavar="PATH", help="write one page that needs nothing else")
+    report.add_argument("--csv", type=_output_path, metavar="PATH", help="write every contender and case as CSV")
+    report.add_argument("--compare", nargs="+", metavar="OTHER.json",
+                        help="earlier results: faster, slower, same or unclear per case; exit status 1 if any is slower")
+    report.add_argument("--margin", type=_percent, default=0.02, metavar="PERCENT",
+                        help="differences up to this are none (default: 2)")
     return parser, list(commands.choices)
 
 
@@ -220,6 +230,34 @@ def _bench(options) -> int:
     return done.exit_status
 
 
+def _report(options) -> int:
+    from kvbench.bench import results, tables
+    from kvbench.report import compare, contents, page
+
+    runs, fidelity = contents.load(options.results)
+    comparison = None
+    if options.compare:
+        earlier, _ = contents.load(options.compare)
+        comparison = compare.compare(runs, earlier, options.margin)
+    if options.csv:
+        results.write_text(options.csv, tables.as_csv(runs))
+    if options.html:
+        results.write_text(options.html, page.render(runs, fidelity, comparison))
+    if comparison:
+        print(table(*compare.lines(comparison), "llllrrr"))
+        print(f"\n{comparison.count()}; a verdict needs the whole interval beyond {100 * comparison.margin:g} %")
+        for name in comparison.only_before:
+            print(f"only in the earlier results: {name}")
+        for name in comparison.only_after:
+            print(f"only in these results: {name}")
+    else:
+        for head, rows, align in contents.summaries(contents.contents(runs, fidelity)):
+            print(table(head, rows, align), end="\n\n")
+    if options.html:
+        print(f"A page to look at: {options.html.resolve()}")
+    return comparison.exit_status if comparison else HELD
+
+
 # Pieces
 
 def table(head: list[str], rows: Iterable[list], align: str = "") -> str:
@@ -269,6 +307,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
+
+
+def _percent(text: str) -> float:
+    try:
+        share = float(text) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100, got {text!r}")
+    return share
 
 
 def _seed(text: str) -> int:

@@ -44,7 +44,9 @@ const number = {
     return `${+(n / size).toPrecision(3)} ${unit}`; return `${n} B`; },
   us: (n) => n >= 1e5 ? `${(n / 1e3).toFixed(0)} ms` : n >= 1e4 ? `${(n / 1e3).toFixed(1)} ms` : n >= 100 ? `${n.toFixed(0)} us`
     : `${n.toFixed(1)} us`,
-  plain: (n) => Math.abs(n) >= 1e-3 && Math.abs(n) < 1e5 || n === 0 ? `${+n.toPrecision(3)}` : n.toExponential(0),
+  power: (n) => n >= 0.01 && n < 1e4 ? `${+n.toPrecision(3)}` : /^1e/.test(n.toExponential(0))
+    ? `10${[...`${Math.round(Math.log10(n))}`].map((sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)]).join("")}`
+    : n.toExponential(0),
 };
 
 // A plot area with axes.  x, y: {domain, log: base or undefined, label, format, ticks: given ones or undefined}.
@@ -138,19 +140,19 @@ function drawRoofline(width, rows, run, style) {
   const top = Math.max(run.gbps, ...rows.map((row) => row.gbps)) * 1.12;
   const plot = frame(width, 330, { domain: bytes, log: 10, label: "bytes that must move", format: number.bytes },
     { domain: [0, top], label: "GB/s, caches flushed", format: (n) => `${n}` });
-  const ends = [bytes[0], ...Array.from({ length: 60 }, (_, i) => bytes[0] * (bytes[1] / bytes[0]) ** ((i + 1) / 60))];
+  const knee = run.floor_us * run.gbps * 1e3;             // the bytes that take as long as a launch
+  const ends = Array.from({ length: 61 }, (_, i) => bytes[0] * (bytes[1] / bytes[0]) ** (i / 60))
+    .concat(knee > bytes[0] && knee < bytes[1] ? [knee] : []).sort((a, b) => a - b);
   plot.root.append(svg("polyline", { fill: "none", stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": "5 4",
     points: ends.map((moved) => `${plot.X(moved)},${plot.Y(limit(moved))}`).join(" ") }));
-  const labels = [{ x: plot.X(bytes[1]), y: plot.Y(limit(bytes[1])), text: "" }];
   for (const row of rows) {
     const { colour, shape } = style(row.method), x = plot.X(row.bytes), y = plot.Y(row.gbps);
-    labels.push({ x, y, text: "" });
     plot.root.append(withTip(marker(shape, x, y, 4.5, { fill: colour, "fill-opacity": 0.85 }),
       `${row.method}\n${row.shape}${row.tokens ? `, ${number.tokens(row.tokens)} tokens` : ""}\n${number.bytes(row.bytes)} in `
       + `${number.us(row.cold_us)}: ${row.gbps.toFixed(0)} GB/s, ${row.percent.toFixed(0)} % of the roofline`));
   }
-  labels.push({ x: plot.X(bytes[1]) - 4, y: plot.Y(run.gbps) - 2, text: `roofline, ${run.gbps.toFixed(0)} GB/s` });
-  placeLabels(plot, labels);
+  plot.root.append(svg("text", { x: width - plot.margin.right, y: plot.Y(run.gbps) - 7, "text-anchor": "end" },
+    `roofline: ${run.gbps.toFixed(0)} GB/s`));
   return plot.root;
 }
 
@@ -159,7 +161,7 @@ function drawPareto(width, points, error, label) {
   const shown = points.filter((point) => point.errors[error] > 0);
   const plot = frame(width, 330, { domain: spread(shown.map((point) => point.bytes_per_token), 1.45), log: 2,
     label: "bytes held per token", format: (n) => `${n}` }, { domain: spread(shown.map((point) => point.errors[error]), 2.5),
-    log: 10, label, format: number.plain });
+    log: 10, label, format: number.power });
   const front = shown.toSorted((a, b) => a.bytes_per_token - b.bytes_per_token || a.errors[error] - b.errors[error])
     .reduce((kept, point) => kept.length && kept.at(-1).errors[error] <= point.errors[error] ? kept : [...kept, point], []);
   plot.root.append(svg("polyline", { fill: "none", stroke: "var(--c0)", "stroke-opacity": 0.45, "stroke-width": 2,

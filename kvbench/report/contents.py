@@ -42,7 +42,8 @@ def load(paths: Sequence[str | Path]) -> tuple[list[dict], list[dict]]:
 def contents(runs: list[dict], fidelity: list[dict]) -> dict:
     """Everything that the page draws."""
     machines = list(dict.fromkeys(tables.machine_name(run["machine"]) for run in runs))
-    rows = [row for number, run in enumerate(runs) for row in _rows(number, run)]
+    rows = sorted((row for number, run in enumerate(runs) for row in _rows(number, run)),
+                  key=lambda row: (row["of"], row["shape"], row["tokens"] or 0, row["machine"], row["run"]))
     _compare_with_best(rows)
     return {"machines": machines, "runs": [_run(run) for run in runs], "rows": rows, "points": points(fidelity)}
 
@@ -59,6 +60,24 @@ def points(fidelity: list[dict]) -> list[dict]:
                 "bits": outcome.get("bits_per_element"),
                 "errors": {error: metrics[error] for error in ERRORS if metrics.get(error) is not None},
                 "parts": {part: outcome[f"{part}_us"] for part in ("append", "attend") if f"{part}_us" in outcome}})
+    return found
+
+
+def summaries(held: dict) -> list[tuple[list[str], list[list[str]], str]]:
+    """(head, rows, alignment) of the tables for a terminal: the timed kernels, and what caches lose."""
+    found = []
+    if held["rows"]:
+        rows = [[row["method"], row["shape"], _text(row["tokens"], "d"), row["backend"], _text(row["cold_us"], ".1f"),
+                 _text(row["gbps"], ".0f"), _text(row["percent"], ".0f"), row["best"] or "", _text(row["speedup"], ".2f"),
+                 "; ".join(row["remarks"])] for row in held["rows"] if not row["baseline"]]
+        found.append((["method", "shape", "tokens", "backend", "cold us", "GB/s", "% roofline", "best 16-bit", "speed-up",
+                       "remarks"], rows, "llrlrrrlr"))
+    if held["points"]:
+        errors = [error for error in ERRORS if any(error in point["errors"] for point in held["points"])]
+        rows = [[point["preset"], point["source"], f"{point['bytes_per_token']:.1f}", _text(point["bits"], ".2f"),
+                 *(_text(point["errors"].get(error), ".1e") for error in errors)] for point in held["points"]]
+        found.append((["preset", "from", "bytes per token", "bits", *(ERRORS[error] for error in errors)], rows,
+                      "llrr" + "r" * len(errors)))
     return found
 
 
@@ -146,6 +165,10 @@ def _run(run: dict) -> dict:
             "nominal_gbps": (machine.get("gpu") or {}).get("nominal_gbps"),
             "driver": (machine.get("gpu") or {}).get("driver"),
             "processor": None if machine.get("gpu") else tables.cpu_use(machine), "skipped": run["skipped"]}
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _median(entry: dict, way: str) -> float | None:

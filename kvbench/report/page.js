@@ -116,12 +116,12 @@ function drawAll() {
   draw("pareto", (width) => errors.length ? drawPareto(width, DATA.points, state.error, DATA.errors[state.error]) : null,
     "Errors come from kvbench demo --json or kvbench eval --json: give such a file to kvbench report, too.");
   const steps = DATA.points.filter((point) => point.parts.attend);
+  element("steps").closest("figure").hidden = !steps.length;
   draw("steps", (width) => steps.length ? drawBars(width, steps.map((point) => ({ label: point.preset,
     total: point.parts.append + point.parts.attend, parts: [{ value: point.parts.append, colour: "var(--rest)" },
       { value: point.parts.attend, colour: "var(--move)" }],
     tip: `${point.preset}\nappend ${number.us(point.parts.append)}, attend ${number.us(point.parts.attend)}` }))
-    .toSorted((a, b) => a.total - b.total), number.us) : null,
-    "Decode steps come from kvbench demo --json: give such a file to kvbench report, too.");
+    .toSorted((a, b) => a.total - b.total), number.us) : null, "");
 }
 
 // A call lasts at least as long as an empty kernel, and as its bytes take at the measured rate: the longer of both is the

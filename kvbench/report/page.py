@@ -47,10 +47,10 @@ _BENCH = """<div class="controls">
 </div>
 <div class="legend" id="legend"></div>
 <div class="charts">
-<figure><h3>Speed-up over the best 16-bit attention</h3><div id="speedup"></div>
+<figure class="large"><h3>Speed-up over the best 16-bit attention</h3><div id="speedup"></div>
 <figcaption>Cold calls: the caches are flushed before each. The dashed line is the fastest attention on a 16-bit cache that
 was timed for the same shape.</figcaption></figure>
-<figure><h3>Roofline</h3><div id="roofline"></div>
+<figure class="large"><h3>Roofline</h3><div id="roofline"></div>
 <figcaption>What a call must move, over the time that it takes. No call can be above the dashed line: the launch of an empty
 kernel on the left, the measured rate of the memory on the right.</figcaption></figure>
 <figure><h3>Where the time of a call goes</h3><div class="pick" id="pick-tokens"></div>
@@ -71,19 +71,20 @@ those that no other beats in both.</figcaption></figure>
 <h2>All times</h2>
 <p class="count" id="count"></p>"""
 
-# (title, row -> value, how it is shown); numbers are right-aligned and sort as numbers.
+# (title, row -> value, how it is shown); numbers are right-aligned and sort as numbers.  A column without values is left
+# out, and that of machines where there is only one.
 _COLUMNS = (
     ("method", lambda row: row["method"], str),
     ("shape", lambda row: row["shape"], str),
     ("tokens", lambda row: row["tokens"], lambda n: f"{n:,}"),
     ("cold us", lambda row: row["cold_us"], lambda n: f"{n:,.1f}"),
+    ("speed-up", lambda row: row["speedup"], lambda n: f"{n:.2f}"),
+    ("over", lambda row: row["best"], str),
+    ("% of roofline", lambda row: row["percent"], lambda n: f"{n:.0f}"),
+    ("GB/s", lambda row: row["gbps"], lambda n: f"{n:,.0f}"),
     ("± %", lambda row: _half_width(row), lambda n: f"{n:.1f}"),
     ("hot us", lambda row: row["hot_us"], lambda n: f"{n:,.1f}"),
     ("rotating us", lambda row: row["rotating_us"], lambda n: f"{n:,.1f}"),
-    ("GB/s", lambda row: row["gbps"], lambda n: f"{n:,.0f}"),
-    ("% of roofline", lambda row: row["percent"], lambda n: f"{n:.0f}"),
-    ("speed-up", lambda row: row["speedup"], lambda n: f"{n:.2f}"),
-    ("over", lambda row: row["best"], str),
     ("error", lambda row: row["error"], lambda n: f"{n:.1e}"),
     ("extra MB", lambda row: None if row["memory_bytes"] is None else row["memory_bytes"] / 1e6, lambda n: f"{n:,.2f}"),
     ("machine", lambda row: f"{row['machine']}, {row['backend']}", str),
@@ -131,15 +132,17 @@ def _facts(held: dict) -> str:
 
 
 def _cases(rows: list[dict]) -> str:
+    columns = [(title, value, show) for title, value, show in _COLUMNS
+               if len({value(row) for row in rows} - {None}) > (title == "machine")]
     body = []
     for number, row in enumerate(rows):
-        cells = [_cell(value(row), show, title in _TEXT_COLUMNS) for title, value, show in _COLUMNS]
+        cells = [_cell(value(row), show, title in _TEXT_COLUMNS) for title, value, show in columns]
         notes = [*row["remarks"], *([f"missing: {row['missing']}"] if row["missing"] else [])]
         wrong = any(note.startswith(("WRONG", "THROTTLED")) for note in notes)
         cells.append(f'<td class="wrap{" bad" if wrong else ""}">{escape("; ".join(notes))}</td>')
         cells.append(f"<td><details><summary>command</summary><code>{escape(row['command'])}</code></details></td>")
         body.append(f'<tr data-row="{number}"{" class=baseline hidden" if row["baseline"] else ""}>{"".join(cells)}</tr>')
-    titles = [*(title for title, _, _ in _COLUMNS), "remarks", "repeat"]
+    titles = [*(title for title, _, _ in columns), "remarks", "repeat"]
     return _table("cases", titles, [title not in (*_TEXT_COLUMNS, "remarks", "repeat") for title in titles], body)
 
 
