@@ -38,6 +38,7 @@ class Tail:
     | TurboQuant with an exact window of R           | Tail(recent=R)           |
     | RaBitQCache (128 exact, blocks of 128)         | Tail(128, block=128)     |
     | KIVI's keys (append, attend, then flush R)     | Tail(1, block=R)         |
+    | KIVI's keys and values, at least R exact       | Tail(R, block=group)     |
 
     **Slots.**  Whole blocks of the recent tokens live in a ring, everything younger in order behind it:
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from kvbench import codecs
 from kvbench.cache import KVCache, Tail, load
 
-__all__ = ["PRESETS", "KVCache", "Preset", "Tail", "exact", "load", "turboquant"]
+__all__ = ["PRESETS", "KVCache", "Preset", "Tail", "exact", "kivi", "load", "turboquant"]
 
 
 class Preset(NamedTuple):
@@ -56,9 +56,33 @@ def turboquant(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity:
                    tail=Tail(recent=tail), dtype=dtype, device=device, backend=backend)
 
 
+def kivi(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, bits: int = 2, group: int = 32,
+         residual: int = 128, sinks: int = 0, key_bits: int | None = None, value_bits: int | None = None,
+         dtype: str = "float16", device="cpu", backend: str | None = None) -> KVCache:
+    """Keys as integers per channel, values as integers per token, of `bits` bits; the newest tokens exact, as in KIVI.
+
+    bits       : 2, 4 or 8; key_bits and value_bits, if given, for one side alone
+    group      : numbers that share a scale and a minimum: tokens of a channel of keys, channels of a token of values
+    residual   : at least so many of the newest tokens are exact
+    sinks      : the first tokens, exact (0: KIVI).  On real keys a few of them halve the error of 2 bits
+
+    **Where this differs from KIVI.**  Of T tokens KIVI encodes R floor(T / R) keys and T - R values, R the residual.
+    Here both have one boundary, that of `Tail(residual, block=group)`, which is nowhere beyond either of these: group
+    floor((T - R) / group) tokens are encoded, R to R + group - 1 are exact.  One boundary costs R / 2 more exact keys
+    on average and keeps a token in one place, the store or the tail, as everywhere in `KVCache`; an append writes one
+    token, every `group`-th also encodes a group.  And the groups of keys begin behind the sinks, not at token 0.
+    """
+    return KVCache(batch, kv_heads, q_heads, head_dim, capacity,
+                   keys=codecs.KiviKeys(head_dim, bits if key_bits is None else key_bits, group),
+                   values=codecs.KiviValues(head_dim, bits if value_bits is None else value_bits, group),
+                   sinks=sinks, tail=Tail(recent=residual, block=group), dtype=dtype, device=device, backend=backend)
+
+
 PRESETS: dict[str, Preset] = {
     "exact": Preset(exact, "16-bit keys and values, dense attention",
                     "arXiv 1706.03762, section 3.2.1; grouped query heads: arXiv 2305.13245"),
+    "kivi": Preset(kivi, "2-bit keys per channel and values per token in groups of 32, the last 128 tokens exact",
+                   "arXiv 2402.02750, section 3.2 and Algorithm 1"),
     "turboquant": Preset(turboquant, "3-bit codes by TurboQuant, keys centred, the first 4 and last 128 tokens exact",
                          "arXiv 2504.19874, Algorithm 1; scales: arXiv 2604.18555"),
 }

@@ -9,7 +9,7 @@ begins at token 0.  Values have none: a group is G consecutive channels of one t
 x, s and m open; here x is first rounded to float16 (finite numbers beyond 65504 to 65504), and
 
     m           is float16, exactly; a zero is stored as +0
-    s           is rounded to float32 after the difference and after the quotient, then to float16
+    s           is rounded to float32 after the difference and after the quotient, then to float16; zeros are +0, too
     c           comes from the stored s and m: one float32 subtraction, one division, clamped to 0 ... qmax, rounded
                 half to even.  No difference or quotient is a subnormal float32, no product is added to anything: with
                 IEEE operations (no reciprocals, no fast-math) every backend finds the same codes, without an allowance
@@ -128,6 +128,7 @@ def quantise(x, bits: int, arithmetic: str = "ref") -> tuple[np.ndarray, np.ndar
     m = m + np.float16(0)                                                                    # -0 becomes +0
     with np.errstate(over="ignore"):
         s = ((largest.astype(number) - m.astype(number)) / number(2**bits - 1)).astype(np.float16)
+    s = s + np.float16(0)                                                                    # of -0 alone, too
     return assign(x, s, m, bits, arithmetic), s, m
 
 
@@ -435,8 +436,8 @@ def attend(query, state: State, keys=None, values=None, *, scale=None, return_ls
 
 
 @functools.cache
-def _places(bits, head_dim):
-    """(word, bit) of every channel, uint32 [head_dim] each: the drawing in the head of this module."""
+def places(bits: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(word, bit) of every channel, [head_dim] integers each: the drawing in the head of this module."""
     d = np.arange(head_dim)
     u, g, v, h = d // 32, d // 4 % 8, d // 2 % 2, d % 2
     n, fields = 2 * (u + g * (head_dim // 32)) + v, 16 // bits
@@ -456,7 +457,7 @@ def pack(codes, bits: int) -> np.ndarray:
         raise ValueError(f"kivi.pack: codes: expected integers from 0 to {2**bits - 1}, got {codes.dtype}"
                          + (f" from {codes.min()} to {codes.max()}" if codes.size else ""))
     head_dim = codes.shape[-1]
-    word, bit = _places(bits, head_dim)
+    word, bit = places(bits, head_dim)
     by_word = np.argsort(word, kind="stable")                                # 32 / bits channels to a word
     fields = (codes.astype(np.uint32) << bit)[..., by_word]
     fields = fields.reshape(*codes.shape[:-1], head_dim * bits // 32, 32 // bits)
@@ -470,7 +471,7 @@ def unpack(words, bits: int) -> np.ndarray:
     if words.dtype != np.uint32 or words.ndim < 1 or words.shape[-1] % bits:
         raise ValueError(f"kivi.unpack: words: expected uint32 [..., a multiple of {bits}], got {words.dtype} "
                          f"{list(words.shape)}")
-    word, bit = _places(bits, words.shape[-1] * 32 // bits)
+    word, bit = places(bits, words.shape[-1] * 32 // bits)
     return (words[..., word] >> bit & np.uint32(2**bits - 1)).astype(np.uint8)
 
 

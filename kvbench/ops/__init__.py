@@ -3,7 +3,8 @@ registry records.
 
 Importing this package registers every kernel.
 """
-from kvbench.ops import attention, rotation, turboquant
+from kvbench.ops import attention, kivi, rotation, turboquant
+from kvbench.ops import kivi_records as _kivi_records               # noqa: F401
 from kvbench.ops import turboquant_records as _turboquant_records   # noqa: F401
 
-__all__ = ["attention", "rotation", "turboquant"]
+__all__ = ["attention", "kivi", "rotation", "turboquant"]

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 
 from kvbench import loaders
-from kvbench.arrays import Arguments
+from kvbench.arrays import Arguments, Array
 from kvbench.registry import nearest
 
 _HOST, _DEVICE = ("reference", "cpu", "simt"), ("cuda", "native")
@@ -27,6 +27,29 @@ def choose(backend: str | None, arguments: Arguments, implemented: tuple[str, ..
                       f"one of {', '.join(reachable)} for arrays on {arguments.device}", repr(backend))
     loaders.require(backend)
     return backend
+
+
+def check_heads(arguments: Arguments, head_dim: int) -> int:
+    """Query heads per KV head, from the sizes q_heads and kv_heads; ValueError unless they divide."""
+    q_heads, kv_heads = arguments.sizes["q_heads"], arguments.sizes["kv_heads"]
+    arguments.require(kv_heads > 0 and q_heads % kv_heads == 0 and q_heads > 0, "query",
+                      f"q_heads a positive multiple of kv_heads = {kv_heads}", q_heads)
+    arguments.require(head_dim > 0, "query", "a positive head_dim", head_dim)
+    return q_heads // kv_heads
+
+
+def check_finite(arguments: Arguments, x: Array) -> None:
+    """ValueError where x [batch, kv_heads, tokens, head_dim] holds NaN or Inf; device memory is copied to the host."""
+    finite = np.isfinite(x.to_host()).all(axis=-1)
+    arguments.require(bool(finite.all()), "x", "finite numbers",
+                      f"NaN or Inf in {int((~finite).sum())} vectors, the first at [batch, kv_head, token] = "
+                      f"{np.argwhere(~finite)[:1].tolist()}")
+
+
+def round_into(out: Array, exact: np.ndarray) -> None:
+    """Writes a reference's result into host memory of any float dtype."""
+    with np.errstate(over="ignore"):   # beyond the largest float16 is infinity, as on every backend
+        out.numpy()[...] = exact.astype(out.numpy().dtype)
 
 
 CXX_TYPE = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}

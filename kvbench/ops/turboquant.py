@@ -13,7 +13,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import turboquant as cpu_turboquant
 from kvbench.ops import attention, rotation as rotation_operator, turboquant_launch
-from kvbench.ops.dispatch import choose
+from kvbench.ops.dispatch import check_finite, check_heads, choose, round_into
 from kvbench.ops.turboquant_launch import CUDA_ATTENTION_BITS, CUDA_HEAD_DIMS, PLANES
 from kvbench.reference import planes as bit_planes, turboquant as reference
 from kvbench.reference.planes import Planes
@@ -65,7 +65,7 @@ def encode(x, rotation: Rotation, bits: int, *, scale_mode: str = "nc", mean=Non
     codes = _result_codes(arguments, "out", out, rotation.head_dim, bits, {"x": x, "mean": mean})
     backend = choose(backend, arguments, BACKENDS)
     if check_finite and backend != "reference":
-        _check_finite(arguments, x)
+        check_finite(arguments, x)
 
     if backend == "reference":
         result = reference.encode(x.numpy(), rotation, bits, scale_mode=scale_mode, mean=_host(mean),
@@ -106,7 +106,7 @@ def decode(encoded: Encoded, rotation: Rotation, *, dtype: str = "float16", out=
     backend = choose(backend, arguments, BACKENDS)
 
     if backend == "reference":
-        _round_into(out, reference.decode(codes.on_host(), rotation))
+        round_into(out, reference.decode(codes.on_host(), rotation))
     elif backend == "cpu":
         cpu_turboquant.decode(codes.numpy_planes(), codes.scale.numpy(), *_cpu_signs(rotation),
                               codebook_for(codes.bits, rotation.head_dim).centroids, codes.bits, out.numpy(),
@@ -137,13 +137,13 @@ def logits(query, encoded: Encoded, rotation: Rotation, *, scale: float | None =
     arguments = Arguments("turboquant.logits", stream=stream)
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
     codes = _take_codes(arguments, "encoded", encoded, rotation)
-    group = _check_heads(arguments, codes.head_dim)
+    group = check_heads(arguments, codes.head_dim)
     scale = attention.check_scale(arguments, scale, codes.head_dim)
     out = arguments.result("out", out, (*query.shape[:2], codes.scale.shape[2]), "float32")
     backend = choose(backend, arguments, BACKENDS)
 
     if backend == "reference":
-        _round_into(out, reference.logits(query.numpy(), codes.on_host(), rotation, scale=scale))
+        round_into(out, reference.logits(query.numpy(), codes.on_host(), rotation, scale=scale))
     elif backend == "cpu":
         rotated = _rotated_query(query.numpy(), rotation, group) * np.float32(scale)
         cpu_turboquant.logits(rotated, codes.numpy_planes(), codes.scale.numpy(),
@@ -192,7 +192,7 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
     keys = _take_codes(arguments, "keys", keys, key_rotation, "key_rotation")
     values = _take_codes(arguments, "values", values, value_rotation, "value_rotation")
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
-    group = _check_heads(arguments, keys.head_dim)
+    group = check_heads(arguments, keys.head_dim)
     scale = attention.check_scale(arguments, scale, keys.head_dim)
     key_mean = _take_mean(arguments, "key_mean", key_mean)
     arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= attention.MAX_SPLITS), "splits",
@@ -209,7 +209,7 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
         output, log_sum = reference.decode_attention(
             query.numpy(), keys.on_host(), values.on_host(), key_rotation, value_rotation, lengths=host_lengths,
             scale=scale, key_mean=_host(key_mean))
-        _round_into(out, output)
+        round_into(out, output)
         if lse is not None:
             lse.numpy()[...] = log_sum
     elif backend == "cpu":
@@ -261,7 +261,7 @@ def encode_prod(x, rotation: Rotation, projection: Projection, bits: int, *, mea
     norm = arguments.result("residual_norm", None, x.shape[:3], "float16")
     backend = choose(backend, arguments, HOST_BACKENDS)
     if check_finite and backend != "reference":
-        _check_finite(arguments, x)
+        check_finite(arguments, x)
 
     if backend == "reference":
         result = reference.encode_prod(x.numpy(), rotation, projection, bits, mean=_host(mean),
@@ -296,7 +296,7 @@ def decode_prod(encoded: EncodedProd, rotation: Rotation, projection: Projection
     out = arguments.result("out", out, (*norm.shape, encoded.head_dim), dtype)
     backend = choose(backend, arguments, HOST_BACKENDS)
     if backend == "reference":
-        _round_into(out, reference.decode_prod(_prod_on_host(first, sign, norm, encoded.head_dim), rotation,
+        round_into(out, reference.decode_prod(_prod_on_host(first, sign, norm, encoded.head_dim), rotation,
                                                projection))
     else:
         cpu_turboquant.decode_prod(*_cpu_prod(first, sign, norm, projection), *_cpu_signs(rotation),
@@ -320,12 +320,12 @@ def logits_prod(query, encoded: EncodedProd, rotation: Rotation, projection: Pro
     arguments = Arguments("turboquant.logits_prod", stream=stream)
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
     first, sign, norm = _take_prod(arguments, encoded, rotation, projection)
-    group = _check_heads(arguments, encoded.head_dim)
+    group = check_heads(arguments, encoded.head_dim)
     scale = attention.check_scale(arguments, scale, encoded.head_dim)
     out = arguments.result("out", out, (*query.shape[:2], norm.shape[2]), "float32")
     backend = choose(backend, arguments, HOST_BACKENDS)
     if backend == "reference":
-        _round_into(out, reference.logits_prod(query.numpy(), _prod_on_host(first, sign, norm, encoded.head_dim),
+        round_into(out, reference.logits_prod(query.numpy(), _prod_on_host(first, sign, norm, encoded.head_dim),
                                                rotation, projection, scale=scale))
     else:
         rotated = _rotated_query(query.numpy(), rotation, group) * np.float32(scale)
@@ -486,15 +486,6 @@ def _check_bits(arguments, bits):
                       "bits", "an integer from 1 to 8", repr(bits))
 
 
-def _check_heads(arguments, head_dim) -> int:
-    """Query heads per KV head."""
-    q_heads, kv_heads = arguments.sizes["q_heads"], arguments.sizes["kv_heads"]
-    arguments.require(kv_heads > 0 and q_heads % kv_heads == 0 and q_heads > 0, "query",
-                      f"q_heads a positive multiple of kv_heads = {kv_heads}", q_heads)
-    arguments.require(head_dim > 0, "query", "a positive head_dim", head_dim)
-    return q_heads // kv_heads
-
-
 def _check_cuda_size(arguments, name, head_dim, rotation, backend, rotation_name="rotation"):
     arguments.require(head_dim in CUDA_HEAD_DIMS, name, f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
     arguments.require(rotation.head_dim == head_dim, rotation_name,
@@ -507,13 +498,6 @@ def _check_on_host(arguments):
                       f"arrays on {arguments.device}: copy them to the host")
 
 
-def _check_finite(arguments, x):
-    finite = np.isfinite(x.to_host()).all(axis=-1)
-    arguments.require(bool(finite.all()), "x", "finite numbers",
-                      f"NaN or Inf in {int((~finite).sum())} vectors, the first at [batch, kv_head, token] = "
-                      f"{np.argwhere(~finite)[:1].tolist()}")
-
-
 def _check_host_mean(arguments, mean, name="mean"):
     arguments.require(mean is None or bool(np.isfinite(mean.numpy()).all()), name, "finite numbers", "NaN or Inf")
 
@@ -523,11 +507,6 @@ def _check_host_mean(arguments, mean, name="mean"):
 
 def _host(array):
     return None if array is None else array.numpy()
-
-
-def _round_into(out: Array, exact: np.ndarray) -> None:
-    with np.errstate(over="ignore"):   # beyond the largest float16 is infinity, as on every backend
-        out.numpy()[...] = exact.astype(out.numpy().dtype)
 
 
 def _cpu_signs(rotation):
