@@ -38,7 +38,7 @@ def check_heads(arguments: Arguments, head_dim: int) -> int:
     return q_heads // kv_heads
 
 
-def check_finite(arguments: Arguments, x: Array) -> None:
+def require_finite(arguments: Arguments, x: Array) -> None:
     """ValueError where x [batch, kv_heads, tokens, head_dim] holds NaN or Inf; device memory is copied to the host."""
     finite = np.isfinite(x.to_host()).all(axis=-1)
     arguments.require(bool(finite.all()), "x", "finite numbers",

@@ -13,7 +13,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import kivi as cpu_kivi
 from kvbench.ops import attention, kivi_launch
-from kvbench.ops.dispatch import check_finite, check_heads, choose, round_into
+from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
 from kvbench.ops.kivi_launch import CUDA_BITS, CUDA_GROUPS, CUDA_HEAD_DIMS, TILE
 from kvbench.reference import kivi as reference
 from kvbench.reference.kivi import BITS, Encoded, Keys, Values
@@ -85,7 +85,7 @@ def _encode(verb, kind, by_reference, x, bits, group, check_finite, out, backend
     codes = _result_codes(arguments, kind, out, bits, group, x)
     backend = choose(backend, arguments, BACKENDS)
     if check_finite and backend != "reference":
-        check_finite(arguments, x)
+        require_finite(arguments, x)
 
     if backend == "reference":
         codes.write(by_reference(x.numpy(), bits, group, check_finite=check_finite))

@@ -13,7 +13,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import turboquant as cpu_turboquant
 from kvbench.ops import attention, rotation as rotation_operator, turboquant_launch
-from kvbench.ops.dispatch import check_finite, check_heads, choose, round_into
+from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
 from kvbench.ops.turboquant_launch import CUDA_ATTENTION_BITS, CUDA_HEAD_DIMS, PLANES
 from kvbench.reference import planes as bit_planes, turboquant as reference
 from kvbench.reference.planes import Planes
@@ -65,7 +65,7 @@ def encode(x, rotation: Rotation, bits: int, *, scale_mode: str = "nc", mean=Non
     codes = _result_codes(arguments, "out", out, rotation.head_dim, bits, {"x": x, "mean": mean})
     backend = choose(backend, arguments, BACKENDS)
     if check_finite and backend != "reference":
-        check_finite(arguments, x)
+        require_finite(arguments, x)
 
     if backend == "reference":
         result = reference.encode(x.numpy(), rotation, bits, scale_mode=scale_mode, mean=_host(mean),
@@ -261,7 +261,7 @@ def encode_prod(x, rotation: Rotation, projection: Projection, bits: int, *, mea
     norm = arguments.result("residual_norm", None, x.shape[:3], "float16")
     backend = choose(backend, arguments, HOST_BACKENDS)
     if check_finite and backend != "reference":
-        check_finite(arguments, x)
+        require_finite(arguments, x)
 
     if backend == "reference":
         result = reference.encode_prod(x.numpy(), rotation, projection, bits, mean=_host(mean),
