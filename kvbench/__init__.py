@@ -6,7 +6,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = ("arrays", "bench", "caches", "claims", "codecs", "ops", "registry")
+_MODULES = ("arrays", "bench", "caches", "claims", "codecs", "indexes", "ops", "registry")
 
 
 def __getattr__(name):

@@ -55,10 +55,10 @@ def test_agreement_refuses_a_wrong_result(name):
     arguments = kernel.inputs(problem, rng)
     expected = kernel.reference(**arguments)
     kernel.agreement(arguments, expected, run(kernel, arguments, "reference"))
-    for damage in (wrong_element, first_is_nan, lambda x: np.roll(x, 1, axis=-1)):
+    for damage in (wrong_element, first_is_nan, swapped):
         actual = run(kernel, arguments, "reference")
         for damaged, array in trees.arrays_of(actual).items():   # each array of a container in turn
-            if damage is first_is_nan and array.dtype.kind == "u":
+            if damage is first_is_nan and array.dtype.kind in "iu":
                 continue
             broken = trees.apply(lambda path, x, damaged=damaged: damage(x) if path == damaged else x, actual)
             with pytest.raises(AssertionError):
@@ -68,11 +68,17 @@ def test_agreement_refuses_a_wrong_result(name):
 def wrong_element(x):
     """One element off by 0.05, or one bit of a word of codes."""
     chosen = np.arange(x.size).reshape(x.shape) == x.size // 2
-    return x ^ (chosen.astype(x.dtype) << 13) if x.dtype.kind == "u" else x + x.dtype.type(0.05) * chosen
+    if x.dtype.kind in "iu":
+        return x ^ (chosen.astype(x.dtype) << min(13, 8 * x.itemsize - 3))
+    return x + x.dtype.type(0.05) * chosen
 
 
 def first_is_nan(x):
     return np.where(np.arange(x.size).reshape(x.shape) == 0, np.array(np.nan, x.dtype), x).astype(x.dtype)
+
+
+def swapped(x):
+    return np.roll(x, 1, axis=-1 if x.shape[-1] > 1 else 1)
 
 
 def parts(result):

@@ -1,0 +1,86 @@
+"""Quest on the CPU.  Reference: reference/quest.py."""
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, load, store
+from kvbench.cpu.convert import bits as bit_view
+
+PAGES_PER_TASK = 64
+
+
+def encode(keys, page, lengths, low, high) -> None:
+    """Writes the least and the largest keys of every page; NaN where it has no number.
+
+    keys      : [batch, kv_heads, tokens, head_dim], any strides        lengths : [batch] int32
+    low, high : [batch, kv_heads, pages, head_dim], the dtype of the keys, any strides
+    """
+    _encode(bit_view(keys), page, lengths, bit_view(low), bit_view(high))
+
+
+@numba.njit(parallel=True, **COMPILE)
+def _encode(keys, page, lengths, low, high):
+    batch, kv_heads, pages, head_dim = low.shape
+    splits = (pages + PAGES_PER_TASK - 1) // PAGES_PER_TASK
+    for task in numba.prange(batch * kv_heads * splits):
+        b, h, split = task // (kv_heads * splits), task // splits % kv_heads, task % splits
+        least, largest = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
+        for g in range(split * PAGES_PER_TASK, min((split + 1) * PAGES_PER_TASK, pages)):
+            least[:], largest[:] = np.inf, -np.inf
+            for t in range(g * page, min((g + 1) * page, lengths[b])):
+                _include(keys[b, h, t], least, largest)
+            to_low, to_high = low[b, h, g], high[b, h, g]
+            for d in range(head_dim):
+                empty = least[d] > largest[d]
+                to_low[d] = store(np.float32(np.nan) if empty else least[d], low)
+                to_high[d] = store(np.float32(np.nan) if empty else largest[d], high)
+
+
+@numba.njit(**COMPILE)
+def _include(key, least, largest):
+    """NaN compares as false: it changes nothing."""
+    for d in range(len(key)):
+        x = load(key[d]) + np.float32(0)               # both zeros are +0
+        least[d] = x if x < least[d] else least[d]
+        largest[d] = x if x > largest[d] else largest[d]
+
+
+def score(query, low, high, page, lengths, scale, per_token, out) -> None:
+    """out <- scale (<q+, M> + <q-, m>), -inf from the end of a sequence on.
+
+    query : [batch, q_heads, head_dim]        low, high : [batch, kv_heads, pages, head_dim]        lengths : [batch]
+    out   : [batch, q_heads, pages] float32, or `per_token` [batch, q_heads, tokens]
+    """
+    _score(query.astype(np.float32), bit_view(low), bit_view(high), page, lengths, np.float32(scale),
+           page if per_token else 1, out)
+
+
+@numba.njit(parallel=True, **COMPILE_SUMS)
+def _score(query, low, high, page, lengths, scale, wide, out):
+    """wide : slots of a page in out"""
+    batch, kv_heads, pages, head_dim = low.shape
+    group, slots = query.shape[1] // kv_heads, out.shape[2]
+    splits = (pages + PAGES_PER_TASK - 1) // PAGES_PER_TASK
+    for task in numba.prange(batch * kv_heads * splits):
+        b, h, split = task // (kv_heads * splits), task // splits % kv_heads, task % splits
+        least, largest = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
+        for g in range(split * PAGES_PER_TASK, min((split + 1) * PAGES_PER_TASK, pages)):
+            present = g * page < lengths[b]
+            if present:
+                for d in range(head_dim):
+                    least[d], largest[d] = load(low[b, h, g, d]), load(high[b, h, g, d])
+            for i in range(h * group, (h + 1) * group):
+                bound = scale * _bound(query[b, i], least, largest) if present else np.float32(-np.inf)
+                for slot in range(g * wide, min((g + 1) * wide, slots)):
+                    beyond = slot * (page // wide) >= lengths[b]
+                    out[b, i, slot] = np.float32(-np.inf) if beyond else bound
+
+
+@numba.njit(**COMPILE_SUMS)
+def _bound(q, least, largest):
+    total = np.float32(0)
+    for d in range(len(q)):
+        positive, negative = max(q[d], np.float32(0)), min(q[d], np.float32(0))
+        total += positive * largest[d] + negative * least[d]
+    return total

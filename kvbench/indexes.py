@@ -1,0 +1,293 @@
+"""Indexes: what cheap score ranks the tokens of a cache.
+
+    index  = indexes.RaBitQ(head_dim=128, query_bits=4, seed=0)
+    coded  = index.encode(keys)             # keys [batch, kv_heads, tokens, head_dim] -> a frozen dataclass of arrays
+    scores = index.score(q, coded)          # Scores(logits [batch, q_heads, tokens] float32, sigma or None)
+
+An index is a frozen dataclass of plain parameters, and lays out its storage in a cache as a codec does (`codecs.Store`).
+"""
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvbench import arrays
+from kvbench.codecs.base import Packed, Store, part
+from kvbench.ops import quest, rabitq
+from kvbench.reference import rabitq as reference
+from kvbench.reference.quest import PAGE, Pages
+from kvbench.reference.rabitq import BLOCK, Encoded
+from kvbench.reference.rotation import Rotation, haar, hadamard
+from kvbench.scores import Scores
+
+__all__ = ["Index", "Quest", "QuestPages", "RaBitQ", "RaBitQTokens", "Scores"]
+
+ROTATIONS = {"hadamard": hadamard, "haar": haar}
+
+
+class Index(Store):
+    """A way to rank tokens.  Subclasses are frozen dataclasses with a field `head_dim`."""
+
+    head_dim: int
+
+    @abstractmethod
+    def encode(self, keys) -> Packed:
+        """keys : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32, after RoPE -> packed arrays in their
+        framework."""
+
+    @abstractmethod
+    def score(self, q, coded: Packed, keys: Packed | None = None, *, lengths=None, scale: float | None = None,
+              out: Scores | None = None, stream=None, backend=None) -> Scores:
+        """Estimates of scale <q_h, k_t> for all tokens.
+
+        q       : [batch, q_heads, head_dim]        coded : as `encode` gave it, or the storage of a cache
+        keys    : the packed keys of the cache, for an index that reads the planes of their codec; others ignore them
+        lengths : [batch] int32, tokens of each sequence (default: all that coded has room for): logits are -inf from
+                  there on
+        scale   : default head_dim ** -0.5        out : Scores to write into (default: new)
+
+        Returns Scores(logits, sigma), [batch, q_heads, tokens] float32 in q's framework; sigma may be None.
+        """
+
+
+# --- RaBitQ ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class RaBitQTokens(Packed):
+    """sign     : [batch, kv_heads, tokens, head_dim / 32] uint32, in the order of `reference.planes`
+    rescale     : [batch, kv_heads, tokens] float16, r
+    offset      : [batch, kv_heads, tokens] float16, a; None: queries are not centred
+    key_mean    : [batch, kv_heads, 1, head_dim] float32, c_k; None: keys are not centred
+    query_mean  : likewise, c_q
+    """
+
+    sign: object
+    rescale: object
+    offset: object = None
+    key_mean: object = None
+    query_mean: object = None
+
+
+@part
+@dataclass(frozen=True)
+class RaBitQ(Index):
+    """One bit per rotated coordinate of a key, and a scalar: head_dim / 8 + 2 bytes a token (18 for 128).
+
+    head_dim        64, 128 or 256 on CUDA, else a multiple of 32 (of "hadamard", a power of two)
+    query_bits      4, 8, or 16 for a query in floating point (host backends only)
+    seed            of the rotation
+    rotation        "hadamard": `rounds` rounds of signs and Walsh-Hadamard transform, or "haar": a dense matrix
+    centred         encode keys less the mean of those in the first append (which should be a prompt), computed once, on
+                    the host, and frozen; its product with the query is added to the logits
+    query_centred   centre queries by the mean of those given with the first append, too: 2 bytes more a token and, where
+                    queries have much in common, half the noise.  Without queries that mean is 0
+    noise           give sigma with the scores, for calibrated selection: they are written twice as many bytes
+
+    A token that holds NaN or Inf has logits NaN, and is not selected.
+    Source: RaBitQ, arXiv 2405.12497; RaBitQCache, arXiv 2606.31519.
+    """
+
+    head_dim: int
+    query_bits: int = 4
+    seed: int = 0
+    rotation: str = "hadamard"
+    rounds: int = 3
+    centred: bool = True
+    query_centred: bool = False
+    noise: bool = False
+
+    def __post_init__(self):
+        arguments = arrays.Arguments("RaBitQ")
+        for name, least, most in (("head_dim", 32, 2**16), ("seed", 0, 2**63 - 1), ("rounds", 1, 8)):
+            value = getattr(self, name)
+            arguments.require(_is_integer(value) and least <= value <= most, name,
+                              f"an integer from {least} to {most}", repr(value))
+        arguments.require(self.query_bits in reference.QUERY_BITS and not isinstance(self.query_bits, bool),
+                          "query_bits", "4, 8 or 16", repr(self.query_bits))
+        arguments.require(self.rotation in ROTATIONS, "rotation", f"one of {', '.join(ROTATIONS)}", repr(self.rotation))
+        power = self.head_dim & (self.head_dim - 1) == 0
+        arguments.require(self.head_dim % 32 == 0 and (power or self.rotation == "haar"), "head_dim",
+                          "a multiple of 32, and a power of two for a Hadamard rotation", self.head_dim)
+        for name in ("centred", "query_centred", "noise"):
+            arguments.require(isinstance(getattr(self, name), bool), name, "True or False", repr(getattr(self, name)))
+
+    @property
+    def turn(self) -> Rotation:
+        """R."""
+        return _rotation(self.rotation, self.head_dim, self.seed, self.rounds)
+
+    @property
+    def granule(self) -> int:
+        """1; but the product with a dense matrix may round differently with the number of rows, which are therefore
+        encoded in blocks."""
+        return BLOCK if self.rotation == "haar" else 1
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one key of one KV head."""
+        return self.head_dim // 8 + 2 + 2 * self.query_centred
+
+    def encode(self, keys, queries=None) -> RaBitQTokens:
+        """As `Index.encode`; a centred index takes the means of the keys and of the queries itself.
+
+        queries : [batch, q_heads, tokens, head_dim], for an index that centres them
+        """
+        arguments = arrays.Arguments("RaBitQ.encode")
+        keys = arguments.take("keys", keys, f"batch kv_heads tokens {self.head_dim}", arrays.FLOATS, strided=True)
+        queries = arguments.take("queries", queries, f"batch q_heads queries {self.head_dim}", arrays.FLOATS,
+                                 strided=True, optional=True)
+        arguments.require(queries is None or queries.shape[1] % keys.shape[1] == 0, "queries",
+                          f"a multiple of the {keys.shape[1]} KV heads as q_heads", queries and queries.shape[1])
+        means = [mean if mean is None else arrays.upload(mean, keys.device, keys.framework, stream=arguments.stream)
+                 for mean in self._means(keys, queries)]
+        coded = rabitq.encode(keys, self.turn, **dict(zip(("key_mean", "query_mean"), map(_rows, means))),
+                              stream=arguments.stream)
+        return RaBitQTokens(coded.sign, coded.rescale, coded.offset, *(mean and mean.give() for mean in means))
+
+    def score(self, q, coded: RaBitQTokens, keys=None, *, lengths=None, scale=None, out=None, stream=None,
+              backend=None) -> Scores:
+        return rabitq.score(q, self.encoded(coded), self.turn, query_bits=self.query_bits, lengths=lengths, scale=scale,
+                            return_sigma=self.noise, out=out, stream=stream, backend=backend)
+
+    def encoded(self, coded: RaBitQTokens) -> Encoded:
+        """The same arrays as the operators of `ops.rabitq` take them."""
+        means = (mean if mean is None else _rows(arrays.borrow(mean, "RaBitQ: mean"))
+                 for mean in (coded.key_mean, coded.query_mean))
+        return Encoded(coded.sign, coded.rescale, coded.offset, *means, self.head_dim)
+
+    def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> RaBitQTokens:
+        def mean(wanted):
+            return arrays.zeros((batch, kv_heads, 1, self.head_dim), "float32", device) if wanted else None
+
+        shape = (batch, kv_heads, capacity)
+        return RaBitQTokens(arrays.empty((*shape, self.head_dim // 32), "uint32", device),
+                            arrays.empty(shape, "float16", device),
+                            arrays.empty(shape, "float16", device) if self.query_centred else None,
+                            mean(self.centred), mean(self.query_centred))
+
+    def prepare(self, storage: RaBitQTokens, sequences: slice, x: arrays.Array, queries: arrays.Array | None, *,
+                stream=None, backend=None) -> None:
+        for mean, value in zip((storage.key_mean, storage.query_mean), self._means(x, queries)):
+            if mean is not None:
+                mean.narrow(0, sequences.start, sequences.stop).copy_from(value, stream)
+
+    def write(self, storage: RaBitQTokens, sequences: slice, start: int, x: arrays.Array, *, stream=None,
+              backend=None) -> None:
+        rows = self.encoded(_narrowed(storage, sequences, start, start + x.shape[2]))
+        rabitq.encode(x, self.turn, key_mean=rows.key_mean, query_mean=rows.query_mean, out=rows, stream=stream,
+                      backend=backend)
+
+    def used(self, storage: RaBitQTokens, sequence: int, tokens: int) -> RaBitQTokens:
+        return _narrowed(storage, slice(sequence, sequence + 1), 0, tokens)
+
+    def _means(self, keys: arrays.Array, queries: arrays.Array | None):
+        """(c_k, c_q) [batch, kv_heads, 1, head_dim] float32, or None where the index does not centre."""
+        return (_mean(keys, keys.shape[1]) if self.centred else None,
+                None if not self.query_centred else _mean(queries, keys.shape[1]) if queries is not None
+                else np.zeros((*keys.shape[:2], 1, self.head_dim), np.float32))
+
+
+@functools.lru_cache(maxsize=256)
+def _rotation(kind: str, size: int, seed: int, rounds: int) -> Rotation:
+    return haar(size, seed) if kind == "haar" else hadamard(size, seed, rounds)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _mean(x: arrays.Array, kv_heads: int) -> np.ndarray:
+    """Of the tokens without NaN or Inf of all heads of a KV head: [batch, kv_heads, 1, head_dim] float32."""
+    batch, heads, _, head_dim = x.shape
+    group, means = heads // kv_heads, np.empty((batch, kv_heads, 1, head_dim), np.float32)
+    for b in range(batch):
+        for h in range(kv_heads):                       # one KV head at a time: a copy of all tokens may not fit
+            own = x.narrow(0, b, b + 1).narrow(1, h * group, (h + 1) * group).to_host()
+            means[b, h, 0] = reference.centroid(*reference.block_sums(own, 1))[0, 0]
+    return means
+
+
+def _rows(mean: arrays.Array | None) -> arrays.Array | None:
+    """A mean [batch, kv_heads, 1, head_dim] as operators take it: [batch, kv_heads, head_dim]."""
+    return None if mean is None else mean.reshape(*mean.shape[:2], mean.shape[3])
+
+
+def _narrowed(storage: RaBitQTokens, sequences: slice, start: int, stop: int) -> RaBitQTokens:
+    """Views of some tokens of some sequences, and of the whole means of these."""
+    views = {}
+    for name, array in storage.arrays().items():
+        view = array.narrow(0, sequences.start, sequences.stop)
+        views[name] = view if name.endswith("mean") else view.narrow(2, start, stop)
+    return RaBitQTokens(**views)
+
+
+# --- Quest -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class QuestPages(Packed):
+    """low, high : [batch, kv_heads, pages, head_dim] in the dtype of the keys: the least and the largest of a page."""
+
+    low: object
+    high: object
+
+
+@part
+@dataclass(frozen=True)
+class Quest(Index):
+    """Least and largest key of every page: an upper bound of its logits, which every token of the page gets.
+
+    So Top-k of k tokens, k a multiple of `page`, takes the k / page pages with the largest bounds, ties to the lower page.
+
+    head_dim   64, 128 or 256 on CUDA        page   tokens of a page; a cache writes whole pages
+    dtype      of the keys: 4 head_dim / page bytes a token for 16-bit keys
+
+    Source: Quest, arXiv 2406.10774.
+    """
+
+    head_dim: int
+    page: int = PAGE
+    dtype: str = "float16"
+
+    def __post_init__(self):
+        arguments = arrays.Arguments("Quest")
+        for name in ("head_dim", "page"):
+            value = getattr(self, name)
+            arguments.require(_is_integer(value) and value >= 1, name, "an integer of at least 1", repr(value))
+        arguments.require(self.dtype in arrays.FLOATS, "dtype", f"one of {', '.join(arrays.FLOATS)}", repr(self.dtype))
+
+    @property
+    def granule(self) -> int:
+        return self.page
+
+    def encode(self, keys) -> QuestPages:
+        arguments = arrays.Arguments("Quest.encode")
+        keys = arguments.take("keys", keys, f"batch kv_heads tokens {self.head_dim}", (self.dtype,), strided=True)
+        pages = quest.encode(keys, page=self.page, stream=arguments.stream)
+        return QuestPages(pages.low, pages.high)
+
+    def score(self, q, coded: QuestPages, keys=None, *, lengths=None, scale=None, out=None, stream=None,
+              backend=None) -> Scores:
+        """As `Index.score`, an upper bound; without lengths the last page counts as full."""
+        tokens = coded.low.shape[2] * self.page
+        return quest.score(q, Pages(coded.low, coded.high, lengths, self.page), scale=scale, tokens=tokens,
+                           out=None if out is None else out.logits, stream=stream, backend=backend)
+
+    def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> QuestPages:
+        shape = (batch, kv_heads, -(-capacity // self.page), self.head_dim)
+        return QuestPages(*(arrays.empty(shape, self.dtype, device) for _ in range(2)))
+
+    def write(self, storage: QuestPages, sequences: slice, start: int, x: arrays.Array, *, stream=None,
+              backend=None) -> None:
+        first, last = start // self.page, -(-(start + x.shape[2]) // self.page)
+        pages = (array.narrow(0, sequences.start, sequences.stop).narrow(2, first, last)
+                 for array in (storage.low, storage.high))
+        quest.encode(x, page=self.page, out=Pages(*pages, None, self.page), stream=stream, backend=backend)
+
+    def used(self, storage: QuestPages, sequence: int, tokens: int) -> QuestPages:
+        return QuestPages(*(array.narrow(0, sequence, sequence + 1).narrow(2, 0, -(-tokens // self.page))
+                            for array in (storage.low, storage.high)))
