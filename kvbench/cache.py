@@ -98,9 +98,13 @@ class KVCache:
     keys, values : codecs; a pair without an operator is refused
     index, selector : rank the tokens of the store and choose those to attend to (default: all).  An index is a
         `codecs.Store` of keys with `score(query, storage, keys, lengths=, scale=, stream=, backend=)`; `keys` is the
-        packed store of keys, for an index that reads the codec's own planes.  `selector(scores)` gives the selection.
+        packed store of keys, for an index that reads the codec's own planes.  A selector is a `selectors.Selector`.
+        Sinks and recent tokens are the cache's own, here and in `tail`: they lie outside the store, are attended in
+        any case, and the selector, which sees the slots of the store alone, must have none
     sinks : the first tokens, kept exact forever and always attended
     dtype : of the tokens that are appended, of those kept exact, and of queries and outputs
+    last_selection : what the selector chose in the last step, positions counted in the store: slot i is token
+        sinks + i.  The next step writes into the same arrays.  None before the first one
     device : "cpu", "cuda", "cuda:1"        backend : of the operators (default: that of the device)
     """
 
@@ -116,6 +120,9 @@ class KVCache:
         _require(isinstance(tail, Tail), "tail", "a Tail", tail)
         _require((index is None) == (selector is None), "selector", "an index and a selector, or neither",
                  f"index={index}, selector={selector}")
+        for name in ("sinks", "recent"):
+            own = getattr(selector, name, 0)
+            _require(own == 0, "selector", f"one with {name}=0: the cache's own sinks and tail stay exact", selector)
         for name, codec in (("keys", keys), ("values", values)):
             _require(isinstance(codec, codecs.Codec), name, "a codec", codec)
             _require(codec.head_dim == head_dim, name, f"a codec for head_dim {head_dim}", codec)
@@ -149,6 +156,8 @@ class KVCache:
             self._owned_scratch["outputs"] = arrays.empty((2, batch, q_heads, head_dim), "float32", self.device)
             self._owned_scratch["lses"] = arrays.empty((2, batch, q_heads), "float32", self.device)
             self._owned_scratch["lse"] = arrays.empty((batch, q_heads), "float32", self.device)
+            if selector is not None:
+                self._owned_scratch["selection"] = selector.allocate(batch, q_heads, kv_heads, store_slots, self.device)
         self._owned_workspace = attention.workspace(batch, q_heads, head_dim, self.device)
         self._stores, self._scratch, self._workspace = self._owned, self._owned_scratch, self._owned_workspace
         self._stream = self._scratch["counts"].stream
@@ -380,8 +389,11 @@ class KVCache:
         lengths = _row(self._scratch["counts"], 0 if part == "exact" else 1)
         selection = None
         if part == "store" and self.index is not None:
-            index = self._stores["store.index"][1]
-            selection = self.selector(self.index.score(query, index, keys, lengths=lengths, scale=scale, **options))
+            scores = self.index.score(query, self._stores["store.index"][1], keys, lengths=lengths, scale=scale,
+                                      **options)
+            chosen, scratch = self._scratch["selection"]
+            selection = self.selector(scores, kv_heads=self.kv_heads, lengths=lengths, out=chosen, workspace=scratch,
+                                      **options)
             self.last_selection = selection
         codecs.attend(query, key_codec, keys, value_codec, values, lengths=lengths, scale=scale, out=out, lse=lse,
                       workspace=self._workspace, selection=selection, **options)

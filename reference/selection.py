@@ -128,7 +128,7 @@ def union(selection: Selection, kv_heads: int) -> Selection:
     batch, q_heads, tokens = selection.indices.shape
     if kv_heads < 1 or q_heads % kv_heads:
         raise ValueError(f"selection: kv_heads: expected a divisor of {q_heads} query heads, got {kv_heads!r}")
-    mask = _mask(selection, tokens).reshape(batch, kv_heads, -1, tokens).any(axis=2)
+    mask = _mask(selection, tokens).reshape(batch, kv_heads, q_heads // kv_heads, tokens).any(axis=2)
     return Selection(*_lists(mask), selection.mass)
 
 

@@ -24,6 +24,7 @@ from kvbench.ops import attention
 from kvbench.ops.dispatch import EPSILON, assert_close
 from kvbench.reference import attention as reference
 from kvbench.reference import turboquant
+from kvbench.selectors import TopK, TopP
 
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEAD_DIM = 8
@@ -141,7 +142,10 @@ class Largest(codecs.Part):
 
     count: int
 
-    def __call__(self, scores):
+    def allocate(self, batch, q_heads, kv_heads, tokens, device):
+        return None, None
+
+    def __call__(self, scores, *, kv_heads, lengths, out, workspace, stream, backend):
         order = np.argsort(-scores, axis=1, kind="stable")
         return np.argsort(order, axis=1, kind="stable") < self.count
 
@@ -830,7 +834,11 @@ def test_wrong_arguments_of_attend(arguments, message):
     (dict(index=BlockIndex()), "selector: expected an index and a selector, or neither"),
     (dict(keys=BlockCodec(8), values=BlockCodec(8), tail=Tail(4, 3)), "tail: expected blocks of whole granules of 2"),
     (dict(values=BlockCodec(8), tail=Tail(4, 2)), "no decode attention for keys Float16 x values Block"),
-    (dict(index=BlockIndex(), selector=Largest(2), tail=Tail(0, 2)), "no sparse attention for keys Float16"),
+    (dict(index=BlockIndex(), selector=Largest(2), tail=Tail(0, 2), keys=codecs.TurboQuantMSE(8),
+          values=codecs.TurboQuantMSE(8, seed=1)), "no sparse attention for keys TurboQuantMSE"),
+    (dict(index=BlockIndex(), selector=TopK(2, recent=128)),
+     r"selector: expected one with recent=0: the cache's own sinks and tail stay exact, got TopK"),
+    (dict(index=BlockIndex(), selector=TopP(0.5, sinks=4)), "selector: expected one with sinks=0"),
     (dict(keys=codecs.TurboQuantMSE(8), values=codecs.TurboQuantMSE(8, 2)), "values: expected another seed"),
     (dict(keys=codecs.TurboQuantMSE(8), values=codecs.TurboQuantMSE(8, seed=1, centred=True)), "not centred"),
     (dict(keys=codecs.TurboQuantMSE(8)), "no decode attention for keys TurboQuantMSE x values Float16"),

@@ -129,7 +129,8 @@ class Fused:
     dense   (query, key_codec, keys, value_codec, values, *, lengths, scale, out, lse, workspace, stream, backend):
             writes out [batch, q_heads, head_dim] and, unless it is None, lse [batch, q_heads] of the keys as they were
             given (a codec that centres keys adds scale <q, centre> again, so that parts merge)
-    sparse  the same with `selection=`: attends to the selected slots alone; None if there is no such operator
+    sparse  the same with `selection=`, what the cache's selector returned: attends to the selected slots alone; None if
+            there is no such operator
     check   (key_codec, value_codec): ValueError for codecs of these classes that do not go together; None: all do
 
     workspace is the scratch of `attention.workspace`: with it a step allocates nothing.
@@ -162,7 +163,7 @@ def attend(query, key_codec: Codec, keys: Packed, value_codec: Codec, values: Pa
     """out = softmax(scale <q, k_hat>) v_hat over the packed tokens, by the operator of this pair of codecs.
 
     query : [batch, q_heads, head_dim]        out : same shape, written        lse : [batch, q_heads] float32, written
-    lengths : [batch] int32, tokens in the packed arrays        selection : attend to these slots only (default: all)
+    lengths : [batch] int32, tokens in the packed arrays        selection : of these slots only (default: all)
     """
     operators = fused(key_codec, value_codec, sparse=selection is not None)
     options = dict(lengths=lengths, scale=scale, out=out, lse=lse, workspace=workspace, stream=stream, backend=backend)

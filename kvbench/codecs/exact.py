@@ -87,4 +87,10 @@ def _attend_exact(query, key_codec: Float16, keys: Float16Tokens, value_codec: F
                      workspace=workspace, stream=stream, backend=backend)
 
 
-FUSED[Float16, Float16] = Fused(_attend_exact)
+def _attend_selected(query, key_codec: Float16, keys: Float16Tokens, value_codec: Float16, values: Float16Tokens, *,
+                     selection, lengths, scale, out, lse, workspace, stream, backend) -> None:
+    attention.sparse_attention(query, keys.tokens, values.tokens, selection.indices, selection.counts, lengths=lengths,
+                               scale=scale, out=out, lse=lse, workspace=workspace, stream=stream, backend=backend)
+
+
+FUSED[Float16, Float16] = Fused(_attend_exact, _attend_selected)

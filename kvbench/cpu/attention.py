@@ -12,13 +12,26 @@ TOKENS_PER_TASK = 1024    # one task is a (sequence, KV head, split of this many
 
 def decode(query, keys, values, lengths, scale, out, lse) -> None:
     """query, out : [batch, q_heads, head_dim]   keys, values : [batch, kv_heads, tokens, head_dim], any strides
-    lengths : [batch] int32   lse : [batch, q_heads] float32 or None   out : query's dtype or float32
+    lengths : [batch] int32, or None for all tokens   lse : [batch, q_heads] float32 or None
+    out : query's dtype or float32
     """
+    batch, kv_heads, tokens, _ = keys.shape
+    counts = np.full(batch, tokens, np.int32) if lengths is None else lengths
+    counts = np.broadcast_to(counts[:, None], (batch, kv_heads))
+    _attend(query, keys, values, np.empty((batch, kv_heads, 0), np.int32), counts, tokens, counts[:, 0], scale, out, lse)
+
+
+def sparse_attention(query, keys, values, indices, counts, lengths, scale, out, lse) -> None:
+    """indices : [batch, lists, slots] int32   counts : [batch, lists] int32   lengths : [batch] int32; others as above"""
+    _attend(query, keys, values, indices, counts, int(counts.max(initial=0)), lengths, scale, out, lse)
+
+
+def _attend(query, keys, values, indices, counts, most, lengths, scale, out, lse):
     batch, q_heads, head_dim = query.shape
-    splits = max(-(-keys.shape[2] // TOKENS_PER_TASK), 1)
+    splits = max(-(-most // TOKENS_PER_TASK), 1)
     outputs = np.zeros((splits, batch, q_heads, head_dim), np.float32)
     lses = np.full((splits, batch, q_heads), -np.inf, np.float32)
-    _decode(bits(query), bits(keys), bits(values), lengths, np.float32(scale), outputs, lses)
+    _decode(bits(query), bits(keys), bits(values), indices, counts, lengths, np.float32(scale), outputs, lses)
     merge(outputs, lses, out, np.empty((batch, q_heads), np.float32) if lse is None else lse)
 
 
@@ -29,30 +42,39 @@ def merge(outputs, lses, out, lse) -> None:
 
 
 @numba.njit(parallel=True, **COMPILE_SUMS)
-def _decode(query, keys, values, lengths, scale, outputs, lses):
+def _decode(query, keys, values, indices, counts, lengths, scale, outputs, lses):
+    """counts : [batch, lists], tokens that the query heads of each list attend to: the first, or those in `indices`"""
     batch, q_heads, head_dim = query.shape
-    kv_heads = keys.shape[1]
-    group = q_heads // kv_heads
+    lists, listed = counts.shape[1], indices.shape[2] > 0
+    group, lists_per_head = q_heads // lists, lists // keys.shape[1]
     splits = outputs.shape[0]
-    for task in numba.prange(batch * kv_heads * splits):
-        b, g, split = task // (kv_heads * splits), task // splits % kv_heads, task % splits
-        first, last = split * TOKENS_PER_TASK, min((split + 1) * TOKENS_PER_TASK, lengths[b])
+    for task in numba.prange(batch * lists * splits):
+        b, i, split = task // (lists * splits), task // splits % lists, task % splits
+        g = i // lists_per_head
+        first, last = split * TOKENS_PER_TASK, min((split + 1) * TOKENS_PER_TASK, counts[b, i])
         if first >= last:
             continue
+        tokens = np.empty(TOKENS_PER_TASK, np.int64)
+        n = 0
+        for t in range(first, last):
+            token = np.int64(indices[b, i, t]) if listed else t
+            if 0 <= token < lengths[b]:
+                tokens[n] = token
+                n += 1
         q = np.empty((group, head_dim), np.float32)
         for h in range(group):
             for d in range(head_dim):
-                q[h, d] = load(query[b, g * group + h, d]) * scale
+                q[h, d] = load(query[b, i * group + h, d]) * scale
         row = np.empty(head_dim, np.float32)
         weights = np.empty((group, TILE), np.float32)
         largest = np.full(group, -np.inf, np.float32)
         total = np.zeros(group, np.float32)
         output = np.zeros((group, head_dim), np.float32)
-        for start in range(first, last, TILE):
-            count = min(TILE, last - start)
+        for start in range(0, n, TILE):
+            count = min(TILE, n - start)
             for t in range(count):
                 for d in range(head_dim):
-                    row[d] = load(keys[b, g, start + t, d])
+                    row[d] = load(keys[b, g, tokens[start + t], d])
                 for h in range(group):
                     logit = np.float32(0)
                     for d in range(head_dim):
@@ -73,7 +95,7 @@ def _decode(query, keys, values, lengths, scale, outputs, lses):
                     total[h] += weights[h, t]
             for t in range(count):
                 for d in range(head_dim):
-                    row[d] = load(values[b, g, start + t, d])
+                    row[d] = load(values[b, g, tokens[start + t], d])
                 for h in range(group):
                     weight = weights[h, t]
                     for d in range(head_dim):
@@ -81,8 +103,8 @@ def _decode(query, keys, values, lengths, scale, outputs, lses):
         for h in range(group):
             inverse = np.float32(1) / total[h] if total[h] != 0 else np.float32(0)
             for d in range(head_dim):
-                outputs[split, b, g * group + h, d] = output[h, d] * inverse
-            lses[split, b, g * group + h] = largest[h] + np.log(total[h])
+                outputs[split, b, i * group + h, d] = output[h, d] * inverse
+            lses[split, b, i * group + h] = largest[h] + np.log(total[h])
 
 
 @numba.njit(**COMPILE)

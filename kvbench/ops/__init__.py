@@ -3,9 +3,9 @@ registry records.
 
 Importing this package registers every kernel.
 """
-from kvbench.ops import attention, kivi, quest, rabitq, rotation, turboquant
+from kvbench.ops import attention, kivi, quest, rabitq, rotation, selection, turboquant
 from kvbench.ops import kivi_records as _kivi_records               # noqa: F401
 from kvbench.ops import rabitq_records as _rabitq_records           # noqa: F401
 from kvbench.ops import turboquant_records as _turboquant_records   # noqa: F401
 
-__all__ = ["attention", "kivi", "quest", "rabitq", "rotation", "turboquant"]
+__all__ = ["attention", "kivi", "quest", "rabitq", "rotation", "selection", "turboquant"]

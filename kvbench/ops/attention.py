@@ -16,13 +16,14 @@ from kvbench.ops.dispatch import CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_clos
 from kvbench.reference import attention as reference
 from kvbench.registry import Kernel, Traffic, register
 
-__all__ = ["Workspace", "decode", "merge", "workspace"]
+__all__ = ["Workspace", "decode", "merge", "sparse_attention", "workspace"]
 
 CUDA_HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 16
 MAX_SPLITS = 256     # per sequence and KV head; beyond it the merge costs more than the split gains
 BLOCKS_PER_MULTIPROCESSOR = 4    # at most, when splits are chosen
 BACKENDS = registry.BACKENDS
+HOST_BACKENDS = ("reference", "cpu")
 
 
 @dataclass(frozen=True)
@@ -93,43 +94,105 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     Source: FlashAttention (arXiv 2205.14135), split and merge: arXiv 1805.02867, section 3.1.
     """
     arguments = Arguments("attention.decode", stream=stream)
+    query, keys, values, lengths, scale = _take_inputs(arguments, query, keys, values, lengths, scale, splits)
+    out, lse = _take_outputs(arguments, query, out, lse, return_lse)
+    backend = choose(backend, arguments, BACKENDS)
+    tokens = keys.shape[2]
+    host_lengths = None if lengths is None or backend not in HOST_BACKENDS else np.clip(lengths.numpy(), 0, tokens)
+
+    if backend == "reference":
+        _store_reference(out, lse, reference.decode(query.numpy(), keys.numpy(), values.numpy(), lengths=host_lengths,
+                                                    scale=scale))
+    elif backend == "cpu":
+        cpu_attention.decode(query.numpy(), keys.numpy(), values.numpy(), host_lengths, scale, out.numpy(),
+                             None if lse is None else lse.numpy())
+    else:
+        _check_cuda(arguments, backend, query, keys, values, out)
+        if query.shape[0]:
+            _launch_decode(query, keys, values, lengths, None, scale, splits, out, lse, workspace, backend, arguments)
+    return (out.give(), lse.give()) if return_lse else out.give()
+
+
+def sparse_attention(query, keys, values, indices, counts, *, lengths=None, scale: float | None = None,
+                     splits: int | None = None, return_lse: bool = False, out=None, lse=None,
+                     workspace: Workspace | None = None, backend: str | None = None, stream=None):
+    """output_h = sum_(t in list) softmax_t(scale <q_h, k_t>) v_t: attention to listed tokens, no other row is read.
+
+    query     : [batch, q_heads, head_dim] float16, bfloat16 or float32
+    keys      : [batch, kv_heads, tokens, head_dim], query's dtype, outer dimensions may be strided; values likewise
+    indices   : [batch, lists, slots] int32, positions of tokens, none twice; lists = kv_heads (one for all query heads
+                of a KV head) or q_heads.  Any order is right, an ascending one reads memory best
+    counts    : [batch, lists] int32, entries of each list, clamped to 0..slots; what lies beyond is not read.  A count
+                of 0: output 0, lse -inf
+    lengths   : [batch] int32, tokens of each sequence (default: all), clamped to 0..tokens; entries outside
+                0..length - 1 are left out, since checking them would wait for the device
+
+    scale, splits, return_lse, out, lse, workspace and backend are as in `decode`, and so is the precision.  With lists
+    per KV head each listed row is read once for all of its query heads; with lists per query head once for each.
+    Source: RaBitQCache (arXiv 2606.31519), Quest (arXiv 2406.10774); split and merge: arXiv 1805.02867, section 3.1.
+    """
+    arguments = Arguments("attention.sparse_attention", stream=stream)
+    query, keys, values, lengths, scale = _take_inputs(arguments, query, keys, values, lengths, scale, splits)
+    indices = arguments.take("indices", indices, "batch lists slots", ("int32",), strided=True)
+    counts = arguments.take("counts", counts, "batch lists", ("int32",))
+    batch, q_heads, kv_heads, lists = (arguments.sizes[n] for n in ("batch", "q_heads", "kv_heads", "lists"))
+    arguments.require(lists in (kv_heads, q_heads), "indices",
+                      f"lists for the {kv_heads} KV heads or the {q_heads} query heads", lists)
+    out, lse = _take_outputs(arguments, query, out, lse, return_lse)
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend in HOST_BACKENDS:
+        tokens = keys.shape[2]
+        host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
+        host_counts = np.clip(counts.numpy(), 0, indices.shape[2])
+    if backend == "reference":
+        _store_reference(out, lse, reference.sparse_attention(
+            query.numpy(), keys.numpy(), values.numpy(), indices.numpy(), host_counts, lengths=host_lengths,
+            scale=scale))
+    elif backend == "cpu":
+        cpu_attention.sparse_attention(query.numpy(), keys.numpy(), values.numpy(), indices.numpy(), host_counts,
+                                       host_lengths, scale, out.numpy(), None if lse is None else lse.numpy())
+    else:
+        _check_cuda(arguments, backend, query, keys, values, out)
+        if batch:
+            _launch_decode(query, keys, values, lengths, (indices, counts), scale, splits, out, lse, workspace, backend,
+                           arguments)
+    return (out.give(), lse.give()) if return_lse else out.give()
+
+
+def _take_inputs(arguments, query, keys, values, lengths, scale, splits):
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
     keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
     values = arguments.take("values", values, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
-    batch, q_heads, head_dim, kv_heads, tokens = (
-        arguments.sizes[n] for n in ("batch", "q_heads", "head_dim", "kv_heads", "tokens"))
+    q_heads, kv_heads, head_dim = (arguments.sizes[n] for n in ("q_heads", "kv_heads", "head_dim"))
     arguments.require(kv_heads > 0 and q_heads % kv_heads == 0 and q_heads > 0, "query",
                       f"q_heads a positive multiple of kv_heads = {kv_heads}", q_heads)
     arguments.require(head_dim > 0, "query", "a positive head_dim", head_dim)
     scale = check_scale(arguments, scale, head_dim)
     arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= MAX_SPLITS), "splits",
                       f"an integer from 1 to {MAX_SPLITS}", splits)
+    return query, keys, values, lengths, scale
+
+
+def _take_outputs(arguments, query, out, lse, return_lse):
     out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
     wants_lse = return_lse or lse is not None
-    lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
-    backend = choose(backend, arguments, BACKENDS)
+    return out, arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
 
-    if backend == "reference":
-        host_lengths = None if lengths is None else np.clip(lengths.numpy(), 0, tokens)
-        output, log_sum = reference.decode(query.numpy(), keys.numpy(), values.numpy(), lengths=host_lengths,
-                                           scale=scale)
-        with np.errstate(over="ignore"):
-            out.numpy()[...] = output.astype(out.numpy().dtype)
-        if lse is not None:
-            lse.numpy()[...] = log_sum
-    elif backend == "cpu":
-        host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
-        cpu_attention.decode(query.numpy(), keys.numpy(), values.numpy(), host_lengths, scale, out.numpy(),
-                             None if lse is None else lse.numpy())
-    else:
-        check_cuda_heads(arguments, backend, head_dim, q_heads // kv_heads)
-        for name, array in (("query", query), ("keys", keys), ("values", values), ("out", out)):
-            arguments.require(array.aligned(16), name, "rows at multiples of 16 bytes",
-                              f"address {array.pointer:#x}, strides {array.strides}")
-        if batch:
-            _launch_decode(query, keys, values, lengths, scale, splits, out, lse, workspace, backend, arguments)
-    return (out.give(), lse.give()) if return_lse else out.give()
+
+def _store_reference(out, lse, result):
+    with np.errstate(over="ignore"):
+        out.numpy()[...] = result[0].astype(out.numpy().dtype)
+    if lse is not None:
+        lse.numpy()[...] = result[1]
+
+
+def _check_cuda(arguments, backend, query, keys, values, out):
+    check_cuda_heads(arguments, backend, query.shape[2], query.shape[1] // keys.shape[1])
+    for name, array in (("query", query), ("keys", keys), ("values", values), ("out", out)):
+        arguments.require(array.aligned(16), name, "rows at multiples of 16 bytes",
+                          f"address {array.pointer:#x}, strides {array.strides}")
 
 
 def check_scale(arguments: Arguments, scale, head_dim: int) -> float:
@@ -188,30 +251,35 @@ def split_shared_bytes(copies: int, heads: int, head_dim: int, threads: int) -> 
     return max(copies * heads * (head_dim + 2) * 4, threads * 24)
 
 
-def _launch_decode(query, keys, values, lengths, scale, splits, out, lse, workspace, backend, arguments):
+def _launch_decode(query, keys, values, lengths, listed, scale, splits, out, lse, workspace, backend, arguments):
+    """listed : (indices, counts), or None for all tokens"""
     batch, kv_heads, tokens, head_dim = keys.shape
-    group, device = query.shape[1] // kv_heads, query.device
+    lists, most = (kv_heads, tokens) if listed is None else listed[0].shape[1:]
+    group, device = query.shape[1] // lists, query.device
+    kernel = "attention_decode" if listed is None else "attention_sparse"
     if query.dtype == "float32":
-        name, tile, tiles_per_block = f"attention_decode_simple_kernel<{head_dim}>", 32, 1
+        name, tile, tiles_per_block = f"{kernel}_simple_kernel<{head_dim}>", 32, 1
         copies, heads, ring_bytes = 1, MAX_GROUP, (MAX_GROUP * head_dim + 32 * (head_dim + 1)) * 4
     else:
         heads = 8 if group <= 8 else 16
-        name = f"attention_decode_kernel<{CXX_TYPE[query.dtype]}, {head_dim}, {heads}>"
+        name = f"{kernel}_kernel<{CXX_TYPE[query.dtype]}, {head_dim}, {heads}>"
         tile, tiles_per_block, copies = 16, 8, 8
         ring_bytes = (8 * 3 * 16 + heads) * head_dim * 2    # 8 warps, kRingUnits units of 16 rows; the queries
     if splits is None:
-        splits = choose_splits(-(-tokens // tile), batch * kv_heads, tiles_per_block,
+        splits = choose_splits(-(-most // tile), batch * lists, tiles_per_block,
                                loaders.multiprocessors(backend, device))
     shared_bytes = split_shared_bytes(copies, heads, head_dim, 256)
     if query.dtype == "float32":
         shared_bytes += MAX_GROUP * head_dim * 4    # the copies follow the queries
     scratch = take_workspace(arguments, workspace, splits, device, out.framework)
     function = loaders.get_function("attention", f"kvb::{name}", backend, device)
-    function((splits, kv_heads, batch), (256,), (
+    extra = () if listed is None else (*listed, *map(np.uint64, listed[0].strides[:2]), np.int32(most),
+                                       np.int32(lists // kv_heads))
+    function((splits, lists, batch), (256,), (
         query, keys, values, lengths, out, lse, scratch.partial_output,
         scratch.partial_statistics, scratch.tickets, *map(np.uint64, keys.strides[:3]),
         *map(np.uint64, values.strides[:3]), np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e)),
-        np.int32(out.dtype == "float32")), shared_bytes=max(ring_bytes, shared_bytes), stream=arguments.stream)
+        np.int32(out.dtype == "float32"), *extra), shared_bytes=max(ring_bytes, shared_bytes), stream=arguments.stream)
 
 
 def merge(outputs, lses, *, out=None, lse=None, backend: str | None = None, stream=None):

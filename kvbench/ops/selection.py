@@ -1,0 +1,200 @@
+"""Which tokens are attended, by their proxy logits: Top-p and Top-k, without a sort, exact and deterministic.
+
+Reference: reference/selection.py, kernels: cuda_src/selection.cu.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvbench import loaders, registry, trees
+from kvbench.arrays import Arguments, Array, Device, empty, zeros
+from kvbench.cpu import selection as cpu_selection
+from kvbench.ops.dispatch import choose
+from kvbench.reference import selection as reference
+from kvbench.reference.selection import CALIBRATIONS, NORMALISE, Selection
+from kvbench.scores import Scores
+
+__all__ = ["Selection", "Workspace", "select_top_k", "select_top_p", "workspace"]
+
+BACKENDS = registry.BACKENDS
+STATE_WORDS = 10       # of 8 bytes, per query head: RowState of cuda_src/selection.cu
+BINS = 1024            # of the histogram
+LISTED = 4096          # tokens of the crossing bin that are listed, per query head; more of them are searched for again
+ENTRY_WORDS = 3        # of 4 bytes: key, mass, token
+SPAN = 65536           # tokens of a thread block, at most: its sums of half masses are 32 bits wide
+MOMENTS = 4            # of a thread block, for "shrink"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch memory of the selection kernels; with it and `out=` a selection allocates nothing.  One stream at a time.
+
+    state    [rows * STATE_WORDS] uint64, zero between launches        rows = batch * q_heads
+    counts   [rows * BINS] uint32, likewise        masses   [rows * BINS] uint64, likewise
+    masks    [rows * 2 * ceil(tokens / 32)] uint32: tokens that are chosen, and tokens that may be
+    entries  [rows * listed * ENTRY_WORDS] uint32: the tokens of the crossing bin
+    moments  [rows * most blocks * MOMENTS] float64, of parts of a row
+    """
+
+    state: Array
+    counts: Array
+    masses: Array
+    masks: Array
+    entries: Array
+    moments: Array
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in trees.arrays_of(self).values())
+
+
+def workspace(batch: int, q_heads: int, tokens: int, device: Device | str, *, listed: int = LISTED,
+              framework: str | None = None, stream=None) -> Workspace:
+    """Scratch for selections with at most this batch, q_heads and tokens.
+
+    listed : tokens of one query head that share a bin of width 22 / 1024 with the threshold and are then sorted out
+        quickly; where there are more the result is the same, but takes longer
+    """
+    device = Device.parse(device)
+    rows, listed = batch * q_heads, max(min(listed, tokens), 1)
+
+    def new(allocate, size, dtype):
+        return allocate((size,), dtype, device, framework, stream=stream)
+
+    backend = "simt" if device.kind == "cpu" else "native" if loaders.availability("cuda") else "cuda"
+    blocks = choose_blocks(tokens, rows, loaders.multiprocessors(backend, device))
+    return Workspace(new(zeros, rows * STATE_WORDS, "uint64"), new(zeros, rows * BINS, "uint32"),
+                     new(zeros, rows * BINS, "uint64"), new(empty, rows * 2 * -(-tokens // 32), "uint32"),
+                     new(empty, rows * listed * ENTRY_WORDS, "uint32"),
+                     new(empty, rows * blocks * MOMENTS, "float64"))
+
+
+def choose_blocks(tokens: int, rows: int, multiprocessors: int) -> int:
+    """Thread blocks per query head: enough to fill the GPU twice, each with 1024 to SPAN tokens."""
+    wanted = min(-(-tokens // 1024), -(-2 * multiprocessors // max(rows, 1)))
+    return max(wanted, -(-tokens // SPAN), 1)
+
+
+def select_top_p(scores, p: float, *, kv_heads: int | None = None, lengths=None, sinks: int = 0, recent: int = 0,
+                 block: int = 1, min_tokens: int = 1, max_tokens: int | None = None, normalise: str = "middle",
+                 calibrated: bool | str = False, out: Selection | None = None, workspace=None,
+                 backend: str | None = None, stream=None) -> Selection:
+    """The fewest tokens whose mass reaches p: sum_chosen exp(logit_t) >= p sum_t exp(logit_t), the crossing one included.
+
+    scores     : Scores(logits [batch, q_heads, tokens] float32, sigma: same shape or None); a logit that is not finite
+                 is never chosen
+    p          : 0 < p <= 1, taken as ceil(65536 p) / 65536; 1 chooses every token
+    kv_heads   : one list for the query heads of each KV head, the union of theirs; None: one list per query head
+    lengths    : [batch] int32, tokens of each sequence (default: all); clamped to 0..tokens
+    sinks, recent, block : the first `sinks` tokens and the last `recent` to `recent + block - 1`, which leave the window
+                 in blocks, are always kept: they are no candidates, and are not listed
+    min_tokens, max_tokens : bounds of what a query head chooses; None: no upper one
+    normalise  : "middle": p of the candidates' mass; "global": of that of all tokens, those always kept included, which
+                 need exact logits
+    calibrated : False, "shrink" or "shift" (True): what the noise `sigma` does to the mass is corrected, see
+                 reference/selection.py
+    out        : a Selection to write into (default: new memory)
+    workspace  : from `workspace(...)`, so that nothing is allocated (default: a temporary one)
+    backend    : reference, cpu, cuda, native, simt (default: by device); the last three: at most 16 query heads a list
+
+    Returns Selection(indices [batch, lists, tokens] int32, ascending, undefined from counts on; counts [batch, lists]
+    int32; mass [batch, q_heads] float32, the share that was reached).  Ties belong to the lower index.  Masses are
+    integers, so no result depends on the order of sums.
+    Source: arXiv 2502.02770 (Top-p pruning), arXiv 2606.31519 (by proxy scores).
+    """
+    arguments = Arguments("selection.select_top_p", stream=stream)
+    check_top_p(arguments, p, min_tokens, max_tokens, normalise, calibrated)
+    calibrated = "shift" if calibrated is True else calibrated
+    rule = dict(share=reference.share(p), least=min_tokens, most=max_tokens, total=normalise == "global",
+                calibrated=calibrated)
+    window = dict(sinks=sinks, recent=recent, block=block)
+
+    def by_reference(scores, lengths):
+        return reference.top_p(scores, p, lengths=lengths, min_tokens=min_tokens, max_tokens=max_tokens,
+                               normalise=normalise, calibrated=calibrated, **window)
+
+    return _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, backend, by_reference)
+
+
+def select_top_k(scores, k: int, *, kv_heads: int | None = None, lengths=None, sinks: int = 0, recent: int = 0,
+                 block: int = 1, out: Selection | None = None, workspace=None, backend: str | None = None,
+                 stream=None) -> Selection:
+    """The k tokens with the largest logits, or all: the first k in the order (logit descending, index ascending).
+
+    scores   : Scores(logits [batch, q_heads, tokens] float32, ...); sigma is not looked at
+    k        : 0 or more
+
+    kv_heads, lengths, sinks, recent, block, out, workspace, backend and the result are as in `select_top_p`; `mass` is
+    the share of the candidates' mass.  Source: Quest, arXiv 2406.10774; radix descent: reference/selection.py.
+    """
+    arguments = Arguments("selection.select_top_k", stream=stream)
+    check_count(arguments, "k", k, 0)
+    rule = dict(share=0, least=k, most=k, total=False, calibrated=False)
+    window = dict(sinks=sinks, recent=recent, block=block)
+
+    def by_reference(scores, lengths):
+        return reference.top_k(scores, k, lengths=lengths, **window)
+
+    return _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, backend, by_reference)
+
+
+def _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, backend, by_reference):
+    for name, least in (("sinks", 0), ("recent", 0), ("block", 1)):
+        check_count(arguments, name, window[name], least)
+    if not isinstance(scores, Scores):
+        raise TypeError(f"{arguments.operator}: scores: expected Scores(logits, sigma), got {type(scores).__name__}")
+    logits = arguments.take("scores.logits", scores.logits, "batch q_heads tokens", ("float32",))
+    sigma = None
+    if rule["calibrated"]:
+        arguments.require(scores.sigma is not None, "scores.sigma", "the noise of the logits, for a calibrated "
+                          "selection", None)
+        sigma = arguments.take("scores.sigma", scores.sigma, "batch q_heads tokens", ("float32",))
+    lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
+    batch, q_heads, tokens = logits.shape
+    if kv_heads is not None:
+        check_count(arguments, "kv_heads", kv_heads, 1)
+        arguments.require(q_heads % kv_heads == 0, "kv_heads", f"a divisor of the {q_heads} query heads", kv_heads)
+    lists = q_heads if kv_heads is None else kv_heads
+    if out is not None and not isinstance(out, Selection):
+        raise TypeError(f"{arguments.operator}: out: expected a Selection, got {type(out).__name__}")
+    given = (None, None, None) if out is None else (out.indices, out.counts, out.mass)
+    result = Selection(arguments.result("out.indices", given[0], (batch, lists, tokens), "int32"),
+                       arguments.result("out.counts", given[1], (batch, lists), "int32"),
+                       arguments.result("out.mass", given[2], (batch, q_heads), "float32"))
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend in ("reference", "cpu"):
+        host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
+        host_sigma = None if sigma is None else sigma.numpy()
+        arrays_out = result.indices.numpy(), result.counts.numpy(), result.mass.numpy()
+    if backend == "reference":
+        made = by_reference(Scores(logits.numpy(), host_sigma), host_lengths)
+        made = made if kv_heads is None else reference.union(made, kv_heads)
+        for array, value in zip(arrays_out, (made.indices, made.counts, made.mass)):
+            array[...] = value
+    elif backend == "cpu":
+        calibration = CALIBRATIONS.index(rule["calibrated"])
+        most = tokens if rule["most"] is None else rule["most"]
+        cpu_selection.select(logits.numpy(), host_sigma, host_lengths, tuple(window.values()), rule["share"],
+                             rule["least"], most, rule["total"], calibration, *arrays_out)
+    return Selection(result.indices.give(), result.counts.give(), result.mass.give())
+
+
+def check_top_p(arguments: Arguments, p, least, most, normalise, calibrated,
+                names: tuple[str, str] = ("min_tokens", "max_tokens")) -> None:
+    """The parameters of Top-p."""
+    number = isinstance(p, (int, float, np.number)) and not isinstance(p, bool)
+    arguments.require(number and 0 < p <= 1, "p", "0 < p <= 1", repr(p))
+    arguments.require(normalise in NORMALISE, "normalise", f"one of {', '.join(NORMALISE)}", repr(normalise))
+    arguments.require(calibrated is True or calibrated in CALIBRATIONS, "calibrated",
+                      "True, False, 'shrink' or 'shift'", repr(calibrated))
+    check_count(arguments, names[0], least, 0)
+    if most is not None:
+        check_count(arguments, names[1], most, least)
+
+
+def check_count(arguments: Arguments, name: str, value, least: int) -> None:
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    arguments.require(integer and value >= least, name, f"an integer of at least {least}", repr(value))
