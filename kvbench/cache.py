@@ -1,7 +1,7 @@
 """KVCache: a codec for keys, one for values, an index with its selector if wanted, and tokens that are kept exact."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -402,6 +402,28 @@ class KVCache:
         arguments.require(arguments.device == self.device, name, f"an array on the cache's device {self.device}",
                           f"one on {arguments.device}")
 
+    def stored(self, sequence: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of one sequence as attention sees them: [kv_heads, tokens, head_dim] each, on the host.
+
+        In the order of their arrival.  A diagnostic: what is encoded is decoded by its codec, in float16 where the
+        codec gives no more.
+        """
+        length = int(self._lengths[sequence])
+        exact, encoded = (int(n) for n in self._split(self._lengths)[:, sequence])
+        sinks, rows = min(self.sinks, length), slice(sequence, sequence + 1)
+        sides = []
+        for side in _SIDES:
+            buffer = _part(self._stores[f"exact.{side}"][1].tokens, rows, 0, exact).to_host()[0]
+            pieces = [buffer[:, :sinks]]
+            if encoded:
+                codec, packed = self._stores[f"store.{side}"]
+                decoded = codec.decode(codec.used(packed, sequence, encoded))
+                pieces.append(arrays.borrow(decoded, "decoded").to_host()[0])
+            for _, slot, n in self.tail.runs(encoded, length - sinks, encoded):
+                pieces.append(buffer[:, sinks + slot:sinks + slot + n])
+            sides.append(np.concatenate(pieces, axis=1))
+        return tuple(sides)
+
     # ---------------------------------------------------------------------------------------------------- save, load
 
     def _views(self) -> Iterator[tuple[str, arrays.Array]]:
@@ -430,14 +452,22 @@ class KVCache:
     def _part_objects(self) -> dict[str, codecs.Part | None]:
         return {name: getattr(self, name) for name in ("keys", "values", "index", "selector")}
 
-    def __deepcopy__(self, memo) -> KVCache:
-        copy = KVCache(**self._parameters(), **self._part_objects(), tail=self.tail, device=self.device,
-                       backend=self.backend)
+    def select(self, sequences: Sequence[int]) -> KVCache:
+        """A new cache that holds copies of these sequences, in this order and as often as they are named."""
+        _require(len(sequences) > 0 and all(0 <= i < self.batch for i in sequences), "sequences",
+                 f"one or more numbers of the {self.batch} sequences", sequences)
+        copy = KVCache(**{**self._parameters(), "batch": len(sequences)}, **self._part_objects(), tail=self.tail,
+                       device=self.device, backend=self.backend)
         copy._follow(self._stream)
-        copy._set_lengths(self.lengths)
-        for (_, target), (_, source) in zip(copy._views(), self._views()):
-            target.copy_from(source)
+        copy._set_lengths(self._lengths[np.asarray(sequences, np.int64)])
+        views = dict(self._views())
+        for name, target in copy._views():
+            part, _, sequence = name.rpartition(".")
+            target.copy_from(views[f"{part}.{sequences[int(sequence)]}"])
         return copy
+
+    def __deepcopy__(self, memo) -> KVCache:
+        return self.select(range(self.batch))
 
     def __reduce__(self):
         raise TypeError("KVCache: cannot be pickled or shallowly copied, it holds memory addresses: "

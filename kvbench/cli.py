@@ -1,6 +1,6 @@
 """The command line.
 
-    kvbench doctor | demo | list | prove | verify | bench | report
+    kvbench doctor | demo | list | prove | verify | bench | report | capture | eval
 
 Exit status: 0 all held; 1 something measured fell short; 2 wrong usage or a backend that this machine lacks; 130 after
 Ctrl-C, with what was done until then printed and written.  Results go to stdout, progress and errors to stderr.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         parser.error(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments, argparse.Namespace(arguments=arguments))
     try:
         status = options.run(options)
         sys.stdout.flush()
@@ -110,6 +111,45 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
                         help="earlier results: faster, slower, same or unclear per case; exit status 1 if any is slower")
     report.add_argument("--margin", type=_percent, default=0.02, metavar="PERCENT",
                         help="differences up to this are none (default: 2)")
+
+    def model(added, required):
+        added.add_argument("--model", required=required, metavar="M",
+                           help="smollm2, a GGUF file, or a folder of a transformers model")
+        added.add_argument("--text", metavar="T", help="a UTF-8 file to read (default: a text that kvbench ships)")
+        added.add_argument("--dtype", metavar="D", help="of the weights: float32, bfloat16 or float16 (default: "
+                                                        "float32 on a CPU, else bfloat16)")
+        added.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
+
+    capture = command(_capture, "queries, keys and values of layers of a model that reads a text, as safetensors")
+    model(capture, required=True)
+    capture.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens to read (default: 8192)")
+    capture.add_argument("--layers", type=_whole_numbers, metavar="N,...", help="default: one in the middle")
+    capture.add_argument("--out", type=_output_path, required=True, metavar="PATH",
+                         help="the file; of several layers, each has one with its number in the name")
+
+    evaluation = command(_eval, "what presets cost a real model: logits, perplexity, finding a needle")
+    model(evaluation, required=False)
+    evaluation.add_argument("--kv", nargs="+", default=[], metavar="PATH",
+                            help="captures for --task logits (default: the shipped sample)")
+    evaluation.add_argument("--cache", action="append", default=[], metavar="PRESET[:OPTION=VALUE,...]",
+                            help="such as turboquant:key_bits=4,value_bits=2/3; repeat for more (default: all presets)")
+    evaluation.add_argument("--task", type=_tasks, metavar="NAME,...",
+                            help="logits, perplexity, needle (default: logits, or perplexity with a model)")
+    evaluation.add_argument("--queries", type=_positive, default=64, metavar="N", help="of a capture (default: 64)")
+    evaluation.add_argument("--prompt", type=_positive, default=512, metavar="N",
+                            help="tokens of the text before perplexity is measured (default: 512)")
+    evaluation.add_argument("--tokens", type=_positive, default=2048, metavar="N",
+                            help="tokens that perplexity is measured on (default: 2048)")
+    evaluation.add_argument("--codecs-alone", action="store_true",
+                            help="perplexity with every key and value encoded, none kept exact, and no prompt")
+    evaluation.add_argument("--lengths", type=_whole_numbers, default=[1024, 2048], metavar="N,...",
+                            help="tokens of the texts that hold a needle (default: 1024,2048)")
+    evaluation.add_argument("--depths", type=_shares, default=[0.1, 0.5, 0.9], metavar="X,...",
+                            help="where the needle is, 0 to 1 (default: 0.1,0.5,0.9)")
+    evaluation.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the needles")
+    evaluation.add_argument("--resume", action="store_true",
+                            help="keep what the file of --json holds of the same setup, and measure the rest")
+    json_path(evaluation)
     return parser, list(commands.choices)
 
 
@@ -258,6 +298,43 @@ def _report(options) -> int:
     return comparison.exit_status if comparison else HELD
 
 
+def _capture(options) -> int:
+    from kvbench.evaluate import capture, models
+
+    text = models.read_text(options.text)
+    _progress(f"loading {options.model}")
+    model = models.load(options.model, options.dtype, options.device)
+    layers = options.layers or [model.config.num_hidden_layers // 2]
+    made_with = f"kvbench capture --model {options.model} --tokens {options.tokens} --layers " \
+                f"{','.join(map(str, layers))}"
+    captures = capture.capture(model, text, options.tokens, layers, made_with, _progress)
+    rows = []
+    for layer, captured in zip(layers, captures):
+        path = options.out if len(layers) == 1 else \
+            options.out.with_name(f"{options.out.stem}_layer{layer:02d}{options.out.suffix}")
+        capture.write(captured, path)
+        rows.append([path, layer, *("x".join(map(str, x.shape[1:])) for x in (captured.keys, captured.queries))])
+    print(table(["file", "layer", "keys", "queries"], rows, "lr"))
+    return HELD
+
+
+def _eval(options) -> int:
+    from kvbench.evaluate import driver
+
+    if options.resume and not options.json:
+        raise ValueError("--resume: expected --json PATH, whose cases are kept")
+    tasks = options.task or (["perplexity"] if options.model and not options.kv else ["logits"])
+    settings = driver.Settings(
+        tasks, options.cache, options.kv, options.model, options.text, options.dtype, options.device, options.queries,
+        options.prompt, options.tokens, options.codecs_alone, options.lengths, options.depths, options.seed,
+        shlex.join(["kvbench", *options.arguments]), options.resume)
+    done = driver.run(settings, options.json, _progress)
+    for title, head, rows in driver.tables(done.document):
+        print(f"{title}\n\n{table(head, rows, driver.ALIGN)}\n")
+    print(*(f"{term:<12} {meaning}" for term, meaning in driver.legend(done.document).items()), sep="\n")
+    return INTERRUPTED if done.interrupted else HELD
+
+
 # Pieces
 
 def table(head: list[str], rows: Iterable[list], align: str = "") -> str:
@@ -323,6 +400,24 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a non-negative integer, got {text!r}")
     return int(text)
+
+
+def _tasks(text: str) -> list[str]:
+    return [_one_of("task", ("logits", "perplexity", "needle"))(task) for task in text.split(",")]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [_seed(number) for number in text.split(",")]
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"expected numbers from 0 to 1, got {text!r}")
+    return shares
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

