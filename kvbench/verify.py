@@ -11,6 +11,7 @@ import numpy as np
 
 from kvbench import loaders, trees
 from kvbench.arrays import borrow, upload
+from kvbench.reference.block_gtq import Plan
 from kvbench.reference.rotation import Rotation
 from kvbench.reference.turboquant import Projection
 from kvbench.registry import Kernel
@@ -72,8 +73,8 @@ def run(kernel: Kernel, inputs: dict, backend: str, *, schedule: int = 0, ftz: b
 
 
 def on_device(value, device):
-    """An input with its arrays in device memory.  A rotation or a projection stays: operators take it to the device."""
-    if isinstance(value, (Rotation, Projection)):
+    """An input with its arrays in device memory.  A rotation, a projection, a plan stay: operators take them there."""
+    if isinstance(value, (Rotation, Projection, Plan)):
         return value
     return trees.apply(lambda _, x: upload(x, device).give() if isinstance(x, np.ndarray) else x, value)
 

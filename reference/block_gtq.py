@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -183,7 +183,8 @@ def _energies(heads, pairs):
 # --- Allocation ------------------------------------------------------------------------------------------------------
 
 
-def allocate(scores, average_bits: float, *, least: int = 1, most: int = MOST_BITS, tile: int = 2) -> np.ndarray:
+def allocate(scores, average_bits: float, *, least: int = 1, most: int = MOST_BITS, tile: int = 2,
+             greedy: Callable | None = None) -> np.ndarray:
     """Bits per coordinate of every block, uint8 of the shape of `scores`, that minimise J within the budget.
 
     scores       : [..., blocks], finite, at least 0; every row is a head, with a budget of its own
@@ -193,6 +194,7 @@ def allocate(scores, average_bits: float, *, least: int = 1, most: int = MOST_BI
     tile         : coordinates that get bits together, a whole number of blocks: a tile is `tile` / 2 blocks that follow
                    one another in the order of falling scores, which is optimal among tiles of one size.  2: every block
                    for itself, the paper's
+    greedy       : (scores [n], budget, least, most) -> bits [n] (default: `_greedy`)
 
     Ties go to the lowest index, and to the fewest bits where all scores are 0.  Source: arXiv 2606.24033, Theorem 1.
     """
@@ -211,11 +213,12 @@ def allocate(scores, average_bits: float, *, least: int = 1, most: int = MOST_BI
                          f"got {average_bits!r}")
     step = tile // 2
     budget = int(count * average_bits + 1e-9) // step                    # in tiles; 1e-9: 2.2 * 5 is 11
+    greedy = _greedy if greedy is None else greedy
     result = np.empty(scores.shape, np.uint8)
     for at in np.ndindex(scores.shape[:-1]):
         falling = np.argsort(-scores[at], kind="stable") if step > 1 else np.arange(count)
         tiles = scores[at][falling].reshape(-1, step).sum(axis=-1)
-        result[at][falling] = np.repeat(_greedy(tiles, budget, least, most), step)
+        result[at][falling] = np.repeat(greedy(tiles, budget, least, most), step)
     return result
 
 
@@ -331,7 +334,11 @@ class Plan:
     @property
     def magnitude_words(self) -> int:
         """Of a row: as many as the head with the longest row needs."""
-        return max(sum(count for _, count in _plane_sizes(rates)) for rates in self.rates())
+        return max(map(sum, self.plane_words()))
+
+    def plane_words(self) -> list[tuple[int, ...]]:
+        """Words of mag2_0, mag2_1, mag2_2 and mag1 in the rows of every head."""
+        return [tuple(count for _, count in _plane_sizes(rates)) for rates in self.rates()]
 
     @property
     def bits_per_element(self) -> float:

@@ -66,7 +66,7 @@ def test_agreement_refuses_a_wrong_result(name):
 
 
 def wrong_element(x):
-    """One element off by 0.05, or one bit of a word of codes."""
+    """One element off by 0.05, or one bit of a word of codes, or of a byte."""
     chosen = np.arange(x.size).reshape(x.shape) == x.size // 2
     if x.dtype.kind in "iu":
         return x ^ (chosen.astype(x.dtype) << min(13, 8 * x.itemsize - 3))

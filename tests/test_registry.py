@@ -8,6 +8,7 @@ import pytest
 
 import kvbench
 from kvbench import loaders, registry, trees
+from kvbench.reference.block_gtq import Plan
 from kvbench.reference.rotation import Rotation
 from kvbench.reference.turboquant import Projection
 from kvbench.registry import Kernel, Traffic
@@ -20,15 +21,17 @@ KERNELS = list(registry.KERNELS.values())
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_one_stem_leads_through_all_layers(stem):
-    for path in (f"reference/{stem}.py", f"cuda_src/{stem}.cu", f"kvbench/cpu/{stem}.py", f"kvbench/ops/{stem}.py",
-                 f"tests/test_{stem}.py", f"tests/strategies/{stem}.py"):
+    for path in (f"reference/{stem}.py", f"kvbench/cpu/{stem}.py", f"kvbench/ops/{stem}.py", f"tests/test_{stem}.py",
+                 f"tests/strategies/{stem}.py"):
         assert (ROOT / path).exists(), path
+    on_gpus = any("cuda" in kernel.backends for kernel in KERNELS if kernel.stem == stem)
+    assert (ROOT / f"cuda_src/{stem}.cu").exists() == on_gpus
 
 
 def test_no_stray_kernel_or_operator_file():
     """A large operator may have its launches and its records in files of their own, <stem>_launch and <stem>_records."""
     helpers = {"__init__", "claim", "convert", "dispatch", "codebook", "planes"}
-    helpers |= {"block_gtq", "selection", "self_indexing"}      # references without kernels
+    helpers |= {"selection", "self_indexing"}      # references without kernels
     for folder, suffix in (("reference", ".py"), ("cuda_src", ".cu"), ("kvbench/cpu", ".py"), ("kvbench/ops", ".py")):
         stems = {re.sub("_(launch|records)$", "", path.stem) for path in (ROOT / folder).glob(f"*{suffix}")} - helpers
         assert stems <= set(STEMS), folder
@@ -48,7 +51,7 @@ def test_traffic_counts_the_arrays_of_the_problem(kernel):
     problem = kernel.problem(**small)
     inputs = kernel.inputs(problem, np.random.default_rng(0))
     result = kernel.operator(**inputs, backend="reference")
-    data = {name: value for name, value in inputs.items() if not isinstance(value, (Rotation, Projection))}
+    data = {name: value for name, value in inputs.items() if not isinstance(value, (Rotation, Projection, Plan))}
     assert kernel.traffic(problem) == Traffic(*(sum(x.nbytes for x in trees.arrays_of(tree).values())
                                                 for tree in (data, result)))
 

@@ -75,11 +75,11 @@ def _encode_all(x, signs, remaining_scale, matrix, mean, boundaries, centroids, 
     no_mean = np.zeros((0, head_dim), np.float32)
     if mean is not None:
         mean = np.broadcast_to(mean, (batch, kv_heads, head_dim)).astype(np.float32).reshape(-1, head_dim)
-    source = _flat(bit_view(x)), 0, _strides(x)[:3], head_dim, no_mean if mean is None else mean
+    source = flat(bit_view(x)), 0, strides(x)[:3], head_dim, no_mean if mean is None else mean
     rotation = _rotation(signs, remaining_scale, size)
     code = (np.asarray(boundaries, np.float32), np.asarray(centroids, np.float32), bits, SCALE_MODES[scale_mode],
-            _flat_planes(planes), _flat(bit_view(scale)), _strides(scale)[:2])
-    norms = _flat(bit_view(scale if prod is None else prod[2]))
+            flat_planes(planes), flat(bit_view(scale)), strides(scale)[:2])
+    norms = flat(bit_view(scale if prod is None else prod[2]))
     chunk = max(rows, 1) if matrix is None and prod is None else ROWS_PER_CHUNK
     for first in range(0, rows, chunk):
         count = min(chunk, rows - first)
@@ -92,7 +92,7 @@ def _encode_all(x, signs, remaining_scale, matrix, mean, boundaries, centroids, 
             _encode((prepared @ matrix).reshape(-1), *_rows(first, size, *shape), size, no_mean, *rotation, factors,
                     first, count, *shape, *code, residual, norms)
         if prod is not None:
-            _pack_signs(residual @ prod[0], first, *shape, _flat(prod[1]), _strides(scale)[:2])
+            _pack_signs(residual @ prod[0], first, *shape, flat(prod[1]), strides(scale)[:2])
 
 
 @numba.njit(**COMPILE)
@@ -102,7 +102,7 @@ def _place(row, kv_heads, tokens):
 
 
 @numba.njit(**COMPILE)
-def _load_row(x, start, mean, pair, row, head_dim):
+def load_row(x, start, mean, pair, row, head_dim):
     """x[start : start + head_dim] - mean[pair], times a power of two that brings the largest element near 1.
 
     Returns the factor that undoes it; 0 for a zero vector; NaN where x - mean holds NaN or Inf, and a row of zeros.
@@ -147,7 +147,7 @@ def _prepare(x, x_start, x_strides, head_dim, mean, first, kv_heads, tokens, pre
     for i in numba.prange(len(factors)):
         b, g, t = _place(first + i, kv_heads, tokens)
         prepared[i, head_dim:] = 0
-        factors[i] = _load_row(x, x_start + b * x_strides[0] + g * x_strides[1] + t * x_strides[2], mean,
+        factors[i] = load_row(x, x_start + b * x_strides[0] + g * x_strides[1] + t * x_strides[2], mean,
                                b * kv_heads + g, prepared[i], head_dim)
 
 
@@ -161,14 +161,14 @@ def _encode(x, x_start, x_strides, head_dim, mean, signs, remaining_scale, facto
     for task in numba.prange((count + LANES - 1) // LANES):
         begin = first + task * LANES
         used = min(LANES, first + count - begin)
-        lanes = _whole(used)
-        y = _aligned(size, lanes)
+        lanes = whole(used)
+        y = aligned(size, lanes)
         undo, token = np.zeros(lanes, np.float32), np.zeros(lanes, np.int64)
         row = np.empty(size, np.float32)
         for i in range(used):
             b, g, t = _place(begin + i, kv_heads, tokens)
             token[i] = b * strides[0] + g * strides[1] + t
-            undo[i] = _load_row(x, x_start + b * x_strides[0] + g * x_strides[1] + t * x_strides[2], mean,
+            undo[i] = load_row(x, x_start + b * x_strides[0] + g * x_strides[1] + t * x_strides[2], mean,
                                 b * kv_heads + g, row, head_dim)
             if factors.size > 0:
                 undo[i] *= factors[begin - first + i]
@@ -178,29 +178,29 @@ def _encode(x, x_start, x_strides, head_dim, mean, signs, remaining_scale, facto
             _multiply_rows(y, signs[k])
             _walsh_hadamard(y)
         norm, scaling = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
-        _measure(y, remaining_scale, norm, scaling)
+        measure(y, remaining_scale, norm, scaling)
         inner, energy = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
         _encode_tile(y, scaling, boundaries, centroids, bits, planes, token[:used], residual.size > 0, inner, energy)
         for i in range(used):
             if bits > 0:
-                s = norm[i] * _factor(mode, inner[i], energy[i]) if norm[i] > 0 else np.float32(0)
-                scale[token[i]] = _half_scale(s * undo[i])
+                s = norm[i] * scale_factor(mode, inner[i], energy[i]) if norm[i] > 0 else np.float32(0)
+                scale[token[i]] = half_scale(s * undo[i])
             if residual.size > 0:
                 square = np.float32(0)
                 for d in range(size):
                     residual[begin - first + i, d] = y[d, i]
                     square += y[d, i] * y[d, i]
-                residual_norm[token[i]] = _half_scale(norm[i] * np.sqrt(square) * undo[i])
+                residual_norm[token[i]] = half_scale(norm[i] * np.sqrt(square) * undo[i])
 
 
 @numba.njit(**COMPILE)
-def _measure(y, factor, norm, scaling):
+def measure(y, factor, norm, scaling):
     """y <- factor y, norm <- |y| / sqrt(D) of every column, and scaling <- its inverse, or 0."""
     size, lanes = y.shape
     part = np.empty(lanes, np.float32)
     for first in range(0, size, 32):              # sums of 32 terms, and of their sums
         part[:] = 0
-        for d in range(first, first + 32):
+        for d in range(first, min(first + 32, size)):
             _square(y[d], factor, part)
         norm += part
     for i in range(lanes):
@@ -221,7 +221,7 @@ def _encode_tile(y, scaling, boundaries, centroids, bits, planes, token, keeps_r
     e = <c, c> / D.  y <- z, or with `keeps_residual` z - c, 0 for a zero vector."""
     size, lanes = y.shape
     part_inner, part_energy = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
-    words, code = _aligned(8, lanes).view(np.uint32), np.empty(lanes, np.uint32)
+    words, code = aligned(8, lanes).view(np.uint32), np.empty(lanes, np.uint32)
     magnitude, c = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
     for word in range(size // 32):
         words[:] = 0
@@ -229,7 +229,7 @@ def _encode_tile(y, scaling, boundaries, centroids, bits, planes, token, keeps_r
         part_energy[:] = 0
         for j in range(32):
             z = y[32 * word + j]
-            _assign(z, scaling, boundaries, centroids, magnitude, code, c)
+            assign(z, scaling, boundaries, centroids, magnitude, code, c)
             _pack(z, code, j, bits, words)
             for i in range(lanes):
                 part_inner[i] += magnitude[i] * c[i]
@@ -248,7 +248,7 @@ def _encode_tile(y, scaling, boundaries, centroids, bits, planes, token, keeps_r
 
 
 @numba.njit(**COMPILE)
-def _factor(mode, w, e):
+def scale_factor(mode, w, e):
     """s over |y| / sqrt(D)."""
     if mode == 0:
         return np.float32(1) / np.sqrt(e)
@@ -260,7 +260,7 @@ def _factor(mode, w, e):
 
 
 @numba.njit(**COMPILE)
-def _assign(z, scaling, boundaries, centroids, magnitude, code, c):
+def assign(z, scaling, boundaries, centroids, magnitude, code, c):
     """z <- z scaling, |z|, the magnitude code and its centroid c > 0 of one coordinate of some tokens."""
     lanes = len(z)
     for i in range(lanes):
@@ -277,24 +277,40 @@ def _assign(z, scaling, boundaries, centroids, magnitude, code, c):
 @numba.njit(**COMPILE)
 def _pack(z, code, j, bits, words):
     """Put the sign of z and the code of coordinate j, from 0 to 31, into the words of some tokens."""
-    lanes, s, p = len(z), j >> 3, j & 7
-    single = np.uint32(1 << 4 * p + s)
-    for i in range(lanes):
-        words[0, i] |= single if z[i] < 0 else np.uint32(0)
-    shift = np.uint32(4 * p + 2 * (s & 1))
+    pack_sign(z, j, words[0])
     for pair in range((bits - 1) // 2):
-        row, place = words[1 + 2 * pair + (s >> 1)], np.uint32(2 * pair)
-        for i in range(lanes):
-            field = np.uint32(np.uint32(code[i] >> (place & np.uint32(31))) & np.uint32(3))
-            row[i] |= np.uint32(field << (shift & np.uint32(31)))
+        pack_pair(code, pair, j, words[1 + 2 * pair + (j >> 4)])
     if bits > 0 and bits % 2 == 0:
-        top = np.uint32(1 << (bits - 2))
-        for i in range(lanes):
-            words[7, i] |= single if code[i] >= top else np.uint32(0)
+        pack_top(code, bits, j, words[7])
 
 
 @numba.njit(**COMPILE)
-def _half_scale(value):
+def pack_sign(z, j, row):
+    """Set the bit of place j, from 0 to 31, of a sign word of some tokens where z is negative."""
+    single = np.uint32(1 << 4 * (j & 7) + (j >> 3))
+    for i in range(len(row)):
+        row[i] |= single if z[i] < 0 else np.uint32(0)
+
+
+@numba.njit(**COMPILE)
+def pack_pair(code, pair, j, row):
+    """Magnitude bits 2 pair and the one above it to the place of coordinate j, of 16 or 32, in its word of mag2."""
+    shift, place = np.uint32(4 * (j & 7) + 2 * (j >> 3 & 1)), np.uint32(2 * pair)
+    for i in range(len(row)):
+        field = np.uint32(np.uint32(code[i] >> (place & np.uint32(31))) & np.uint32(3))
+        row[i] |= np.uint32(field << (shift & np.uint32(31)))
+
+
+@numba.njit(**COMPILE)
+def pack_top(code, bits, j, row):
+    """The top magnitude bit of an even number of bits to place j, from 0 to 31, of a word of mag1."""
+    single, top = np.uint32(1 << 4 * (j & 7) + (j >> 3)), np.uint32(1 << (bits - 2))
+    for i in range(len(row)):
+        row[i] |= single if code[i] >= top else np.uint32(0)
+
+
+@numba.njit(**COMPILE)
+def half_scale(value):
     """float16 bits."""
     return float_to_half(np.minimum(value, LARGEST_SCALE))       # NaN stays
 
@@ -366,9 +382,9 @@ def decode(planes, scale, signs, remaining_scale, centroids, bits, out, *, matri
     """
     batch, kv_heads, tokens, head_dim = out.shape
     rows, shape, size = batch * kv_heads * tokens, (kv_heads, tokens), 32 * planes["sign"].shape[-1]
-    code = (_flat_planes(planes), _flat(bit_view(scale)), _strides(scale)[:2], _both_signs(centroids), bits,
+    code = (flat_planes(planes), flat(bit_view(scale)), strides(scale)[:2], both_signs(centroids), bits,
             *_rotation(signs, remaining_scale, size))
-    target = _flat(bit_view(out)), 0, _strides(out)[:3], head_dim
+    target = flat(bit_view(out)), 0, strides(out)[:3], head_dim
     if matrix is None:
         _decode(*code, 0, rows, *shape, *target)
         return
@@ -391,7 +407,7 @@ def decode_prod(planes, scale, residual_sign, residual_norm, projection, unbiasi
 
     def expanded(planes, scale, centroids, bits, first, count):
         result = np.empty((count, size), np.float32)
-        _decode(_flat_planes(planes), _flat(bit_view(scale)), _strides(scale)[:2], _both_signs(centroids), bits,
+        _decode(flat_planes(planes), flat(bit_view(scale)), strides(scale)[:2], both_signs(centroids), bits,
                 *_rotation(None, None, size), first, count, *shape, result.reshape(-1), *_rows(first, size, *shape),
                 size)
         return result
@@ -405,7 +421,7 @@ def decode_prod(planes, scale, residual_sign, residual_norm, projection, unbiasi
             result = result @ matrix
         elif signs is not None:
             hadamard(result, result, signs, remaining_scale, inverse=True)
-        _store_rows(result, first, *shape, _flat(bit_view(out)), 0, _strides(out)[:3], head_dim)
+        _store_rows(result, first, *shape, flat(bit_view(out)), 0, strides(out)[:3], head_dim)
 
 
 @numba.njit(parallel=True, **COMPILE)
@@ -416,9 +432,9 @@ def _decode(planes, scale, strides, centroids, bits, signs, remaining_scale, fir
     for task in numba.prange((count + LANES - 1) // LANES):
         begin = first + task * LANES
         used = min(LANES, first + count - begin)
-        lanes = _whole(used)
-        y = _aligned(size, lanes)
-        words, index = _aligned(8, lanes).view(np.uint32), np.empty(lanes, np.uint32)
+        lanes = whole(used)
+        y = aligned(size, lanes)
+        words, index = aligned(8, lanes).view(np.uint32), np.empty(lanes, np.uint32)
         token, row = np.empty(lanes, np.int64), np.empty(size, np.float32)
         for i in range(used):
             b, g, t = _place(begin + i, kv_heads, tokens)
@@ -427,7 +443,7 @@ def _decode(planes, scale, strides, centroids, bits, signs, remaining_scale, fir
             for i in range(used):
                 _load_words(planes, token[i], 1, word, size // 32, bits, words[:, i:])
             for half in range(2):
-                _expand(words, half, lanes, bits, centroids, index, y[32 * word + 16 * half :])
+                expand(words, half, lanes, bits, centroids, index, y[32 * word + 16 * half :])
         for k in range(rounds):
             _walsh_hadamard(y)
             _multiply_rows(y, signs[rounds - 1 - k])
@@ -458,21 +474,21 @@ def _load_words(planes, token, count, word, single, bits, words):
 
     words : [8, count]: sign, mag2_0 twice, mag2_1 twice, mag2_2 twice, mag1      single : words of a sign row
     """
-    _load_column(planes[0], token * single + word, single, count, words[0])
+    load_column(planes[0], token * single + word, single, count, words[0])
     for half in range(2):
         start = 2 * (token * single + word) + half
         if bits >= 3:
-            _load_column(planes[1], start, 2 * single, count, words[1 + half])
+            load_column(planes[1], start, 2 * single, count, words[1 + half])
         if bits >= 5:
-            _load_column(planes[2], start, 2 * single, count, words[3 + half])
+            load_column(planes[2], start, 2 * single, count, words[3 + half])
         if bits >= 7:
-            _load_column(planes[3], start, 2 * single, count, words[5 + half])
+            load_column(planes[3], start, 2 * single, count, words[5 + half])
     if bits % 2 == 0:
-        _load_column(planes[4], token * single + word, single, count, words[7])
+        load_column(planes[4], token * single + word, single, count, words[7])
 
 
 @numba.njit(**COMPILE)
-def _load_column(plane, start, step, count, row):
+def load_column(plane, start, step, count, row):
     """row[i] = plane[start + i step]"""
     start, step = np.uint64(start), np.uint64(step)      # signed indices would be checked for -1, -2, ...
     whole = count // 16 * 16
@@ -484,10 +500,10 @@ def _load_column(plane, start, step, count, row):
 
 
 @numba.njit(**COMPILE)
-def _expand(words, half, lanes, bits, centroids, index, c):
+def expand(words, half, lanes, bits, centroids, index, c):
     """c[j, i], coordinates 16 half .. 16 half + 15 of `lanes` tokens, of the words that `_load_words` collected.
 
-    centroids : of `_both_signs`        index : scratch [lanes] uint32
+    centroids : of `both_signs`        index : scratch [lanes] uint32
     """
     if bits <= 2:
         _expand_2(words, half, lanes, centroids, c)
@@ -580,8 +596,8 @@ def logits(rotated_query, planes, scale, centroids, bits, out) -> None:
     rotated_query : [batch, kv_heads, group, D] float32, q' = scale R q
     out           : [batch, q_heads, tokens] float32
     """
-    _logits(np.ascontiguousarray(rotated_query), _flat_planes(planes), _flat(bit_view(scale)), _strides(scale)[:2],
-            _both_signs(centroids), bits, out)
+    _logits(np.ascontiguousarray(rotated_query), flat_planes(planes), flat(bit_view(scale)), strides(scale)[:2],
+            both_signs(centroids), bits, out)
 
 
 def logits_prod(rotated_query, planes, scale, residual_sign, residual_norm, projection, unbiasing, centroids, bits,
@@ -613,7 +629,7 @@ def decode_attention(rotated_query, key_planes, key_scale, key_centroids, value_
     splits = max(-(-key_scale.shape[2] // TOKENS_PER_TASK), 1)
     outputs = np.zeros((splits, batch, kv_heads * group, size), np.float32)
     lses = np.full((splits, batch, kv_heads * group), -np.inf, np.float32)
-    codes = [(_flat_planes(planes), _flat(bit_view(scale)), _strides(scale)[:2], _both_signs(centroids),
+    codes = [(flat_planes(planes), flat(bit_view(scale)), strides(scale)[:2], both_signs(centroids),
               len(centroids).bit_length())
              for planes, scale, centroids in ((key_planes, key_scale, key_centroids),
                                               (value_planes, value_scale, value_centroids))]
@@ -629,8 +645,8 @@ def _logits(query, planes, scale, strides, centroids, bits, out):
     for task in numba.prange(batch * kv_heads * tiles):
         b, g, first = task // (kv_heads * tiles), task // tiles % kv_heads, task % tiles * TILE
         count = min(TILE, tokens - first)
-        words, index, c, s = _scratch()
-        products = _aligned(group, TILE)
+        words, index, c, s = scratch()
+        products = aligned(group, TILE)
         token = b * strides[0] + g * strides[1] + first
         _tile_logits(query[b, g], planes, scale, token, count, centroids, bits, words, index, c, s, products)
         for h in range(group):
@@ -639,14 +655,14 @@ def _logits(query, planes, scale, strides, centroids, bits, out):
 
 
 @numba.njit(**COMPILE)
-def _scratch():
+def scratch():
     """Of a task: words, indices, 16 coordinates c and scales of the tokens of a tile."""
-    return (_aligned(8, TILE).view(np.uint32), _aligned(1, TILE).view(np.uint32)[0], _aligned(16, TILE),
-            _aligned(1, TILE)[0])
+    return (aligned(8, TILE).view(np.uint32), aligned(1, TILE).view(np.uint32)[0], aligned(16, TILE),
+            aligned(1, TILE)[0])
 
 
 @numba.njit(**COMPILE)
-def _aligned(rows, columns):
+def aligned(rows, columns):
     """[rows, columns] float32 zeros that start at a multiple of 64 bytes, so that no vector crosses a cache line."""
     memory = np.zeros(rows * columns + 16, np.float32)
     first = -memory.ctypes.data % 64 // 4
@@ -654,7 +670,7 @@ def _aligned(rows, columns):
 
 
 @numba.njit(**COMPILE)
-def _whole(count):
+def whole(count):
     """Lanes that are computed for `count` tokens: whole vectors."""
     return (count + 15) // 16 * 16
 
@@ -663,21 +679,21 @@ def _whole(count):
 def _tile_logits(query, planes, scale, token, count, centroids, bits, words, index, c, s, products):
     """products[h, i] = s_i <query_h, c_i> of `count` tokens from `token` on; what follows them is not defined."""
     group, size = query.shape
-    lanes = _whole(count)
+    lanes = whole(count)
     products[:, :lanes] = 0
     for word in range(size // 32):
         _load_words(planes, token, count, word, size // 32, bits, words)
         for half in range(2):
-            _expand(words, half, lanes, bits, centroids, index, c)
-            _multiply(query, 32 * word + 16 * half, c, lanes, products)
-    _load_scale(scale, token, count, s)
+            expand(words, half, lanes, bits, centroids, index, c)
+            multiply(query, 32 * word + 16 * half, c, lanes, products)
+    load_scale(scale, token, count, s)
     for h in range(group):
         for i in range(lanes):
             products[h, i] *= s[i]
 
 
 @numba.njit(**COMPILE_SUMS)
-def _multiply(query, start, c, lanes, products):
+def multiply(query, start, c, lanes, products):
     """products[h, i] += sum_j query[h, start + j] c[j, i] over 16 coordinates."""
     for h in range(len(query)):
         for j in range(0, 16, 8):              # eight products for every sum that is loaded and stored
@@ -690,7 +706,7 @@ def _multiply(query, start, c, lanes, products):
 
 
 @numba.njit(**COMPILE)
-def _load_scale(scale, token, count, s):
+def load_scale(scale, token, count, s):
     for i in range(count):
         s[i] = half_to_float(scale[token + i])
 
@@ -698,11 +714,11 @@ def _load_scale(scale, token, count, s):
 @numba.njit(**COMPILE_SUMS)
 def _add_values(weights, planes, token, count, centroids, bits, words, index, c, output):
     """output += weights times the values of a tile.  weights : [group, TILE], 0 beyond `count`"""
-    size, lanes = output.shape[1], _whole(count)
+    size, lanes = output.shape[1], whole(count)
     for word in range(size // 32):
         _load_words(planes, token, count, word, size // 32, bits, words)
         for half in range(2):
-            _expand(words, half, lanes, bits, centroids, index, c)
+            expand(words, half, lanes, bits, centroids, index, c)
             _multiply_transposed(weights, c, lanes, output, 32 * word + 16 * half)
 
 
@@ -735,8 +751,8 @@ def _decode_attention(query, key_planes, key_scale, key_strides, key_centroids, 
         first, last = split * TOKENS_PER_TASK, min((split + 1) * TOKENS_PER_TASK, lengths[b])
         if first >= last:
             continue
-        words, index, c, s = _scratch()
-        weights = _aligned(group, TILE)
+        words, index, c, s = scratch()
+        weights = aligned(group, TILE)
         largest = np.full(group, -np.inf, np.float32)
         total = np.zeros(group, np.float32)
         output = np.zeros((group, size), np.float32)
@@ -744,24 +760,37 @@ def _decode_attention(query, key_planes, key_scale, key_strides, key_centroids, 
             count = min(TILE, last - start)
             _tile_logits(query[b, g], key_planes, key_scale, b * key_strides[0] + g * key_strides[1] + start, count,
                          key_centroids, key_bits, words, index, c, s, weights)
-            token = b * value_strides[0] + g * value_strides[1] + start
-            _load_scale(value_scale, token, count, s)
-            for h in range(group):
-                new = _largest(weights[h], count, largest[h])
-                factor = np.exp(largest[h] - new) if largest[h] > -np.inf else np.float32(0)
-                largest[h] = new
-                total[h] = total[h] * factor + _exponentiate(weights[h], count, new)
-                for d in range(size):
-                    output[h, d] *= factor
-                for i in range(count):
-                    weights[h, i] *= s[i]
-                weights[h, count : _whole(count)] = 0
-            _add_values(weights, value_planes, token, count, value_centroids, value_bits, words, index, c, output)
-        for h in range(group):
-            inverse = np.float32(1) / total[h] if total[h] != 0 else np.float32(0)
-            for d in range(size):
-                outputs[split, b, g * group + h, d] = output[h, d] * inverse
-            lses[split, b, g * group + h] = largest[h] + np.log(total[h])
+            attend_to_tile(weights, value_planes, value_scale, b * value_strides[0] + g * value_strides[1] + start,
+                           count, value_centroids, value_bits, words, index, c, s, largest, total, output)
+        store_split(output, largest, total, outputs[split, b, g * group :], lses[split, b, g * group :])
+
+
+@numba.njit(**COMPILE_SUMS)
+def attend_to_tile(weights, planes, scale, token, count, centroids, bits, words, index, c, s, largest, total, output):
+    """One step of online softmax: `count` values from `token` on, by their logits `weights` [group, TILE], which are
+    overwritten, to the running `output` [group, D], `total` and `largest` [group]; scratch as `scratch` gives it."""
+    load_scale(scale, token, count, s)
+    for h in range(len(weights)):
+        new = _largest(weights[h], count, largest[h])
+        factor = np.exp(largest[h] - new) if largest[h] > -np.inf else np.float32(0)
+        largest[h] = new
+        total[h] = total[h] * factor + _exponentiate(weights[h], count, new)
+        for d in range(output.shape[1]):
+            output[h, d] *= factor
+        for i in range(count):
+            weights[h, i] *= s[i]
+        weights[h, count : whole(count)] = 0
+    _add_values(weights, planes, token, count, centroids, bits, words, index, c, output)
+
+
+@numba.njit(**COMPILE_SUMS)
+def store_split(output, largest, total, out, lse):
+    """The result of one split, out [group, D] and lse [group], of what `attend_to_tile` left."""
+    for h in range(len(output)):
+        inverse = np.float32(1) / total[h] if total[h] != 0 else np.float32(0)
+        for d in range(output.shape[1]):
+            out[h, d] = output[h, d] * inverse
+        lse[h] = largest[h] + np.log(total[h])
 
 
 @numba.njit(**COMPILE)
@@ -816,15 +845,15 @@ def _exp(x):
 # --- Arrays as kernels take them -------------------------------------------------------------------------------------
 
 
-def _flat(array):
+def flat(array):
     """The memory from the first element to the last in one dimension: one type for kernels, whatever the strides."""
     if array.flags.c_contiguous:
         return array.reshape(-1)
-    length = 1 + sum((n - 1) * stride for n, stride in zip(array.shape, _strides(array)))
+    length = 1 + sum((n - 1) * stride for n, stride in zip(array.shape, strides(array)))
     return np.lib.stride_tricks.as_strided(array, (length,), (array.itemsize,))
 
 
-def _strides(array):
+def strides(array):
     """In elements."""
     return tuple(stride // array.itemsize for stride in array.strides)
 
@@ -841,12 +870,12 @@ def _rotation(signs, remaining_scale, size):
     return signs, np.float32(remaining_scale)
 
 
-def _both_signs(centroids):
+def both_signs(centroids):
     """[2^bits] float32: the centroids of positive codes, then those of negative ones."""
     return np.concatenate([centroids, np.negative(centroids)]).astype(np.float32)
 
 
-def _flat_planes(planes):
+def flat_planes(planes):
     """Those that PLANES names, empty where there is none."""
     absent = np.empty(0, np.uint32)
-    return tuple(_flat(planes[name]) if name in planes else absent for name in PLANES)
+    return tuple(flat(planes[name]) if name in planes else absent for name in PLANES)

@@ -58,23 +58,23 @@ def encode(x, rotation: Rotation, bits: int, *, scale_mode: str = "nc", mean=Non
     """
     arguments = Arguments("turboquant.encode", stream=stream)
     x = arguments.take("x", x, "batch kv_heads tokens head_dim", FLOATS, strided=True)
-    _check_rotation(arguments, "rotation", rotation, x.shape[3])
+    check_rotation(arguments, "rotation", rotation, x.shape[3])
     _check_bits(arguments, bits)
     arguments.require(scale_mode in SCALE_MODES, "scale_mode", f"one of {', '.join(SCALE_MODES)}", repr(scale_mode))
-    mean = _take_mean(arguments, "mean", mean)
+    mean = take_mean(arguments, "mean", mean)
     codes = _result_codes(arguments, "out", out, rotation.head_dim, bits, {"x": x, "mean": mean})
     backend = choose(backend, arguments, BACKENDS)
     if check_finite and backend != "reference":
         require_finite(arguments, x)
 
     if backend == "reference":
-        result = reference.encode(x.numpy(), rotation, bits, scale_mode=scale_mode, mean=_host(mean),
+        result = reference.encode(x.numpy(), rotation, bits, scale_mode=scale_mode, mean=host(mean),
                                   check_finite=check_finite)
         codes.write(result)
     elif backend == "cpu":
-        _check_host_mean(arguments, mean)
+        check_host_mean(arguments, mean)
         codebook = codebook_for(bits, rotation.head_dim)
-        cpu_turboquant.encode(x.numpy(), *_cpu_signs(rotation), _host(mean), codebook.boundaries, codebook.centroids,
+        cpu_turboquant.encode(x.numpy(), *_cpu_signs(rotation), host(mean), codebook.boundaries, codebook.centroids,
                               bits, scale_mode, codes.numpy_planes(), codes.scale.numpy(),
                               matrix=_cpu_matrix(rotation, inverse=False))
     else:
@@ -100,7 +100,7 @@ def decode(encoded: Encoded, rotation: Rotation, *, dtype: str = "float16", out=
     Arithmetic is float32, rounded once.  Source: TurboQuant, arXiv 2504.19874, Algorithm 1.
     """
     arguments = Arguments("turboquant.decode", stream=stream)
-    codes = _take_codes(arguments, "encoded", encoded, rotation)
+    codes = take_codes(arguments, "encoded", encoded, rotation)
     arguments.require(dtype in FLOATS, "dtype", f"one of {', '.join(FLOATS)}", repr(dtype))
     out = arguments.result("out", out, (*codes.scale.shape, codes.head_dim), dtype)
     backend = choose(backend, arguments, BACKENDS)
@@ -136,7 +136,7 @@ def logits(query, encoded: Encoded, rotation: Rotation, *, scale: float | None =
     """
     arguments = Arguments("turboquant.logits", stream=stream)
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
-    codes = _take_codes(arguments, "encoded", encoded, rotation)
+    codes = take_codes(arguments, "encoded", encoded, rotation)
     group = check_heads(arguments, codes.head_dim)
     scale = attention.check_scale(arguments, scale, codes.head_dim)
     out = arguments.result("out", out, (*query.shape[:2], codes.scale.shape[2]), "float32")
@@ -189,12 +189,12 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
     """
     arguments = Arguments("turboquant.decode_attention", stream=stream)
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
-    keys = _take_codes(arguments, "keys", keys, key_rotation, "key_rotation")
-    values = _take_codes(arguments, "values", values, value_rotation, "value_rotation")
+    keys = take_codes(arguments, "keys", keys, key_rotation, "key_rotation")
+    values = take_codes(arguments, "values", values, value_rotation, "value_rotation")
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
     group = check_heads(arguments, keys.head_dim)
     scale = attention.check_scale(arguments, scale, keys.head_dim)
-    key_mean = _take_mean(arguments, "key_mean", key_mean)
+    key_mean = take_mean(arguments, "key_mean", key_mean)
     arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= attention.MAX_SPLITS), "splits",
                       f"an integer from 1 to {attention.MAX_SPLITS}", splits)
     out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
@@ -208,13 +208,13 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
     if backend == "reference":
         output, log_sum = reference.decode_attention(
             query.numpy(), keys.on_host(), values.on_host(), key_rotation, value_rotation, lengths=host_lengths,
-            scale=scale, key_mean=_host(key_mean))
+            scale=scale, key_mean=host(key_mean))
         round_into(out, output)
         if lse is not None:
             lse.numpy()[...] = log_sum
     elif backend == "cpu":
-        _check_host_mean(arguments, key_mean, "key_mean")
-        _attend_on_cpu(query.numpy(), keys, values, key_rotation, value_rotation, host_lengths, scale, _host(key_mean),
+        check_host_mean(arguments, key_mean, "key_mean")
+        _attend_on_cpu(query.numpy(), keys, values, key_rotation, value_rotation, host_lengths, scale, host(key_mean),
                        out.numpy(), None if lse is None else lse.numpy())
     else:
         _check_cuda_size(arguments, "keys", keys.head_dim, key_rotation, backend, "key_rotation")
@@ -252,10 +252,10 @@ def encode_prod(x, rotation: Rotation, projection: Projection, bits: int, *, mea
     arguments = Arguments("turboquant.encode_prod", stream=stream)
     x = arguments.take("x", x, "batch kv_heads tokens head_dim", FLOATS, strided=True)
     _check_on_host(arguments)
-    _check_rotation(arguments, "rotation", rotation, x.shape[3])
+    check_rotation(arguments, "rotation", rotation, x.shape[3])
     _check_projection(arguments, projection, rotation)
     _check_bits(arguments, bits)
-    mean = _take_mean(arguments, "mean", mean)
+    mean = take_mean(arguments, "mean", mean)
     first = None if bits == 1 else _result_codes(arguments, "first", None, rotation.head_dim, bits - 1, {})
     sign = arguments.result("residual_sign", None, (*x.shape[:3], rotation.head_dim // 32), "uint32")
     norm = arguments.result("residual_norm", None, x.shape[:3], "float16")
@@ -264,16 +264,16 @@ def encode_prod(x, rotation: Rotation, projection: Projection, bits: int, *, mea
         require_finite(arguments, x)
 
     if backend == "reference":
-        result = reference.encode_prod(x.numpy(), rotation, projection, bits, mean=_host(mean),
+        result = reference.encode_prod(x.numpy(), rotation, projection, bits, mean=host(mean),
                                        check_finite=check_finite)
         if first is not None:
             first.write(result.first)
         sign.numpy()[...], norm.numpy()[...] = result.residual_sign, result.residual_norm
     else:
-        _check_host_mean(arguments, mean)
+        check_host_mean(arguments, mean)
         codebook = None if first is None else codebook_for(bits - 1, rotation.head_dim)
         cpu_turboquant.encode_prod(
-            x.numpy(), *_cpu_signs(rotation), _host(mean), None if first is None else codebook.boundaries,
+            x.numpy(), *_cpu_signs(rotation), host(mean), None if first is None else codebook.boundaries,
             None if first is None else codebook.centroids, bits, None if first is None else first.numpy_planes(),
             None if first is None else first.scale.numpy(), projection.matrix, sign.numpy(), norm.numpy(),
             matrix=_cpu_matrix(rotation, inverse=False))
@@ -367,12 +367,12 @@ class _Codes:
         return (*(self.planes.get(name) for name in PLANES), self.scale, *map(np.uint64, self.strides))
 
 
-def _take_codes(arguments, name, encoded, rotation, rotation_name="rotation") -> _Codes:
+def take_codes(arguments, name, encoded, rotation, rotation_name="rotation") -> _Codes:
     """The codes that an operator reads: [batch, kv_heads, tokens] vectors of the rotation."""
     if not isinstance(encoded, Encoded):
         raise TypeError(f"{arguments.operator}: {name}: expected an Encoded from turboquant.encode, "
                         f"got {type(encoded).__name__}")
-    _check_rotation(arguments, rotation_name, rotation, encoded.head_dim)
+    check_rotation(arguments, rotation_name, rotation, encoded.head_dim)
     known = arguments.sizes.setdefault("head_dim", encoded.head_dim)
     arguments.require(encoded.head_dim == known, name, f"head_dim {known} as elsewhere", encoded.head_dim)
     return _take_arrays(arguments, name, encoded, rotation.head_dim)
@@ -413,9 +413,9 @@ def _take_arrays(arguments, name, encoded, size) -> _Codes:
         count = bit_planes.words(encoded.bits, size)[plane]
         planes[plane] = arguments.take(f"{name}.{plane}", array, f"batch kv_heads tokens {count}", ("uint32",),
                                        strided=True)
-        layouts[plane] = _in_tokens(arguments, f"{name}.{plane}", planes[plane].strides[:3], count)
+        layouts[plane] = in_tokens(arguments, f"{name}.{plane}", planes[plane].strides[:3], count)
     scale = arguments.take(f"{name}.scale", encoded.scale, "batch kv_heads tokens", ("float16",), strided=True)
-    strides = _in_tokens(arguments, f"{name}.scale", scale.strides, 1)
+    strides = in_tokens(arguments, f"{name}.scale", scale.strides, 1)
     for plane, layout in layouts.items():
         arguments.require(layout == strides, f"{name}.{plane}",
                           f"strides of {list(strides)} tokens over sequences and heads, as in {name}.scale",
@@ -423,7 +423,7 @@ def _take_arrays(arguments, name, encoded, size) -> _Codes:
     return _Codes(planes, scale, encoded.head_dim, encoded.bits, strides)
 
 
-def _in_tokens(arguments, name, strides, row) -> tuple[int, int]:
+def in_tokens(arguments, name, strides, row) -> tuple[int, int]:
     """Strides of sequences and heads, counted in tokens, of an array whose token is `row` elements long."""
     arguments.require(strides[2] == row and strides[0] % row == 0 and strides[1] % row == 0, name,
                       f"tokens that follow one another, {row} elements each, and strides in whole tokens",
@@ -436,8 +436,8 @@ def _take_prod(arguments, encoded, rotation, projection):
     if not isinstance(encoded, EncodedProd):
         raise TypeError(f"{arguments.operator}: encoded: expected an EncodedProd from turboquant.encode_prod, "
                         f"got {type(encoded).__name__}")
-    first = None if encoded.first is None else _take_codes(arguments, "encoded.first", encoded.first, rotation)
-    _check_rotation(arguments, "rotation", rotation, encoded.head_dim)
+    first = None if encoded.first is None else take_codes(arguments, "encoded.first", encoded.first, rotation)
+    check_rotation(arguments, "rotation", rotation, encoded.head_dim)
     _check_projection(arguments, projection, rotation)
     known = arguments.sizes.setdefault("head_dim", encoded.head_dim)
     arguments.require(encoded.head_dim == known, "encoded", f"head_dim {known} as elsewhere", encoded.head_dim)
@@ -446,15 +446,15 @@ def _take_prod(arguments, encoded, rotation, projection):
     norm = arguments.take("encoded.residual_norm", encoded.residual_norm, "batch kv_heads tokens", ("float16",),
                           strided=True)
     _check_on_host(arguments)
-    strides = _in_tokens(arguments, "encoded.residual_norm", norm.strides, 1)
-    layouts = [_in_tokens(arguments, "encoded.residual_sign", sign.strides[:3], rotation.head_dim // 32)]
+    strides = in_tokens(arguments, "encoded.residual_norm", norm.strides, 1)
+    layouts = [in_tokens(arguments, "encoded.residual_sign", sign.strides[:3], rotation.head_dim // 32)]
     layouts += [] if first is None else [first.strides]
     arguments.require(all(layout == strides for layout in layouts), "encoded",
                       f"strides of {list(strides)} tokens over sequences and heads for all arrays", layouts)
     return first, sign, norm
 
 
-def _take_mean(arguments, name, mean):
+def take_mean(arguments, name, mean):
     """[kv_heads, head_dim] or [batch, kv_heads, head_dim] float32, or None."""
     mean = arguments.take(name, mean, "... head_dim", ("float32",), optional=True)
     if mean is not None:
@@ -465,7 +465,7 @@ def _take_mean(arguments, name, mean):
     return mean
 
 
-def _check_rotation(arguments, name, rotation, head_dim):
+def check_rotation(arguments, name, rotation, head_dim):
     if not isinstance(rotation, Rotation):
         raise TypeError(f"{arguments.operator}: {name}: expected a Rotation from hadamard() or haar(), "
                         f"got {type(rotation).__name__}")
@@ -498,14 +498,14 @@ def _check_on_host(arguments):
                       f"arrays on {arguments.device}: copy them to the host")
 
 
-def _check_host_mean(arguments, mean, name="mean"):
+def check_host_mean(arguments, mean, name="mean"):
     arguments.require(mean is None or bool(np.isfinite(mean.numpy()).all()), name, "finite numbers", "NaN or Inf")
 
 
 # ---- cpu -------------------------------------------------------------------------------------------------------------
 
 
-def _host(array):
+def host(array):
     return None if array is None else array.numpy()
 
 
@@ -537,13 +537,19 @@ def _attend_on_cpu(query, keys, values, key_rotation, value_rotation, lengths, s
         keys.numpy_planes(), keys.scale.numpy(), codebook_for(keys.bits, key_rotation.head_dim).centroids,
         values.numpy_planes(), values.scale.numpy(), codebook_for(values.bits, value_rotation.head_dim).centroids,
         lengths, rotated, log_sums)
+    finish_on_cpu(query, rotated, log_sums, value_rotation, scale, key_mean, out, lse)
+
+
+def finish_on_cpu(query, rotated, log_sums, value_rotation, scale, key_mean, out, lse):
+    """Rotate the sums over values back into `out`; add what a mean of the keys adds to `lse`, unless that is None."""
+    batch, q_heads, head_dim = query.shape
     rotation_operator.rotate(rotated, value_rotation, inverse=True, out=rotated, backend="cpu")
     with np.errstate(over="ignore"):
         out[...] = rotated[..., :head_dim].astype(out.dtype)
     if lse is None:
         return
     if key_mean is not None:
-        grouped = query.astype(np.float32).reshape(batch, kv_heads, -1, head_dim)
+        grouped = query.astype(np.float32).reshape(batch, key_mean.shape[-2], -1, head_dim)
         log_sums += np.float32(scale) * (grouped * key_mean[..., None, :]).sum(axis=-1).reshape(batch, q_heads)
     lse[...] = log_sums
 

@@ -26,33 +26,33 @@ ATTENTION_AXES = {**_SIZES, "group": (4, 8, 1), "batch": (1, 16), "key_bits": _C
                   "dtype": _DTYPES}
 
 
-def _vectors(problem):
+def vector_count(problem):
     return problem["batch"] * problem["kv_heads"] * problem["tokens"]
 
 
-def _size(problem):
+def itemsize(problem):
     return 4 if problem["dtype"] == "float32" else 2
 
 
 def _code_bytes(problem, bits):
-    return _vectors(problem) * (problem["head_dim"] * bits // 8 + 2)
+    return vector_count(problem) * (problem["head_dim"] * bits // 8 + 2)
 
 
 def _rotation(problem, rng):
     return hadamard(problem["head_dim"], int(rng.integers(2**31)))
 
 
-def _random_tokens(problem, rng):
+def random_tokens(problem, rng):
     shape = (problem["batch"], problem["kv_heads"], problem["tokens"], problem["head_dim"])
     return random_normal(rng, shape, problem["dtype"])
 
 
-def _random_query(problem, rng):
+def random_query(problem, rng):
     shape = (problem["batch"], problem["kv_heads"] * problem["group"], problem["head_dim"])
     return random_normal(rng, shape, problem["dtype"])
 
 
-def _random_codes(problem, rng, bits):
+def random_codes(problem, rng, bits):
     """Any codes, with scales near 1, as those of normal numbers have: no kernel's time depends on the codes."""
     shape = (problem["batch"], problem["kv_heads"], problem["tokens"])
     planes = {name: rng.integers(0, 2**32, (*shape, count), dtype=np.uint32)
@@ -62,20 +62,22 @@ def _random_codes(problem, rng, bits):
 
 
 def _encode_inputs(problem, rng):
-    return {"x": _random_tokens(problem, rng), "rotation": _rotation(problem, rng), "bits": problem["bits"]}
+    return {"x": random_tokens(problem, rng), "rotation": _rotation(problem, rng), "bits": problem["bits"]}
 
 
 def _encode_traffic(problem):
-    return Traffic(_vectors(problem) * problem["head_dim"] * _size(problem), _code_bytes(problem, problem["bits"]))
+    reads = vector_count(problem) * problem["head_dim"] * itemsize(problem)
+    return Traffic(reads, _code_bytes(problem, problem["bits"]))
 
 
 def _decode_inputs(problem, rng):
-    return {"encoded": _random_codes(problem, rng, problem["bits"]), "rotation": _rotation(problem, rng),
+    return {"encoded": random_codes(problem, rng, problem["bits"]), "rotation": _rotation(problem, rng),
             "dtype": problem["dtype"]}
 
 
 def _decode_traffic(problem):
-    return Traffic(_code_bytes(problem, problem["bits"]), _vectors(problem) * problem["head_dim"] * _size(problem))
+    written = vector_count(problem) * problem["head_dim"] * itemsize(problem)
+    return Traffic(_code_bytes(problem, problem["bits"]), written)
 
 
 def _decode_reference(encoded, rotation, *, dtype="float16"):
@@ -84,29 +86,29 @@ def _decode_reference(encoded, rotation, *, dtype="float16"):
 
 
 def _logits_inputs(problem, rng):
-    return {"query": _random_query(problem, rng), "encoded": _random_codes(problem, rng, problem["bits"]),
+    return {"query": random_query(problem, rng), "encoded": random_codes(problem, rng, problem["bits"]),
             "rotation": _rotation(problem, rng)}
 
 
-def _query_bytes(problem):
-    return problem["batch"] * problem["kv_heads"] * problem["group"] * problem["head_dim"] * _size(problem)
+def query_bytes(problem):
+    return problem["batch"] * problem["kv_heads"] * problem["group"] * problem["head_dim"] * itemsize(problem)
 
 
 def _logits_traffic(problem):
-    return Traffic(_query_bytes(problem) + _code_bytes(problem, problem["bits"]),
-                   _vectors(problem) * problem["group"] * 4)
+    return Traffic(query_bytes(problem) + _code_bytes(problem, problem["bits"]),
+                   vector_count(problem) * problem["group"] * 4)
 
 
 def _attention_inputs(problem, rng):
-    return {"query": _random_query(problem, rng), "keys": _random_codes(problem, rng, problem["key_bits"]),
-            "values": _random_codes(problem, rng, problem["value_bits"]), "key_rotation": _rotation(problem, rng),
+    return {"query": random_query(problem, rng), "keys": random_codes(problem, rng, problem["key_bits"]),
+            "values": random_codes(problem, rng, problem["value_bits"]), "key_rotation": _rotation(problem, rng),
             "value_rotation": _rotation(problem, rng), "return_lse": True}
 
 
 def _attention_traffic(problem):
     rows = problem["batch"] * problem["kv_heads"] * problem["group"]
     codes = _code_bytes(problem, problem["key_bits"]) + _code_bytes(problem, problem["value_bits"])
-    return Traffic(codes + _query_bytes(problem), _query_bytes(problem) + rows * 4)
+    return Traffic(codes + query_bytes(problem), query_bytes(problem) + rows * 4)
 
 
 def _attention_exact(inputs, dtype):
@@ -116,27 +118,28 @@ def _attention_exact(inputs, dtype):
 
 def _encode_prod_inputs(problem, rng):
     projection = orthogonal_projection(problem["head_dim"], int(rng.integers(2**31)))
-    return {"x": _random_tokens(problem, rng), "rotation": _rotation(problem, rng), "projection": projection,
+    return {"x": random_tokens(problem, rng), "rotation": _rotation(problem, rng), "projection": projection,
             "bits": problem["bits"]}
 
 
 def _encode_prod_traffic(problem):
-    reads = _vectors(problem) * problem["head_dim"] * _size(problem)
-    return Traffic(reads, _code_bytes(problem, problem["bits"]) + _vectors(problem) * (2 if problem["bits"] > 1 else 0))
+    reads = vector_count(problem) * problem["head_dim"] * itemsize(problem)
+    scalars = vector_count(problem) * (2 if problem["bits"] > 1 else 0)
+    return Traffic(reads, _code_bytes(problem, problem["bits"]) + scalars)
 
 
 def _logits_prod_inputs(problem, rng):
     projection = orthogonal_projection(problem["head_dim"], int(rng.integers(2**31)))
-    residual = _random_codes(problem, rng, 1)
-    first = _random_codes(problem, rng, problem["bits"] - 1) if problem["bits"] > 1 else None
+    residual = random_codes(problem, rng, 1)
+    first = random_codes(problem, rng, problem["bits"] - 1) if problem["bits"] > 1 else None
     encoded = EncodedProd(first, residual.planes.sign, residual.scale, problem["head_dim"])
-    return {"query": _random_query(problem, rng), "encoded": encoded, "rotation": _rotation(problem, rng),
+    return {"query": random_query(problem, rng), "encoded": encoded, "rotation": _rotation(problem, rng),
             "projection": projection}
 
 
 def _logits_prod_traffic(problem):
     plain = _logits_traffic(problem)
-    return Traffic(plain.bytes_read + _vectors(problem) * (2 if problem["bits"] > 1 else 0), plain.bytes_written)
+    return Traffic(plain.bytes_read + vector_count(problem) * (2 if problem["bits"] > 1 else 0), plain.bytes_written)
 
 
 # Agreement.  The rotation of a vector in float32 is off by at most `_rotation_error` times its norm (see
@@ -162,7 +165,7 @@ def _cells(planes, size):
     return np.where(signs != 0, -1 - magnitudes.astype(int), magnitudes)
 
 
-def _centred(x, mean):
+def less_mean(x, mean):
     """x - mean in float64."""
     x = np.asarray(x).astype(np.float64)
     return x if mean is None else x - np.asarray(mean).astype(np.float64)[..., None, :]
@@ -183,30 +186,40 @@ def _assert_same_codes(inputs, bits, expected, actual, scale_mode):
     positive (but for coordinates next to 0, which weigh nothing).
     """
     x, rotation, mean = inputs["x"], inputs["rotation"], inputs.get("mean")
-    size, centred = rotation.head_dim, _centred(x, mean)
+    size, centred = rotation.head_dim, less_mean(x, mean)
     if actual.head_dim != expected.head_dim or actual.planes.arrays().keys() != expected.planes.arrays().keys():
         raise AssertionError(f"codes: expected {expected.bits} bits and head_dim {expected.head_dim}, "
                              f"got {actual.bits} and {actual.head_dim}")
     finite = np.isfinite(centred).all(axis=-1)
-    norm = np.where(finite, np.linalg.norm(np.where(finite[..., None], centred, 0), axis=-1), 0)
-    negligible = (norm > 0) & (norm < NEGLIGIBLE_NORM)
     off = np.abs(_cells(actual.planes, size) - _cells(expected.planes, size))
     allowed = reference.boundary_distance(x, rotation, bits, mean=mean) <= reference.ROUNDING_DISTANCE
+    y, c = _rotated(centred, rotation), _centroids(actual.planes, size, bits)
+    negligible = assert_codes(off, allowed, np.linalg.norm(y, axis=-1))
+    s, relative = scale_of_codes(y, c, finite, negligible, scale_mode, _rotation_error(rotation))
+    assert_close(s, actual.scale, "float16", relative * s + negligible * 2.0**-90, "scale")
+    return (off == 0).all(axis=-1)
+
+
+def assert_codes(off, allowed, norm, coarse=0.0):
+    """Codes `off` [..., D] cells apart may be so by one where `allowed`, or where a vector of that `norm` [...] is
+    negligible: below NEGLIGIBLE_NORM, or below `coarse`.  Returns which are."""
+    negligible = (norm > 0) & (norm < np.maximum(NEGLIGIBLE_NORM, coarse))
     wrong = (off > allowed) & ~negligible[..., None]
     if wrong.any():
         raise AssertionError(f"codes: {int(wrong.sum())} of {wrong.size} differ by more than rounding allows, the "
                              f"first at [batch, kv_head, token, coordinate] = {np.argwhere(wrong)[0].tolist()}")
+    return negligible
 
-    y, c = _rotated(centred, rotation), _centroids(actual.planes, size, bits)
-    n = np.linalg.norm(y, axis=-1)
+
+def scale_of_codes(y, c, finite, negligible, scale_mode, rotation_error):
+    """(s of the rotated vectors y [..., D] and their codes c, how far float32 is from it relative to s)."""
+    size, n = y.shape[-1], np.linalg.norm(y, axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         w = (y * c).mean(axis=-1) * size**0.5 / n
         e = (c * c).mean(axis=-1)
         s = n * size**-0.5 * {"plain": 1.0, "nc": e**-0.5, "mse": w / e, "unbiased": 1 / w}[scale_mode]
     s = np.where(finite, np.minimum(np.where((n == 0) | negligible, 0.0, s), reference.LARGEST_SCALE), np.nan)
-    relative = 2 * _rotation_error(rotation) + (2 * size + 16) * EPSILON["float32"] / 2
-    assert_close(s, actual.scale, "float16", relative * s + negligible * 2.0**-90, "scale")
-    return (off == 0).all(axis=-1)
+    return s, 2 * rotation_error + (2 * size + 16) * EPSILON["float32"] / 2
 
 
 def _encode_agreement(inputs, expected, actual):
@@ -218,7 +231,7 @@ def _encode_prod_agreement(inputs, expected, actual):
     rotated vector, up to its rounding."""
     x, rotation, projection, bits = (inputs[name] for name in ("x", "rotation", "projection", "bits"))
     mean, size = inputs.get("mean"), rotation.head_dim
-    centred = _centred(x, mean)
+    centred = less_mean(x, mean)
     finite, y = np.isfinite(centred).all(axis=-1), _rotated(centred, rotation)
     norm = np.linalg.norm(y, axis=-1)
     same = np.ones(y.shape[:-1], bool)
@@ -313,36 +326,50 @@ def attention_tolerance(query, keys: Encoded, values: Encoded, key_rotation, val
     batch, q_heads, head_dim = query.shape
     kv_heads, tokens = keys.scale.shape[1:]
     scale = head_dim**-0.5 if scale is None else scale
-    key_size, value_size = key_rotation.head_dim, value_rotation.head_dim
+    key_size = key_rotation.head_dim
     padded = np.pad(query, [(0, 0), (0, 0), (0, key_size - head_dim)])
     rows = reference.rotate(scale * padded, key_rotation).reshape(batch, kv_heads, -1, key_size)
     lengths = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
     eps = EPSILON["float32"] / 2
+
+    def key_errors(b, g, n):
+        q = rows[b, g]
+        c, s = _tokens_of(keys, key_size, b, g, n)
+        products = q @ c.T
+        error = _rotation_error(key_rotation) * np.linalg.norm(q, axis=-1)[:, None] * np.linalg.norm(c, axis=-1)
+        error += (key_size + 8) * eps * (np.abs(q) @ np.abs(c).T)
+        if keys.bits in CUDA_ATTENTION_BITS:
+            numbers, unit = key_centroids(keys.bits)
+            stored = unit * (numbers + 0.5)
+            table = np.sign(c) * stored[np.searchsorted(codebook_for(keys.bits, key_size).boundaries, np.abs(c))]
+            rounding = np.abs(q).max(axis=-1, keepdims=True) / 16256 / 2
+            error += np.abs(q @ table.T - products) + rounding * np.abs(table).sum(axis=-1)
+        return s * products, np.abs(s) * error
+
+    return tolerance_of_logits(key_errors, query, values, value_rotation, lengths, scale, key_mean)
+
+
+def tolerance_of_logits(key_errors, query, values: Encoded, value_rotation, lengths, scale, key_mean):
+    """As `attention_tolerance`, for keys of any kind: key_errors(b, g, n) gives the logits of the first n keys of one
+    head, and how far they may be off, each [group, n]."""
+    batch, q_heads, head_dim = query.shape
+    kv_heads, value_size = values.scale.shape[1], value_rotation.head_dim
+    group = q_heads // kv_heads
+    eps = EPSILON["float32"] / 2
     rotation_back = value_rotation.dense()
-    output, lse = np.zeros((*rows.shape[:3], head_dim)), np.zeros(rows.shape[:3])
+    output, lse = np.zeros((batch, kv_heads, group, head_dim)), np.zeros((batch, kv_heads, group))
     for b in range(batch):
         n = int(lengths[b])
         arithmetic = (8 + math.log2(n + 1) + min(n, 1024) + n / 16) * eps
         for g in range(kv_heads if n else 0):
-            q = rows[b, g]
-            c, s = _tokens_of(keys, key_size, b, g, n)
-            products = q @ c.T
-            error = _rotation_error(key_rotation) * np.linalg.norm(q, axis=-1)[:, None] * np.linalg.norm(c, axis=-1)
-            error += (key_size + 8) * eps * (np.abs(q) @ np.abs(c).T)
-            if keys.bits in CUDA_ATTENTION_BITS:
-                numbers, unit = key_centroids(keys.bits)
-                stored = unit * (numbers + 0.5)
-                table = np.sign(c) * stored[np.searchsorted(codebook_for(keys.bits, key_size).boundaries, np.abs(c))]
-                rounding = np.abs(q).max(axis=-1, keepdims=True) / 16256 / 2
-                error += np.abs(q @ table.T - products) + rounding * np.abs(table).sum(axis=-1)
-            delta, base = np.abs(s) * error, s * products
+            base, delta = key_errors(b, g, n)
             largest = base.max(axis=-1, keepdims=True)
             p = np.exp(base - largest)
             p /= p.sum(axis=-1, keepdims=True)
             change = p * np.expm1(delta)
             c, s = _tokens_of(values, value_size, b, g, n)
             v = ((s[:, None] * c) @ rotation_back)[:, :head_dim]
-            for h in range(len(q)):
+            for h in range(group):
                 allowance = change[h] @ np.abs(v - p[h] @ v) * np.exp(delta[h].max())
                 allowance += 2.0**-11 * (p[h] @ np.abs(v))
                 weights = p[h] * s

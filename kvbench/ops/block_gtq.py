@@ -1,0 +1,398 @@
+"""Block-GTQ: keys whose RoPE blocks have their own number of bits, another allocation for every KV head, in one call.
+
+Reference: reference/block_gtq.py (layout, too), problems and agreement: block_gtq_records.py.
+"""
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvbench import registry
+from kvbench.arrays import FLOATS, Arguments, Array
+from kvbench.cpu import block_gtq as cpu_block_gtq
+from kvbench.ops import attention
+from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
+from kvbench.ops.turboquant import check_host_mean, finish_on_cpu, host, in_tokens, take_codes, take_mean
+from kvbench.reference import block_gtq as reference, turboquant
+from kvbench.reference.block_gtq import Calibration, Encoded, Plan, blocks, plan, predicted_error, score
+from kvbench.reference.rotation import Rotation
+
+__all__ = ["Calibration", "Encoded", "Plan", "allocate", "blocks", "calibrate", "decode", "decode_attention", "encode",
+           "logits", "plan", "predicted_error", "score", "workspace"]
+
+workspace = attention.workspace    # decode attention needs the same scratch
+
+BACKENDS = ("reference", "cpu")
+TILE = 16                          # coordinates: what groups are whole multiples of, on every backend but the reference
+assert set(BACKENDS) <= set(registry.BACKENDS)
+
+
+# ---- calibration and allocation --------------------------------------------------------------------------------------
+
+
+def calibrate(keys, query=None, *, pairing: str, rotary_dim: int | None = None, centred: bool = False,
+              backend: str | None = None, stream=None) -> Calibration:
+    """Mean energies of the RoPE blocks of every KV head, EQ = E |q(i)|^2 and EK = E |k(i)|^2.
+
+    keys       : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32, after RoPE
+    query      : [batch, q_heads, queries, head_dim], of the same tokens or others; None: every EQ is 1
+    pairing    : "half" (block i is coordinates i and i + head_dim / 2) or "interleaved" (2 i and 2 i + 1), as the model
+                 has it
+    rotary_dim : coordinates that RoPE turns, the first ones (default: all)
+    centred    : EK is that of k - mean, and the calibration has the mean of the keys of each head
+    backend    : reference, cpu (default: cpu): the statistics of a prompt are taken on the host
+
+    Returns a `Calibration` of float64 arrays in host memory.  Vectors with NaN or Inf do not count.
+    Source: arXiv 2606.24033; product score: derived in reference/block_gtq.py.
+    """
+    arguments = Arguments("block_gtq.calibrate", stream=stream)
+    keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", FLOATS, strided=True)
+    query = arguments.take("query", query, "batch q_heads queries head_dim", FLOATS, strided=True, optional=True)
+    head_dim = keys.shape[3]
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    pairs = blocks(head_dim, pairing, rotary_dim)
+    if query is not None:
+        check_heads(arguments, head_dim)
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend == "reference":
+        return reference.calibrate(keys.numpy(), host(query), pairing=pairing, rotary_dim=rotary_dim, centred=centred)
+    rows = _by_head(keys.numpy(), keys.shape[1])
+    mean = _means(rows) if centred else None
+    key_energy = _energies(rows, mean, pairs)
+    query_energy = np.ones_like(key_energy)
+    if query is not None:
+        query_energy = _energies(_by_head(query.numpy(), keys.shape[1]), None, pairs)
+    return Calibration(query_energy, key_energy, mean, pairing, int(rotary_dim))
+
+
+def allocate(scores, average_bits: float, *, least: int = 1, most: int = reference.MOST_BITS, tile: int = 2,
+             backend: str | None = None, stream=None) -> np.ndarray:
+    """Bits of every block that minimise sum_i s_i 4^(-b_i) within the budget: bit after bit to where it gains most.
+
+    scores       : [..., blocks] float64 or float32, finite and at least 0; every row is a head, with its own budget
+    average_bits : bits per coordinate; the budget is floor(blocks * average_bits), rounded down to whole tiles
+    least, most  : bits of a block, 1 to 8
+    tile         : coordinates that get bits together: blocks next to each other in the order of falling scores.  2:
+                   every block for itself; all backends but the reference encode tiles of multiples of 16
+    backend      : reference, cpu (default: cpu)
+
+    Returns [..., blocks] uint8 in host memory.  Source: arXiv 2606.24033, Theorem 1.
+    """
+    arguments = Arguments("block_gtq.allocate", stream=stream)
+    scores = arguments.take("scores", scores, "... blocks", ("float64", "float32"))
+    backend = choose(backend, arguments, BACKENDS)
+    greedy = None if backend == "reference" else cpu_block_gtq.greedy
+    return reference.allocate(scores.numpy(), average_bits, least=least, most=most, tile=tile, greedy=greedy)
+
+
+# ---- keys and their codes --------------------------------------------------------------------------------------------
+
+
+def encode(x, plan: Plan, *, scale_mode: str = "nc", mean=None, check_finite: bool = False,
+           out: Encoded | None = None, backend: str | None = None, stream=None) -> Encoded:
+    """Permute, rotate by groups, normalise, code and pack: `plan.bits_per_element` bits for every number.
+
+    x            : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32; outer dimensions may be strided.
+                   Keys after RoPE
+    plan         : `block_gtq.plan(calibration, average_bits, tile=16 or 32)`, or a `Plan` of any other bits.  All heads
+                   are encoded in one call, each with its own.  cpu: head_dim a multiple of 32, groups of whole
+                   multiples of 16
+    scale_mode   : "nc" keeps the norm of every group; "plain", "mse", "unbiased": see reference/turboquant.py
+    mean         : [kv_heads, head_dim] or [batch, kv_heads, head_dim] float32, finite, subtracted from x and never
+                   added back: softmax does not see it
+    check_finite : ValueError where x holds NaN or Inf instead of NaN scalars for that token
+    out          : an `Encoded` to write into (default: new).  Its arrays may be slices of a larger store, as for
+                   `turboquant.encode`
+    backend      : reference, cpu (default: cpu)
+
+    Returns `Encoded`: sign [batch, kv_heads, tokens, head_dim / 32] uint32, magnitude [batch, kv_heads, tokens, words]
+    uint32, scale [batch, kv_heads, tokens, scalars] float16 or uint8.  Arithmetic is float32: backends agree in every
+    code that is not within 2e-5 of a decision.
+    Source: arXiv 2606.24033; each group: TurboQuant, arXiv 2504.19874, Algorithm 1.
+    """
+    arguments = Arguments("block_gtq.encode", stream=stream)
+    x = arguments.take("x", x, "batch kv_heads tokens head_dim", FLOATS, strided=True)
+    _check_plan(arguments, plan)
+    arguments.require(scale_mode in turboquant.SCALE_MODES, "scale_mode",
+                      f"one of {', '.join(turboquant.SCALE_MODES)}", repr(scale_mode))
+    mean = take_mean(arguments, "mean", mean)
+    codes = _result_codes(arguments, out, plan, {"x": x, "mean": mean})
+    backend = choose(backend, arguments, BACKENDS)
+    if check_finite and backend != "reference":
+        require_finite(arguments, x)
+
+    if backend == "reference":
+        result = reference.encode(x.numpy(), plan, scale_mode=scale_mode, mean=host(mean), check_finite=check_finite)
+        codes.write(result)
+    else:
+        check_host_mean(arguments, mean)
+        cpu_block_gtq.encode(x.numpy(), host(mean), _checked_tables(arguments, plan), scale_mode, *codes.numpy())
+    return codes.give() if out is None else out
+
+
+def decode(encoded: Encoded, plan: Plan, *, dtype: str = "float16", out=None, backend: str | None = None, stream=None):
+    """x_hat = P^T blockdiag(s_g R_g^T) c, of x - mean if it was centred.
+
+    encoded : as `encode` gave it, or slices of a store: sign and magnitude [batch, kv_heads, tokens, words] uint32,
+              scale [batch, kv_heads, tokens, scalars]
+    plan    : the one that encoded
+    dtype   : of the result: float16, bfloat16 or float32
+    out     : [batch, kv_heads, tokens, head_dim] of that dtype (default: new, in the framework of the codes)
+    backend : reference, cpu (default: cpu)
+
+    Arithmetic is float32, rounded once.  Source: arXiv 2606.24033.
+    """
+    arguments = Arguments("block_gtq.decode", stream=stream)
+    codes = _take_keys(arguments, "encoded", encoded, plan)
+    arguments.require(dtype in FLOATS, "dtype", f"one of {', '.join(FLOATS)}", repr(dtype))
+    out = arguments.result("out", out, (*codes.scale.shape[:3], plan.head_dim), dtype)
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend == "reference":
+        round_into(out, reference.decode(codes.on_host(), plan))
+    else:
+        cpu_block_gtq.decode(*codes.numpy(), _checked_tables(arguments, plan), out.numpy())
+    return out.give()
+
+
+def logits(query, encoded: Encoded, plan: Plan, *, scale: float | None = None, out=None, backend: str | None = None,
+           stream=None):
+    """scale <q_h, x_hat_t> = scale sum_g s_tg <q'_hg, c_tg>: nothing is rotated back, codes are read once per KV head.
+
+    query   : [batch, q_heads, head_dim] float16, bfloat16 or float32; query head h reads KV head h // group
+    encoded : keys of [batch, kv_heads, tokens, head_dim], as `encode` gave them, or slices of a store
+    plan    : the one that encoded
+    scale   : factor of the logits (default head_dim ** -0.5)
+    out     : [batch, q_heads, tokens] float32 (default: new)
+    backend : reference, cpu (default: cpu)
+
+    Of centred keys, the logits lack scale <q_h, mean>.  Arithmetic is float32.  Source: arXiv 2606.24033.
+    """
+    arguments = Arguments("block_gtq.logits", stream=stream)
+    query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
+    codes = _take_keys(arguments, "encoded", encoded, plan)
+    check_heads(arguments, plan.head_dim)
+    scale = attention.check_scale(arguments, scale, plan.head_dim)
+    out = arguments.result("out", out, (*query.shape[:2], codes.scale.shape[2]), "float32")
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend == "reference":
+        round_into(out, reference.logits(query.numpy(), codes.on_host(), plan, scale=scale))
+    else:
+        cpu_block_gtq.logits(_folded(query.numpy(), plan, scale), *codes.numpy(), _checked_tables(arguments, plan),
+                             out.numpy())
+    return out.give()
+
+
+def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Plan, value_rotation: Rotation, *,
+                     lengths=None, scale: float | None = None, key_mean=None, return_lse: bool = False, out=None,
+                     lse=None, workspace: attention.Workspace | None = None, backend: str | None = None, stream=None):
+    """output_h = sum_t softmax_t(scale <q_h, k_hat_t>) v_hat_t: one decode step on codes, each read once per KV head.
+
+    query      : [batch, q_heads, head_dim] float16, bfloat16 or float32, not rotated; head h reads KV head h // group
+    keys       : codes of [batch, kv_heads, tokens, head_dim], as `encode` gave them, centred or not, or slices of a
+                 store; the bits of every KV head are those that the plan gives it, in one call
+    values     : TurboQuant codes, as `turboquant.encode` gave them, never centred
+    plan, value_rotation : those that encoded; with other seeds, for their errors to be independent
+    lengths    : [batch] int32, tokens of each sequence (default: all).  Slots from there on are never read; values
+                 outside 0..tokens are clamped.  Length 0: output 0, lse -inf
+    scale      : factor of the logits (default head_dim ** -0.5)
+    key_mean   : [kv_heads, head_dim] or [batch, kv_heads, head_dim] float32, the mean that was subtracted from keys:
+                 scale <q, mean> is added to lse, so that it merges with parts whose keys were not centred
+    return_lse : also return the natural log-sum-exp of the logits, with which partial results merge
+    out, lse   : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
+    workspace  : as for the other attention operators; the backends of this one need none
+    backend    : reference, cpu (default: cpu)
+
+    Returns out, or (out, lse).  Arithmetic is float32.
+    Source: arXiv 2606.24033; split and merge: arXiv 1805.02867, section 3.1.
+    """
+    arguments = Arguments("block_gtq.decode_attention", stream=stream)
+    query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
+    keys = _take_keys(arguments, "keys", keys, plan)
+    values = take_codes(arguments, "values", values, value_rotation, "value_rotation")
+    lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
+    check_heads(arguments, plan.head_dim)
+    scale = attention.check_scale(arguments, scale, plan.head_dim)
+    key_mean = take_mean(arguments, "key_mean", key_mean)
+    out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
+    wants_lse = return_lse or lse is not None
+    lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
+    backend = choose(backend, arguments, BACKENDS)
+    batch, tokens = query.shape[0], keys.scale.shape[2]
+    host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
+
+    if backend == "reference":
+        output, log_sum = reference.decode_attention(
+            query.numpy(), keys.on_host(), values.on_host(), plan, value_rotation, lengths=host_lengths, scale=scale,
+            key_mean=host(key_mean))
+        round_into(out, output)
+        if lse is not None:
+            lse.numpy()[...] = log_sum
+    else:
+        check_host_mean(arguments, key_mean, "key_mean")
+        rotated = np.empty((*query.shape[:2], value_rotation.head_dim), np.float32)
+        log_sums = np.empty(query.shape[:2], np.float32)
+        codebook = turboquant.codebook_for(values.bits, value_rotation.head_dim)
+        cpu_block_gtq.decode_attention(_folded(query.numpy(), plan, scale), *keys.numpy(),
+                                       _checked_tables(arguments, plan), values.numpy_planes(), values.scale.numpy(),
+                                       codebook.centroids, host_lengths, rotated, log_sums)
+        finish_on_cpu(query.numpy(), rotated, log_sums, value_rotation, scale, host(key_mean), out.numpy(),
+                      None if lse is None else lse.numpy())
+    return (out.give(), lse.give()) if return_lse else out.give()
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """An `Encoded` whose arrays were validated."""
+
+    sign: Array
+    magnitude: Array
+    scale: Array
+
+    def numpy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.sign.numpy(), self.magnitude.numpy(), self.scale.numpy()
+
+    def on_host(self) -> Encoded:
+        return Encoded(*self.numpy())
+
+    def give(self) -> Encoded:
+        return Encoded(self.sign.give(), self.magnitude.give(), self.scale.give())
+
+    def write(self, encoded: Encoded) -> None:
+        for array, values in zip(self.numpy(), (encoded.sign, encoded.magnitude, encoded.scale)):
+            array[...] = values
+
+
+def _check_plan(arguments, plan):
+    """A plan for the KV heads and the head_dim of the other arguments."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{arguments.operator}: plan: expected a Plan from block_gtq.plan, got {type(plan).__name__}")
+    for name, own in (("kv_heads", plan.kv_heads), ("head_dim", plan.head_dim)):
+        known = arguments.sizes.setdefault(name, own)
+        arguments.require(own == known, "plan", f"one for {name} = {known}", f"one for {own}")
+
+
+def _rows(plan: Plan) -> dict[str, tuple[int, str]]:
+    """Elements of a token in each array, and their dtype."""
+    return {"sign": (-(-plan.head_dim // 32), "uint32"), "magnitude": (plan.magnitude_words, "uint32"),
+            "scale": (plan.scalars, "float16" if plan.exponents is None else "uint8")}
+
+
+def _take_keys(arguments, name, encoded, plan) -> _Codes:
+    """The codes that an operator reads, or writes: [batch, kv_heads, tokens, ...] arrays of one layout."""
+    if not isinstance(encoded, Encoded):
+        raise TypeError(f"{arguments.operator}: {name}: expected an Encoded from block_gtq.encode, "
+                        f"got {type(encoded).__name__}")
+    _check_plan(arguments, plan)
+    taken, layouts = {}, {}
+    for part, (count, dtype) in _rows(plan).items():
+        array = arguments.take(f"{name}.{part}", getattr(encoded, part), f"batch kv_heads tokens {count}", (dtype,),
+                               strided=True)
+        taken[part] = array
+        if count:
+            layouts[part] = in_tokens(arguments, f"{name}.{part}", array.strides[:3], count)
+    for part, layout in layouts.items():
+        arguments.require(layout == layouts["scale"], f"{name}.{part}",
+                          f"strides of {list(layouts['scale'])} tokens over sequences and heads, as in {name}.scale",
+                          list(layout))
+    return _Codes(**taken)
+
+
+def _result_codes(arguments, given, plan, inputs) -> _Codes:
+    """The codes that `encode` writes: the caller's, apart from the `inputs`, or new ones in its framework."""
+    shape = tuple(arguments.sizes[name] for name in ("batch", "kv_heads", "tokens"))
+    if given is None:
+        return _Codes(**{part: arguments.result(f"out.{part}", None, (*shape, count), dtype)
+                         for part, (count, dtype) in _rows(plan).items()})
+    codes = _take_keys(arguments, "out", given, plan)
+    others = {other: array for other, array in inputs.items() if array is not None}
+    for part in _rows(plan):
+        array = getattr(codes, part)
+        arguments.require(not array.readonly, f"out.{part}", "writable memory",
+                          "a read-only array: pass a writable copy, or omit out and use what is returned")
+        for other, taken in others.items():
+            arguments.require(not array.overlaps(taken), f"out.{part}", f"memory apart from {other}",
+                              "an array that overlaps it")
+        others[f"out.{part}"] = array
+    return codes
+
+
+def _checked_tables(arguments, plan):
+    arguments.require(plan.head_dim % 32 == 0, "plan", "head_dim a multiple of 32 on every backend but the reference",
+                      plan.head_dim)
+    arguments.require(plan.tile() % TILE == 0, "plan",
+                      f"groups of multiples of {TILE} coordinates on every backend but the reference (allocate with "
+                      f"tile=16 or 32)", f"groups of {sorted({g.size for head in plan.groups for g in head})}")
+    return tables(plan)
+
+
+# ---- cpu -------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def tables(plan: Plan) -> cpu_block_gtq.Tables:
+    """The plan as kernels take it; its groups are multiples of 16 coordinates."""
+    sizes = sorted({group.size for head in plan.groups for group in head})
+    offsets = dict(zip(sizes, np.cumsum([0, *(size**2 for size in sizes)])))
+    books = sorted({(group.bits, group.size) for head in plan.groups for group in head})
+    boundaries, centroids = np.zeros((len(books), 127), np.float32), np.zeros((len(books), 256), np.float32)
+    for i, (bits, size) in enumerate(books):
+        codebook = turboquant.codebook_for(bits, size)
+        boundaries[i, : len(codebook.boundaries)] = codebook.boundaries
+        centroids[i, : 2**bits] = np.concatenate([codebook.centroids, -codebook.centroids])
+    groups = np.zeros((plan.kv_heads, plan.scalars, 5), np.int64)
+    segments = np.zeros((plan.kv_heads, plan.head_dim // TILE, 8), np.int32)
+    for h, (head, words) in enumerate(zip(plan.groups, plan.plane_words())):
+        starts = np.cumsum([0, *words])
+        even = 0                                            # segments before this one with an even number of bits
+        for g, group in enumerate(head):
+            book = books.index((group.bits, group.size))
+            groups[h, g] = group.start, group.size, group.bits, book, offsets[group.size]
+            for k in range(group.start // TILE, (group.start + group.size) // TILE):
+                segments[h, k] = (group.bits, g, book, *(starts[:3] + k), starts[3] + even // 2, even % 2)
+                even += group.bits % 2 == 0
+    rotations = np.concatenate([plan.rotation_of(size).dense().astype(np.float32).ravel() for size in sizes])
+    exponents = np.zeros(plan.kv_heads) if plan.exponents is None else plan.exponents
+    return cpu_block_gtq.Tables(plan.order.astype(np.int32), groups, segments, rotations, boundaries, centroids,
+                                exponents.astype(np.int32))
+
+
+@functools.lru_cache(maxsize=64)
+def _matrices(plan: Plan) -> np.ndarray:
+    """[kv_heads, head_dim, head_dim] float32: what folds a query, q' = q matrix."""
+    return np.stack([plan.matrix(h).T for h in range(plan.kv_heads)]).astype(np.float32)
+
+
+def _folded(query: np.ndarray, plan: Plan, scale: float) -> np.ndarray:
+    """q', [batch, kv_heads, group, head_dim] float32."""
+    batch, q_heads, head_dim = query.shape
+    grouped = query.astype(np.float32).reshape(batch, plan.kv_heads, q_heads // plan.kv_heads, head_dim)
+    return grouped @ _matrices(plan) * np.float32(scale)
+
+
+def _by_head(x: np.ndarray, kv_heads: int) -> np.ndarray:
+    """[kv_heads, vectors, head_dim] float32 of [batch, heads, vectors, head_dim], heads a multiple of kv_heads."""
+    batch, heads, vectors, head_dim = x.shape
+    grouped = np.moveaxis(x.astype(np.float32).reshape(batch, kv_heads, -1, head_dim), 1, 0)
+    return np.ascontiguousarray(grouped.reshape(kv_heads, -1, head_dim))
+
+
+def _means(rows: np.ndarray) -> np.ndarray:
+    """[kv_heads, head_dim] float32, of the finite vectors."""
+    finite = [head[np.isfinite(head).all(axis=-1)] for head in rows]
+    return np.stack([head.mean(axis=0, dtype=np.float64) if len(head) else np.zeros(rows.shape[2])
+                     for head in finite]).astype(np.float32)
+
+
+def _energies(rows: np.ndarray, mean: np.ndarray | None, pairs: np.ndarray) -> np.ndarray:
+    result = np.empty((len(rows), len(pairs)))
+    cpu_block_gtq.energies(rows, np.zeros((len(rows), rows.shape[2]), np.float32) if mean is None else mean,
+                           pairs, result)
+    return result
