@@ -22,12 +22,13 @@ import numba
 import numpy as np
 
 from kvbench.cpu.attention import merge
-from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, half_to_float, store
+from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, flat, half_to_float, store, strides_of
 from kvbench.cpu.convert import bits as bit_view
-from kvbench.cpu.turboquant import (LANES, SCALE_MODES, TILE, TOKENS_PER_TASK, aligned, assign, attend_to_tile,
-                                    both_signs, expand, flat, flat_planes, half_scale, load_column, load_row, measure,
-                                    multiply, pack_pair, pack_sign, pack_top, scale_factor, scratch, store_split,
-                                    strides, whole)
+from kvbench.cpu.planes import (attend_to_tile, both_signs, expand, flat_planes, load_column, pack_pair, pack_sign,
+                                pack_top, scratch)
+from kvbench.cpu.tiles import (LANES, TILE, TOKENS_PER_TASK, aligned, half_scale, load_row, measure, multiply,
+                               store_split, whole)
+from kvbench.cpu.turboquant import SCALE_MODES, assign, scale_factor
 
 
 class Tables(NamedTuple):
@@ -116,7 +117,7 @@ def encode(x, mean, tables: Tables, scale_mode, sign, magnitude, scale):
     centre = np.zeros((0, head_dim), np.float32)
     if mean is not None:
         centre = np.broadcast_to(mean, (batch, kv_heads, head_dim)).astype(np.float32).reshape(-1, head_dim)
-    _encode(flat(bit_view(x)), strides(x)[:3], x.shape, centre, *tables, SCALE_MODES[scale_mode],
+    _encode(flat(bit_view(x)), strides_of(x)[:3], x.shape, centre, *tables, SCALE_MODES[scale_mode],
             sign.shape[-1], flat(sign), magnitude.shape[-1], flat(magnitude), scale.shape[-1],
             *_scale_views(scale), _in_tokens(scale))
 
@@ -246,7 +247,7 @@ def decode(sign, magnitude, scale, tables: Tables, out):
     out : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32, contiguous rows
     """
     _decode(flat(sign), flat(magnitude), *_scale_views(scale), (sign.shape[-1], magnitude.shape[-1], scale.shape[-1]),
-            _in_tokens(scale), *tables, flat(bit_view(out)), strides(out)[:3], out.shape)
+            _in_tokens(scale), *tables, flat(bit_view(out)), strides_of(out)[:3], out.shape)
 
 
 @numba.njit(parallel=True, **COMPILE)
@@ -330,7 +331,7 @@ def decode_attention(folded_query, sign, magnitude, scale, tables: Tables, value
     splits = max(-(-scale.shape[2] // TOKENS_PER_TASK), 1)
     outputs = np.zeros((splits, batch, kv_heads * group, size), np.float32)
     lses = np.full((splits, batch, kv_heads * group), -np.inf, np.float32)
-    values = (flat_planes(value_planes), flat(bit_view(value_scale)), strides(value_scale)[:2],
+    values = (flat_planes(value_planes), flat(bit_view(value_scale)), strides_of(value_scale)[:2],
               both_signs(value_centroids), len(value_centroids).bit_length())
     _decode_attention(np.ascontiguousarray(folded_query), *_keys(sign, magnitude, scale, tables), *values, lengths,
                       outputs, lses)
@@ -414,4 +415,4 @@ def _scale_views(scale):
 
 def _in_tokens(scale):
     """Strides of sequences and heads, in tokens."""
-    return tuple(stride // scale.shape[-1] for stride in strides(scale)[:2])
+    return tuple(stride // scale.shape[-1] for stride in strides_of(scale)[:2])

@@ -19,6 +19,19 @@ def bits(array: np.ndarray) -> np.ndarray:
     return array.view({"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}[array.dtype.name])
 
 
+def flat(array: np.ndarray) -> np.ndarray:
+    """The memory from the first element to the last in one dimension: one type for kernels, whatever the strides."""
+    if array.flags.c_contiguous:
+        return array.reshape(-1)
+    length = 1 + sum((n - 1) * stride for n, stride in zip(array.shape, strides_of(array)))
+    return np.lib.stride_tricks.as_strided(array, (length,), (array.itemsize,))
+
+
+def strides_of(array: np.ndarray) -> tuple[int, ...]:
+    """In elements."""
+    return tuple(stride // array.itemsize for stride in array.strides)
+
+
 def load(stored):
     """One stored element (float32, uint16 or int16 bits) as float32."""
     raise NotImplementedError("for Numba kernels")

@@ -1,6 +1,6 @@
 """RaBitQ index on the CPU.  Reference: reference/rabitq.py; the order of the bits: reference/planes.py.
 
-Tiles, loads and rotations are those of cpu/turboquant.py, whose sign plane this is.  A query in integers is multiplied
+Tiles, loads and rotations are those of cpu/tiles.py, the words those of the sign plane in cpu/planes.py.  A query in integers is multiplied
 in float32: its sums are integers below 2^24, so they are exact in any order.
 """
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, float_to_half, half_to_float
+from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, flat, float_to_half, half_to_float, strides_of
 from kvbench.cpu.convert import bits as bit_view
-from kvbench.cpu.turboquant import (LANES, LARGEST_SCALE, TILE, _aligned, _both_signs, _flat, _flat_planes, _load_row,
-                                    _multiply_rows, _place, _rotation, _scratch, _strides, _tile_logits,
-                                    _walsh_hadamard, _whole)
+from kvbench.cpu.planes import both_signs, flat_planes, scratch, tile_logits
+from kvbench.cpu.tiles import (LANES, LARGEST_SCALE, TILE, aligned, load_row, multiply_rows, place, rotation_steps,
+                               walsh_hadamard, whole)
 
 TOKENS_PER_TASK = 1024       # one task of scores is a (sequence, KV head, split of this many tokens)
 _NO_MEANS = np.zeros((0, 0), np.float32)
@@ -37,9 +37,9 @@ def encode(keys, signs, remaining_scale, matrix, key_mean, query_mean, sign, res
         for mean in (key_mean, query_mean)]
     dense = np.zeros((0, size), np.float32) if matrix is None else matrix
     no_offset = np.empty(0, np.uint16)
-    _encode(_flat(bit_view(keys)), _strides(keys)[:3], head_dim, *means, *_rotation(signs, remaining_scale, size),
-            dense, batch * kv_heads * tokens, kv_heads, tokens, _flat(sign), _flat(bit_view(rescale)),
-            no_offset if offset is None else _flat(bit_view(offset)), _strides(rescale)[:2])
+    _encode(flat(bit_view(keys)), strides_of(keys)[:3], head_dim, *means, *rotation_steps(signs, remaining_scale, size),
+            dense, batch * kv_heads * tokens, kv_heads, tokens, flat(sign), flat(bit_view(rescale)),
+            no_offset if offset is None else flat(bit_view(offset)), strides_of(rescale)[:2])
 
 
 @numba.njit(parallel=True, **COMPILE)
@@ -49,13 +49,13 @@ def _encode(keys, key_strides, head_dim, key_mean, query_mean, signs, remaining_
     for task in numba.prange((rows + LANES - 1) // LANES):
         begin = task * LANES
         used = min(LANES, rows - begin)
-        lanes = _whole(used)
-        y, row, turned = _aligned(size, lanes), np.zeros(size, np.float32), np.empty(size, np.float32)
+        lanes = whole(used)
+        y, row, turned = aligned(size, lanes), np.zeros(size, np.float32), np.empty(size, np.float32)
         undo, token = np.zeros(lanes, np.float32), np.zeros(lanes, np.int64)
         for i in range(used):
-            b, g, t = _place(begin + i, kv_heads, tokens)
+            b, g, t = place(begin + i, kv_heads, tokens)
             token[i] = b * strides[0] + g * strides[1] + t
-            undo[i] = _load_row(keys, b * key_strides[0] + g * key_strides[1] + t * key_strides[2], key_mean,
+            undo[i] = load_row(keys, b * key_strides[0] + g * key_strides[1] + t * key_strides[2], key_mean,
                                 b * kv_heads + g, row, head_dim)
             if query_mean.size > 0:
                 a = np.float32(0)
@@ -68,8 +68,8 @@ def _encode(keys, key_strides, head_dim, key_mean, query_mean, signs, remaining_
             else:
                 y[:, i] = row
         for k in range(rounds):
-            _multiply_rows(y, signs[k])
-            _walsh_hadamard(y)
+            multiply_rows(y, signs[k])
+            walsh_hadamard(y)
         squares, sums = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
         word = np.empty(lanes, np.uint32)
         for w in range(size // 32):
@@ -174,9 +174,9 @@ def score(codes, step, low, constant, kappa, sign, rescale, offset, lengths, sca
     kv_heads, tokens = sign.shape[1:3]
     rows = np.ones((batch, kv_heads, q_heads // kv_heads + 1, size), np.float32)      # the last one gives <S, 1>
     rows[:, :, :-1] = codes.reshape(batch, kv_heads, -1, size)
-    _score(rows, step, low, constant, kappa, _flat_planes({"sign": sign}), _flat(bit_view(rescale)),
-           np.empty(0, np.uint16) if offset is None else _flat(bit_view(offset)), _strides(rescale)[:2],
-           _both_signs([1.0]), lengths, np.float32(scale), logits, np.empty((0, 0, 0), np.float32) if sigma is None
+    _score(rows, step, low, constant, kappa, flat_planes({"sign": sign}), flat(bit_view(rescale)),
+           np.empty(0, np.uint16) if offset is None else flat(bit_view(offset)), strides_of(rescale)[:2],
+           both_signs([1.0]), lengths, np.float32(scale), logits, np.empty((0, 0, 0), np.float32) if sigma is None
            else sigma, tokens)
 
 
@@ -188,15 +188,15 @@ def _score(rows, step, low, constant, kappa, planes, rescale, offset, strides, c
     splits = (tokens + TOKENS_PER_TASK - 1) // TOKENS_PER_TASK
     for task in numba.prange(batch * kv_heads * splits):
         b, g, split = task // (kv_heads * splits), task // splits % kv_heads, task % splits
-        words, index, c, r = _scratch()
-        products = _aligned(group + 1, TILE)
+        words, index, c, r = scratch()
+        products = aligned(group + 1, TILE)
         stop = min((split + 1) * TOKENS_PER_TASK, tokens)
         for start in range(split * TOKENS_PER_TASK, stop, TILE):
             count = min(TILE, stop - start)
             present = min(max(lengths[b] - start, 0), count)
             token = b * strides[0] + g * strides[1] + start
             if present > 0:
-                _tile_logits(rows[b, g], planes, rescale, token, present, centroids, 1, words, index, c, r, products)
+                tile_logits(rows[b, g], planes, rescale, token, present, centroids, 1, words, index, c, r, products)
             for h in range(group):
                 head = g * group + h
                 to = logits[b, head, start : start + count]

@@ -12,13 +12,13 @@ import numpy as np
 from kvbench import loaders, registry
 from kvbench.arrays import FLOATS, Arguments, Array, Device, empty, zeros
 from kvbench.cpu import attention as cpu_attention
-from kvbench.ops.dispatch import CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, choose, random_normal, relative_error
+from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, check_cuda_head_dim, choose,
+                                  random_normal, relative_error)
 from kvbench.reference import attention as reference
 from kvbench.registry import Kernel, Traffic, register
 
 __all__ = ["Workspace", "decode", "merge", "sparse_attention", "workspace"]
 
-CUDA_HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 16
 MAX_SPLITS = 256     # per sequence and KV head; beyond it the merge costs more than the split gains
 BLOCKS_PER_MULTIPROCESSOR = 4    # at most, when splits are chosen
@@ -205,7 +205,7 @@ def check_scale(arguments: Arguments, scale, head_dim: int) -> float:
 
 def check_cuda_heads(arguments: Arguments, backend: str, head_dim: int, group: int) -> None:
     """What every CUDA decode kernel is built for."""
-    arguments.require(head_dim in CUDA_HEAD_DIMS, "query", f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
+    check_cuda_head_dim(arguments, "query", head_dim, backend)
     arguments.require(group <= MAX_GROUP, "query",
                       f"at most {MAX_GROUP} query heads per KV head on backend {backend!r}", group)
 

@@ -14,7 +14,8 @@ from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import block_gtq as cpu_block_gtq
 from kvbench.ops import attention
 from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
-from kvbench.ops.turboquant import check_host_mean, finish_on_cpu, host, in_tokens, take_codes, take_mean
+from kvbench.ops.rotated import check_host_mean, host, in_tokens, take_mean
+from kvbench.ops.turboquant import finish_on_cpu, take_codes
 from kvbench.reference import block_gtq as reference, turboquant
 from kvbench.reference.block_gtq import Calibration, Encoded, Plan, blocks, plan, predicted_error, score
 from kvbench.reference.rotation import Rotation

@@ -8,6 +8,7 @@ from kvbench import loaders
 from kvbench.arrays import Arguments, Array
 from kvbench.registry import nearest
 
+CUDA_HEAD_DIMS = (64, 128, 256)
 _HOST, _DEVICE = ("reference", "cpu", "simt"), ("cuda", "native")
 
 
@@ -27,6 +28,10 @@ def choose(backend: str | None, arguments: Arguments, implemented: tuple[str, ..
                       f"one of {', '.join(reachable)} for arrays on {arguments.device}", repr(backend))
     loaders.require(backend)
     return backend
+
+
+def check_cuda_head_dim(arguments: Arguments, name: str, head_dim: int, backend: str) -> None:
+    arguments.require(head_dim in CUDA_HEAD_DIMS, name, f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
 
 
 def check_heads(arguments: Arguments, head_dim: int) -> int:

@@ -13,8 +13,8 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import kivi as cpu_kivi
 from kvbench.ops import attention, kivi_launch
-from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
-from kvbench.ops.kivi_launch import CUDA_BITS, CUDA_GROUPS, CUDA_HEAD_DIMS, TILE
+from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, round_into
+from kvbench.ops.kivi_launch import CUDA_BITS, CUDA_GROUPS, TILE
 from kvbench.reference import kivi as reference
 from kvbench.reference.kivi import BITS, Encoded, Keys, Values
 
@@ -340,7 +340,7 @@ def _result_codes(arguments, kind, given, bits, group, x) -> _Codes:
 
 
 def _check_cuda(arguments, name, head_dim, bits, group, backend):
-    arguments.require(head_dim in CUDA_HEAD_DIMS, name, f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
+    check_cuda_head_dim(arguments, name, head_dim, backend)
     arguments.require(bits in CUDA_BITS, name, f"2 or 4 bits on backend {backend!r}: 8 are for reference and cpu",
                       f"{bits} bits")
     arguments.require(group in CUDA_GROUPS, name, f"groups of 32, 64 or 128 on backend {backend!r}", group)

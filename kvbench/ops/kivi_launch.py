@@ -13,7 +13,6 @@ from kvbench.ops import attention
 from kvbench.ops.dispatch import CXX_TYPE
 from kvbench.reference.kivi import Keys
 
-CUDA_HEAD_DIMS = (64, 128, 256)
 CUDA_BITS = (2, 4)
 CUDA_GROUPS = (32, 64, 128)
 

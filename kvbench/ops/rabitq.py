@@ -13,9 +13,9 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import rabitq as cpu_rabitq
 from kvbench.ops import attention, rotation as rotation_operator
-from kvbench.ops.dispatch import choose
-from kvbench.ops.turboquant import (_check_cuda_size, _check_finite, _check_heads, _check_host_mean, _check_rotation,
-                                    _cpu_matrix, _cpu_signs, _host, _in_tokens)
+from kvbench.ops.dispatch import check_heads, choose, require_finite
+from kvbench.ops.rotated import (check_cuda_size, check_host_mean, check_rotation, cpu_matrix, cpu_signs, host,
+                                 in_tokens)
 from kvbench.reference import rabitq as reference
 from kvbench.reference.rabitq import QUERY_BITS, ROUNDINGS, Encoded, Query
 from kvbench.reference.rotation import Rotation
@@ -54,28 +54,28 @@ def encode(keys, rotation: Rotation, *, key_mean=None, query_mean=None, check_fi
     """
     arguments = Arguments("rabitq.encode", stream=stream)
     keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", FLOATS, strided=True)
-    _check_rotation(arguments, "rotation", rotation, keys.shape[3])
+    check_rotation(arguments, "rotation", rotation, keys.shape[3])
     means = {name: _take_mean(arguments, name, mean) for name, mean in (("key_mean", key_mean),
                                                                         ("query_mean", query_mean))}
     code = _result_code(arguments, out, rotation.head_dim, {"keys": keys, **means})
     backend = choose(backend, arguments, BACKENDS)
     if check_finite and backend != "reference":
-        _check_finite(arguments, keys)
+        require_finite(arguments, keys)
 
     if backend == "reference":
         result = reference.encode(keys.numpy(), rotation, check_finite=check_finite,
-                                  **{name: _host(mean) for name, mean in means.items()})
+                                  **{name: host(mean) for name, mean in means.items()})
         code.sign.numpy()[...], code.rescale.numpy()[...] = result.sign, result.rescale
         if code.offset is not None:
             code.offset.numpy()[...] = result.offset
     elif backend == "cpu":
         for name, mean in means.items():
-            _check_host_mean(arguments, mean, name)
-        cpu_rabitq.encode(keys.numpy(), *_cpu_signs(rotation), _cpu_matrix(rotation, inverse=False),
-                          *(_host(mean) for mean in means.values()), code.sign.numpy(), code.rescale.numpy(),
-                          _host(code.offset))
+            check_host_mean(arguments, mean, name)
+        cpu_rabitq.encode(keys.numpy(), *cpu_signs(rotation), cpu_matrix(rotation, inverse=False),
+                          *(host(mean) for mean in means.values()), code.sign.numpy(), code.rescale.numpy(),
+                          host(code.offset))
     else:
-        _check_cuda_size(arguments, "keys", keys.shape[3], rotation, backend)
+        check_cuda_size(arguments, "keys", keys.shape[3], rotation, backend)
         arguments.require(keys.aligned(16), "keys", "rows at multiples of 16 bytes",
                           f"address {keys.pointer:#x}, strides {keys.strides}")
         if keys.size:
@@ -110,12 +110,12 @@ def quantize_query(query, rotation: Rotation, *, query_mean=None, query_bits: in
     """
     arguments = Arguments("rabitq.quantize_query", stream=stream)
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
-    _check_rotation(arguments, "rotation", rotation, query.shape[2])
+    check_rotation(arguments, "rotation", rotation, query.shape[2])
     _check_query_options(arguments, query_bits, rounding, seed, step)
     query_mean = _take_mean(arguments, "query_mean", query_mean)
     batch, q_heads, head_dim = query.shape
     kv_heads = arguments.sizes.setdefault("kv_heads", q_heads)
-    _check_heads(arguments, head_dim)
+    check_heads(arguments, head_dim)
     given = (None, None, None) if out is None else _fields(arguments, "out", out, Query)[:3]
     codes = arguments.result("out.codes", given[0], (batch, q_heads, rotation.head_dim), CODE_TYPE[query_bits])
     scales = [arguments.result(f"out.{name}", value, (batch, q_heads), "float32")
@@ -123,16 +123,16 @@ def quantize_query(query, rotation: Rotation, *, query_mean=None, query_bits: in
     backend = choose(backend, arguments, BACKENDS)
 
     if backend == "reference":
-        result = quantized(query.numpy(), rotation, query_mean=_host(query_mean), query_bits=query_bits,
+        result = quantized(query.numpy(), rotation, query_mean=host(query_mean), query_bits=query_bits,
                            rounding=rounding, seed=seed, step=step)
         for array, value in zip((codes, *scales), (result.codes, result.step, result.low)):
             array.numpy()[...] = value
     elif backend == "cpu":
-        _check_host_mean(arguments, query_mean, "query_mean")
-        rotated, _ = _rotated_on_cpu(query.numpy(), rotation, _host(query_mean), kv_heads)
+        check_host_mean(arguments, query_mean, "query_mean")
+        rotated, _ = _rotated_on_cpu(query.numpy(), rotation, host(query_mean), kv_heads)
         _quantize_on_cpu(rotated, query_bits, rounding, seed, step, codes.numpy(), *(x.numpy() for x in scales))
     else:
-        _check_cuda_size(arguments, "query", head_dim, rotation, backend)
+        check_cuda_size(arguments, "query", head_dim, rotation, backend)
         attention.check_cuda_heads(arguments, backend, head_dim, q_heads // kv_heads)
         if codes.size:
             rabitq_launch.launch_quantize(query, rotation, query_mean, kv_heads, query_bits, rounding, seed, step, codes,
@@ -187,7 +187,7 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
     code = _take_code(arguments, encoded, rotation)
     _check_query_options(arguments, query_bits, rounding, seed, step)
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
-    group = _check_heads(arguments, query.shape[2])
+    group = check_heads(arguments, query.shape[2])
     scale = attention.check_scale(arguments, scale, query.shape[2])
     return_sigma = return_sigma or out is not None and out.sigma is not None
     shape = (*query.shape[:2], code.rescale.shape[2])
@@ -200,15 +200,15 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
 
     options = dict(query_bits=query_bits, rounding=rounding, seed=seed, step=step)
     if backend == "reference":
-        result = scored(query.numpy(), code.on_host(), rotation, lengths=_host(lengths), scale=scale, **options)
+        result = scored(query.numpy(), code.on_host(), rotation, lengths=host(lengths), scale=scale, **options)
         logits.numpy()[...] = result.logits
         if sigma is not None:
             sigma.numpy()[...] = result.sigma
     elif backend == "cpu":
-        _score_on_cpu(query.numpy(), code.on_host(), rotation, _host(lengths), scale, logits.numpy(), _host(sigma),
+        _score_on_cpu(query.numpy(), code.on_host(), rotation, host(lengths), scale, logits.numpy(), host(sigma),
                       **options)
     else:
-        _check_cuda_size(arguments, "encoded", query.shape[2], rotation, backend)
+        check_cuda_size(arguments, "encoded", query.shape[2], rotation, backend)
         attention.check_cuda_heads(arguments, backend, query.shape[2], group)
         arguments.require(query_bits in (4, 8), "query_bits", f"4 or 8 on backend {backend!r}", query_bits)
         if logits.size:
@@ -247,13 +247,13 @@ class _Code:
         """Means as [batch, kv_heads, head_dim]."""
         shape = (*self.rescale.shape[:2], self.head_dim)
         means = (mean and np.broadcast_to(mean.numpy(), shape) for mean in (self.key_mean, self.query_mean))
-        return Encoded(self.sign.numpy(), self.rescale.numpy(), _host(self.offset), *means, self.head_dim)
+        return Encoded(self.sign.numpy(), self.rescale.numpy(), host(self.offset), *means, self.head_dim)
 
 
 def _take_code(arguments, encoded, rotation) -> _Code:
     """The index that `score` reads."""
     _fields(arguments, "encoded", encoded, Encoded)
-    _check_rotation(arguments, "rotation", rotation, encoded.head_dim)
+    check_rotation(arguments, "rotation", rotation, encoded.head_dim)
     known = arguments.sizes.setdefault("head_dim", encoded.head_dim)
     arguments.require(encoded.head_dim == known, "encoded", f"head_dim {known} as in query", encoded.head_dim)
     arguments.require((encoded.offset is None) == (encoded.query_mean is None), "encoded",
@@ -295,7 +295,7 @@ def _take_arrays(arguments, name, encoded, size):
     arrays = (arguments.take(f"{name}.sign", encoded.sign, f"batch kv_heads tokens {words}", ("uint32",), strided=True),
               *(arguments.take(f"{name}.{part}", getattr(encoded, part), "batch kv_heads tokens", ("float16",),
                                strided=True, optional=part == "offset") for part in ("rescale", "offset")))
-    layouts = [_in_tokens(arguments, f"{name}.{part}", array.strides[:3], row)
+    layouts = [in_tokens(arguments, f"{name}.{part}", array.strides[:3], row)
                for part, array, row in zip(("sign", "rescale", "offset"), arrays, (words, 1, 1)) if array is not None]
     arguments.require(len(set(layouts)) == 1, name,
                       "the same strides of sequences and heads, counted in tokens, for all arrays", layouts)

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, random_normal, relative_error
 from kvbench.ops.rabitq import BACKENDS, encode, quantize_query, quantized, score, scored
-from kvbench.ops.turboquant_records import NEGLIGIBLE_NORM, _centred, _rotated, _rotation_error
+from kvbench.ops.turboquant_records import NEGLIGIBLE_NORM, less_mean, rotated, rotation_error
 from kvbench.reference import planes as bit_planes, rabitq as reference, turboquant
 from kvbench.reference.rabitq import Encoded
 from kvbench.reference.rotation import hadamard
@@ -79,7 +79,7 @@ def _score_traffic(problem):
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
 #
-# The rotation of a vector in float32 is off by at most `_rotation_error` times its norm (see ops/rotation.py); sums of
+# The rotation of a vector in float32 is off by at most `rotation_error` times its norm (see ops/rotation.py); sums of
 # n terms by n EPSILON / 2 times the sum of their absolute values.
 
 _HALF = EPSILON["float32"] / 2
@@ -93,13 +93,13 @@ def _encode_agreement(inputs, expected, actual):
     """
     keys, rotation = inputs["keys"], inputs["rotation"]
     key_mean, query_mean = inputs.get("key_mean"), inputs.get("query_mean")
-    size, centred = rotation.head_dim, _centred(keys, key_mean)
+    size, centred = rotation.head_dim, less_mean(keys, key_mean)
     for name in ("key_mean", "query_mean"):
         one, other = inputs.get(name), getattr(actual, name)
         if (one is None) != (other is None) or one is not None and not np.array_equal(one, other):
             raise AssertionError(f"{name}: expected the mean that was given")
     finite = np.isfinite(np.asarray(keys).astype(np.float64)).all(axis=-1)
-    y = _rotated(centred, rotation)
+    y = rotated(centred, rotation)
     norm = np.linalg.norm(y, axis=-1)
     negligible = (norm > 0) & (norm < NEGLIGIBLE_NORM)
     differs = bit_planes.unpack_bits(actual.sign, size) != bit_planes.unpack_bits(expected.sign, size)
@@ -110,7 +110,7 @@ def _encode_agreement(inputs, expected, actual):
                              f"at [batch, kv_head, token, coordinate] = {np.argwhere(wrong)[0].tolist()}")
     total = np.abs(y).sum(axis=-1)
     r = norm**2 / np.where(total == 0, 1.0, total)
-    relative = (2 + size**0.5) * _rotation_error(rotation) + (2 * size + 16) * _HALF
+    relative = (2 + size**0.5) * rotation_error(rotation) + (2 * size + 16) * _HALF
     limit = turboquant.LARGEST_SCALE
     assert_close(np.where(finite, np.minimum(r, limit), np.nan), actual.rescale, "float16",
                  relative * r + negligible * 2.0**-90, "rescale")
@@ -140,7 +140,7 @@ def _query_errors(query, rotation, query_mean, query_bits, rounding, seed, step)
         code = quantized(query, rotation, **about)
         rotated = quantized(query, rotation, **{**about, "query_bits": 16, "rounding": "nearest"}).codes.astype(float)
         # Centring rounds each coordinate once more, and so does the reference when it gives float32.
-        e = (_rotation_error(rotation) + 2 * _HALF) * np.linalg.norm(rotated, axis=-1) + \
+        e = (rotation_error(rotation) + 2 * _HALF) * np.linalg.norm(rotated, axis=-1) + \
             rotation.head_dim * SMALLEST_NORMAL
         if query_bits == 16:
             return code, e, np.zeros(e.shape)

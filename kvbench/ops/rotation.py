@@ -12,14 +12,14 @@ import numpy as np
 from kvbench import loaders, registry
 from kvbench.arrays import FLOATS, Arguments, Device, upload
 from kvbench.cpu import rotation as cpu_rotation
-from kvbench.ops.dispatch import CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, choose, random_normal, relative_error
+from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, check_cuda_head_dim, choose,
+                                  random_normal, relative_error)
 from kvbench.reference import rotation as reference
 from kvbench.reference.rotation import Rotation, haar, hadamard
 from kvbench.registry import Kernel, Traffic, register
 
 __all__ = ["Rotation", "haar", "hadamard", "rotate"]
 
-CUDA_HEAD_DIMS = (64, 128, 256)
 BACKENDS = registry.BACKENDS
 
 
@@ -61,7 +61,7 @@ def rotate(x, rotation: Rotation, *, inverse: bool = False, out=None, backend: s
             signs, remaining_scale = scaled_signs(rotation)
             cpu_rotation.hadamard(rows_of_x, rows_of_out, signs, remaining_scale, inverse)
     else:
-        arguments.require(head_dim in CUDA_HEAD_DIMS, "x", f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
+        check_cuda_head_dim(arguments, "x", head_dim, backend)
         arguments.require(x.aligned(16) and out.aligned(16), "x, out", "addresses that are multiples of 16 bytes",
                           f"{x.pointer:#x}, {out.pointer:#x}")
         if rows:

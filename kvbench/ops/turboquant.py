@@ -14,7 +14,9 @@ from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import turboquant as cpu_turboquant
 from kvbench.ops import attention, rotation as rotation_operator, turboquant_launch
 from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
-from kvbench.ops.turboquant_launch import CUDA_ATTENTION_BITS, CUDA_HEAD_DIMS, PLANES
+from kvbench.ops.rotated import (check_cuda_size, check_host_mean, check_rotation, cpu_matrix, cpu_signs, host,
+                                 in_tokens, rotated_query, take_mean)
+from kvbench.ops.turboquant_launch import CUDA_ATTENTION_BITS, PLANES
 from kvbench.reference import planes as bit_planes, turboquant as reference
 from kvbench.reference.planes import Planes
 from kvbench.reference.rotation import Rotation
@@ -74,11 +76,11 @@ def encode(x, rotation: Rotation, bits: int, *, scale_mode: str = "nc", mean=Non
     elif backend == "cpu":
         check_host_mean(arguments, mean)
         codebook = codebook_for(bits, rotation.head_dim)
-        cpu_turboquant.encode(x.numpy(), *_cpu_signs(rotation), host(mean), codebook.boundaries, codebook.centroids,
+        cpu_turboquant.encode(x.numpy(), *cpu_signs(rotation), host(mean), codebook.boundaries, codebook.centroids,
                               bits, scale_mode, codes.numpy_planes(), codes.scale.numpy(),
-                              matrix=_cpu_matrix(rotation, inverse=False))
+                              matrix=cpu_matrix(rotation, inverse=False))
     else:
-        _check_cuda_size(arguments, "x", x.shape[3], rotation, backend)
+        check_cuda_size(arguments, "x", x.shape[3], rotation, backend)
         arguments.require(x.aligned(16), "x", "rows at multiples of 16 bytes",
                           f"address {x.pointer:#x}, strides {x.strides}")
         if x.size:
@@ -108,11 +110,11 @@ def decode(encoded: Encoded, rotation: Rotation, *, dtype: str = "float16", out=
     if backend == "reference":
         round_into(out, reference.decode(codes.on_host(), rotation))
     elif backend == "cpu":
-        cpu_turboquant.decode(codes.numpy_planes(), codes.scale.numpy(), *_cpu_signs(rotation),
+        cpu_turboquant.decode(codes.numpy_planes(), codes.scale.numpy(), *cpu_signs(rotation),
                               codebook_for(codes.bits, rotation.head_dim).centroids, codes.bits, out.numpy(),
-                              matrix=_cpu_matrix(rotation, inverse=True))
+                              matrix=cpu_matrix(rotation, inverse=True))
     else:
-        _check_cuda_size(arguments, "encoded", codes.head_dim, rotation, backend)
+        check_cuda_size(arguments, "encoded", codes.head_dim, rotation, backend)
         arguments.require(out.aligned(16), "out", "an address that is a multiple of 16 bytes", f"{out.pointer:#x}")
         if out.size:
             turboquant_launch.launch_decode(codes, rotation, out, backend, arguments)
@@ -145,11 +147,11 @@ def logits(query, encoded: Encoded, rotation: Rotation, *, scale: float | None =
     if backend == "reference":
         round_into(out, reference.logits(query.numpy(), codes.on_host(), rotation, scale=scale))
     elif backend == "cpu":
-        rotated = _rotated_query(query.numpy(), rotation, group) * np.float32(scale)
+        rotated = rotated_query(query.numpy(), rotation, group) * np.float32(scale)
         cpu_turboquant.logits(rotated, codes.numpy_planes(), codes.scale.numpy(),
                               codebook_for(codes.bits, rotation.head_dim).centroids, codes.bits, out.numpy())
     else:
-        _check_cuda_size(arguments, "encoded", codes.head_dim, rotation, backend)
+        check_cuda_size(arguments, "encoded", codes.head_dim, rotation, backend)
         attention.check_cuda_heads(arguments, backend, codes.head_dim, group)
         if out.size:
             turboquant_launch.launch_logits(query, codes, rotation, scale, out, backend, arguments)
@@ -217,8 +219,8 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
         _attend_on_cpu(query.numpy(), keys, values, key_rotation, value_rotation, host_lengths, scale, host(key_mean),
                        out.numpy(), None if lse is None else lse.numpy())
     else:
-        _check_cuda_size(arguments, "keys", keys.head_dim, key_rotation, backend, "key_rotation")
-        _check_cuda_size(arguments, "values", values.head_dim, value_rotation, backend, "value_rotation")
+        check_cuda_size(arguments, "keys", keys.head_dim, key_rotation, backend, "key_rotation")
+        check_cuda_size(arguments, "values", values.head_dim, value_rotation, backend, "value_rotation")
         attention.check_cuda_heads(arguments, backend, keys.head_dim, group)
         for name, codes in (("keys", keys), ("values", values)):
             arguments.require(codes.bits in CUDA_ATTENTION_BITS, name,
@@ -273,10 +275,10 @@ def encode_prod(x, rotation: Rotation, projection: Projection, bits: int, *, mea
         check_host_mean(arguments, mean)
         codebook = None if first is None else codebook_for(bits - 1, rotation.head_dim)
         cpu_turboquant.encode_prod(
-            x.numpy(), *_cpu_signs(rotation), host(mean), None if first is None else codebook.boundaries,
+            x.numpy(), *cpu_signs(rotation), host(mean), None if first is None else codebook.boundaries,
             None if first is None else codebook.centroids, bits, None if first is None else first.numpy_planes(),
             None if first is None else first.scale.numpy(), projection.matrix, sign.numpy(), norm.numpy(),
-            matrix=_cpu_matrix(rotation, inverse=False))
+            matrix=cpu_matrix(rotation, inverse=False))
     return EncodedProd(None if first is None else first.give(), sign.give(), norm.give(), x.shape[3])
 
 
@@ -299,9 +301,9 @@ def decode_prod(encoded: EncodedProd, rotation: Rotation, projection: Projection
         round_into(out, reference.decode_prod(_prod_on_host(first, sign, norm, encoded.head_dim), rotation,
                                                projection))
     else:
-        cpu_turboquant.decode_prod(*_cpu_prod(first, sign, norm, projection), *_cpu_signs(rotation),
+        cpu_turboquant.decode_prod(*_cpu_prod(first, sign, norm, projection), *cpu_signs(rotation),
                                    *_prod_codebook(first, rotation), out.numpy(),
-                                   matrix=_cpu_matrix(rotation, inverse=True))
+                                   matrix=cpu_matrix(rotation, inverse=True))
     return out.give()
 
 
@@ -328,7 +330,7 @@ def logits_prod(query, encoded: EncodedProd, rotation: Rotation, projection: Pro
         round_into(out, reference.logits_prod(query.numpy(), _prod_on_host(first, sign, norm, encoded.head_dim),
                                                rotation, projection, scale=scale))
     else:
-        rotated = _rotated_query(query.numpy(), rotation, group) * np.float32(scale)
+        rotated = rotated_query(query.numpy(), rotation, group) * np.float32(scale)
         cpu_turboquant.logits_prod(rotated, *_cpu_prod(first, sign, norm, projection),
                                    *_prod_codebook(first, rotation), out.numpy())
     return out.give()
@@ -423,14 +425,6 @@ def _take_arrays(arguments, name, encoded, size) -> _Codes:
     return _Codes(planes, scale, encoded.head_dim, encoded.bits, strides)
 
 
-def in_tokens(arguments, name, strides, row) -> tuple[int, int]:
-    """Strides of sequences and heads, counted in tokens, of an array whose token is `row` elements long."""
-    arguments.require(strides[2] == row and strides[0] % row == 0 and strides[1] % row == 0, name,
-                      f"tokens that follow one another, {row} elements each, and strides in whole tokens",
-                      f"strides {list(strides)}")
-    return strides[0] // row, strides[1] // row
-
-
 def _take_prod(arguments, encoded, rotation, projection):
     """(first code or None, residual_sign, residual_norm) of validated arrays."""
     if not isinstance(encoded, EncodedProd):
@@ -454,25 +448,6 @@ def _take_prod(arguments, encoded, rotation, projection):
     return first, sign, norm
 
 
-def take_mean(arguments, name, mean):
-    """[kv_heads, head_dim] or [batch, kv_heads, head_dim] float32, or None."""
-    mean = arguments.take(name, mean, "... head_dim", ("float32",), optional=True)
-    if mean is not None:
-        batch, kv_heads, head_dim = (arguments.sizes[n] for n in ("batch", "kv_heads", "head_dim"))
-        arguments.require(mean.shape in ((kv_heads, head_dim), (batch, kv_heads, head_dim)), name,
-                          f"[kv_heads, head_dim] = {[kv_heads, head_dim]} or [batch, kv_heads, head_dim] = "
-                          f"{[batch, kv_heads, head_dim]}", list(mean.shape))
-    return mean
-
-
-def check_rotation(arguments, name, rotation, head_dim):
-    if not isinstance(rotation, Rotation):
-        raise TypeError(f"{arguments.operator}: {name}: expected a Rotation from hadamard() or haar(), "
-                        f"got {type(rotation).__name__}")
-    arguments.require(rotation.head_dim % 32 == 0 and rotation.head_dim >= head_dim, name,
-                      f"a size that is a multiple of 32 and at least head_dim = {head_dim}", rotation.head_dim)
-
-
 def _check_projection(arguments, projection, rotation):
     if not isinstance(projection, Projection):
         raise TypeError(f"{arguments.operator}: projection: expected a Projection from gaussian_projection() or "
@@ -486,45 +461,13 @@ def _check_bits(arguments, bits):
                       "bits", "an integer from 1 to 8", repr(bits))
 
 
-def _check_cuda_size(arguments, name, head_dim, rotation, backend, rotation_name="rotation"):
-    arguments.require(head_dim in CUDA_HEAD_DIMS, name, f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
-    arguments.require(rotation.head_dim == head_dim, rotation_name,
-                      f"size {head_dim}, without padding, on backend {backend!r}", rotation.head_dim)
-
-
 def _check_on_host(arguments):
     arguments.require(arguments.device.kind == "cpu", "backend",
                       f"arrays in host memory: {', '.join(HOST_BACKENDS)} are what implements this operator",
                       f"arrays on {arguments.device}: copy them to the host")
 
 
-def check_host_mean(arguments, mean, name="mean"):
-    arguments.require(mean is None or bool(np.isfinite(mean.numpy()).all()), name, "finite numbers", "NaN or Inf")
-
-
 # ---- cpu -------------------------------------------------------------------------------------------------------------
-
-
-def host(array):
-    return None if array is None else array.numpy()
-
-
-def _cpu_signs(rotation):
-    """(signs, remaining scale) of a Hadamard rotation, as cpu functions take them; those of a dense one get None."""
-    return rotation_operator.scaled_signs(rotation) if rotation.kind == "hadamard" else (None, None)
-
-
-def _cpu_matrix(rotation, inverse):
-    return rotation_operator.dense_matrix(rotation, inverse) if rotation.kind == "haar" else None
-
-
-def _rotated_query(query: np.ndarray, rotation: Rotation, group: int) -> np.ndarray:
-    """R q of the padded queries, [batch, kv_heads, group, rotation size] float32."""
-    batch, q_heads, head_dim = query.shape
-    padded = np.zeros((batch, q_heads, rotation.head_dim), np.float32)
-    padded[..., :head_dim] = query
-    rotated = rotation_operator.rotate(padded, rotation, out=padded, backend="cpu")
-    return rotated.reshape(batch, q_heads // group, group, rotation.head_dim)
 
 
 def _attend_on_cpu(query, keys, values, key_rotation, value_rotation, lengths, scale, key_mean, out, lse):
@@ -533,7 +476,7 @@ def _attend_on_cpu(query, keys, values, key_rotation, value_rotation, lengths, s
     rotated = np.empty((batch, q_heads, value_rotation.head_dim), np.float32)
     log_sums = np.empty((batch, q_heads), np.float32)
     cpu_turboquant.decode_attention(
-        _rotated_query(query, key_rotation, q_heads // kv_heads) * np.float32(scale),
+        rotated_query(query, key_rotation, q_heads // kv_heads) * np.float32(scale),
         keys.numpy_planes(), keys.scale.numpy(), codebook_for(keys.bits, key_rotation.head_dim).centroids,
         values.numpy_planes(), values.scale.numpy(), codebook_for(values.bits, value_rotation.head_dim).centroids,
         lengths, rotated, log_sums)

@@ -13,10 +13,9 @@ from scipy import special
 from kvbench import loaders
 from kvbench.arrays import Array, Device, empty, upload
 from kvbench.ops import attention, rotation as rotation_operator
-from kvbench.ops.dispatch import CXX_TYPE
+from kvbench.ops.dispatch import CUDA_HEAD_DIMS, CXX_TYPE
 from kvbench.reference.turboquant import SCALE_MODES, codebook_for
 
-CUDA_HEAD_DIMS = (64, 128, 256)
 CUDA_ATTENTION_BITS = (1, 2, 3, 4)
 PLANES = ("sign", "mag2_0", "mag2_1", "mag2_2", "mag1")      # in the order in which kernels take them
 

@@ -142,7 +142,7 @@ def _logits_prod_traffic(problem):
     return Traffic(plain.bytes_read + vector_count(problem) * (2 if problem["bits"] > 1 else 0), plain.bytes_written)
 
 
-# Agreement.  The rotation of a vector in float32 is off by at most `_rotation_error` times its norm (see
+# Agreement.  The rotation of a vector in float32 is off by at most `rotation_error` times its norm (see
 # ops/rotation.py); sums of n terms, one after another, by n EPSILON / 2 times the sum of their absolute values.
 
 # The coordinates of a vector below this norm may be float32 subnormals, which GPUs may count as zero: its scale rounds
@@ -150,7 +150,7 @@ def _logits_prod_traffic(problem):
 NEGLIGIBLE_NORM = 2.0**-100
 
 
-def _rotation_error(rotation):
+def rotation_error(rotation):
     levels = rotation.rounds * math.log2(rotation.head_dim) if rotation.kind == "hadamard" else rotation.head_dim
     return (levels + 2) * EPSILON["float32"] / 2
 
@@ -171,7 +171,7 @@ def less_mean(x, mean):
     return x if mean is None else x - np.asarray(mean).astype(np.float64)[..., None, :]
 
 
-def _rotated(x, rotation):
+def rotated(x, rotation):
     """R x of the padded vectors; zeros for those that hold NaN or Inf."""
     finite = np.isfinite(x).all(axis=-1)
     padding = [(0, 0)] * 3 + [(0, rotation.head_dim - x.shape[-1])]
@@ -193,9 +193,9 @@ def _assert_same_codes(inputs, bits, expected, actual, scale_mode):
     finite = np.isfinite(centred).all(axis=-1)
     off = np.abs(_cells(actual.planes, size) - _cells(expected.planes, size))
     allowed = reference.boundary_distance(x, rotation, bits, mean=mean) <= reference.ROUNDING_DISTANCE
-    y, c = _rotated(centred, rotation), _centroids(actual.planes, size, bits)
+    y, c = rotated(centred, rotation), _centroids(actual.planes, size, bits)
     negligible = assert_codes(off, allowed, np.linalg.norm(y, axis=-1))
-    s, relative = scale_of_codes(y, c, finite, negligible, scale_mode, _rotation_error(rotation))
+    s, relative = scale_of_codes(y, c, finite, negligible, scale_mode, rotation_error(rotation))
     assert_close(s, actual.scale, "float16", relative * s + negligible * 2.0**-90, "scale")
     return (off == 0).all(axis=-1)
 
@@ -232,7 +232,7 @@ def _encode_prod_agreement(inputs, expected, actual):
     x, rotation, projection, bits = (inputs[name] for name in ("x", "rotation", "projection", "bits"))
     mean, size = inputs.get("mean"), rotation.head_dim
     centred = less_mean(x, mean)
-    finite, y = np.isfinite(centred).all(axis=-1), _rotated(centred, rotation)
+    finite, y = np.isfinite(centred).all(axis=-1), rotated(centred, rotation)
     norm = np.linalg.norm(y, axis=-1)
     same = np.ones(y.shape[:-1], bool)
     residual = y
@@ -247,7 +247,7 @@ def _encode_prod_agreement(inputs, expected, actual):
         raise AssertionError(f"residual signs: {int(wrong.sum())} of {wrong.size} differ by more than rounding allows, "
                              f"the first at [batch, kv_head, token, coordinate] = {np.argwhere(wrong)[0].tolist()}")
     length = np.where(finite, np.minimum(np.linalg.norm(residual, axis=-1), reference.LARGEST_SCALE), np.nan)
-    relative = 2 * _rotation_error(rotation) + (2 * size + 16) * EPSILON["float32"] / 2
+    relative = 2 * rotation_error(rotation) + (2 * size + 16) * EPSILON["float32"] / 2
     assert_close(length, actual.residual_norm, "float16", relative * norm, "residual norm")
 
 
@@ -256,7 +256,7 @@ def _decode_agreement(inputs, expected, actual):
     encoded, rotation = inputs["encoded"], inputs["rotation"]
     size = rotation.head_dim
     norm = np.linalg.norm(_centroids(encoded.planes, size, encoded.bits), axis=-1) * encoded.scale.astype(np.float64)
-    relative = _rotation_error(rotation) + 3 * EPSILON["float32"] / 2
+    relative = rotation_error(rotation) + 3 * EPSILON["float32"] / 2
     allowance = relative * norm + size * SMALLEST_NORMAL
     assert_close(expected, actual, inputs.get("dtype", "float16"), allowance[..., None], "decoded")
 
@@ -271,7 +271,7 @@ def _logits_allowance(query, scale, rotation, products, scales):
     rows = reference.rotate(padded, rotation).reshape(batch, kv_heads, -1, rotation.head_dim)
     absolute, norms = products(np.abs(rows))
     length = np.linalg.norm(rows, axis=-1)[..., None]
-    error = _rotation_error(rotation) * length * norms[:, :, None]
+    error = rotation_error(rotation) * length * norms[:, :, None]
     error += (rotation.head_dim + 8) * EPSILON["float32"] / 2 * absolute
     return (error * np.abs(scales.astype(np.float64))[:, :, None]).reshape(batch, query.shape[1], tokens)
 
@@ -336,7 +336,7 @@ def attention_tolerance(query, keys: Encoded, values: Encoded, key_rotation, val
         q = rows[b, g]
         c, s = _tokens_of(keys, key_size, b, g, n)
         products = q @ c.T
-        error = _rotation_error(key_rotation) * np.linalg.norm(q, axis=-1)[:, None] * np.linalg.norm(c, axis=-1)
+        error = rotation_error(key_rotation) * np.linalg.norm(q, axis=-1)[:, None] * np.linalg.norm(c, axis=-1)
         error += (key_size + 8) * eps * (np.abs(q) @ np.abs(c).T)
         if keys.bits in CUDA_ATTENTION_BITS:
             numbers, unit = key_centroids(keys.bits)
@@ -377,7 +377,7 @@ def tolerance_of_logits(key_errors, query, values: Encoded, value_rotation, leng
                 allowance += tiny * np.linalg.norm(np.abs(c).sum(axis=0))
                 allowance += np.linalg.norm(weights @ (c.astype(np.float16) - c)) * np.exp(delta[h].max())
                 allowance += 2 * arithmetic * np.linalg.norm(np.abs(weights) @ np.abs(c))
-                allowance += _rotation_error(value_rotation) * np.linalg.norm(weights @ c) + 2 * SMALLEST_NORMAL
+                allowance += rotation_error(value_rotation) * np.linalg.norm(weights @ c) + 2 * SMALLEST_NORMAL
                 output[b, g, h] = allowance
             lse[b, g] = change.sum(axis=-1) + arithmetic + 16 * 2 * eps * (
                 np.abs(base).max(axis=-1) + math.log(n + 1) + 1)
