@@ -22,7 +22,6 @@ from kvbench.evaluate import models
 
 LAYOUT = ("[batch, heads, tokens, head_dim] float16; queries and keys after RoPE; queries only at query_positions, the "
           "query at position p attends to keys 0..p")
-_ATTENTION = "kvbench_capture"
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ def capture(model: models.Model, text: models.Text, tokens: int, layers: Sequenc
 
     ValueError for a layer that the model lacks, or whose attention never reached the interface of transformers.
     """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
     depth = model.config.num_hidden_layers
     for layer in layers:
         if not 0 <= layer < depth:
@@ -62,23 +56,15 @@ def capture(model: models.Model, text: models.Text, tokens: int, layers: Sequenc
     positions = query_positions(tokens)
     kept: dict[int, dict[str, np.ndarray]] = {}
 
-    def attend(module, query, key, value, attention_mask, **options):
-        progress(f"layer {module.layer_idx + 1} of {depth} reads {tokens} tokens")
-        if module.layer_idx in layers:
+    def keep(layer, query, key, value):
+        progress(f"layer {layer + 1} of {depth} reads {tokens} tokens")
+        if layer in layers:
             found = {"keys": key, "values": value, "queries": query[:, :, positions]}
-            kept[module.layer_idx] = {name: x.float().cpu().numpy().astype(np.float16) for name, x in found.items()}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            kept[layer] = {name: x.float().cpu().numpy().astype(np.float16) for name, x in found.items()}
 
-    AttentionInterface.register(_ATTENTION, attend)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    before = model.network.config._attn_implementation
-    model.network.set_attn_implementation(_ATTENTION)
-    try:
-        with torch.inference_mode():
-            model.network.base_model(input_ids=ids, use_cache=False)
-    finally:
-        model.network.set_attn_implementation(before)
-        progress("")
+    with models.observed(model.network, keep):
+        model.network.base_model(input_ids=ids, use_cache=False)
+    progress("")
     if lost := [layer for layer in layers if layer not in kept]:
         raise ValueError(f"--layers: the attention of layers {lost} of {model.name} cannot be observed: it does not go "
                          "through the attention interface of transformers")

