@@ -132,16 +132,17 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     evaluation.add_argument("--kv", nargs="+", default=[], metavar="PATH",
                             help="captures for --task logits (default: the shipped sample)")
     evaluation.add_argument("--cache", action="append", default=[], metavar="PRESET[:OPTION=VALUE,...]",
-                            help="such as turboquant:key_bits=4,value_bits=2/3; repeat for more (default: all presets)")
+                            help="such as turboquant:key_bits=4,value_bits=2/3, or all; repeat for more (default: all)")
     evaluation.add_argument("--task", type=_tasks, metavar="NAME,...",
-                            help="logits, perplexity, needle (default: logits, or perplexity with a model)")
+                            help="logits, perplexity, needle, and codecs: perplexity with every key and value "
+                                 "encoded, none exact, and no prompt (default: logits, or perplexity with a model)")
     evaluation.add_argument("--queries", type=_positive, default=64, metavar="N", help="of a capture (default: 64)")
     evaluation.add_argument("--prompt", type=_positive, default=512, metavar="N",
                             help="tokens of the text before perplexity is measured (default: 512)")
     evaluation.add_argument("--tokens", type=_positive, default=2048, metavar="N",
                             help="tokens that perplexity is measured on (default: 2048)")
-    evaluation.add_argument("--codecs-alone", action="store_true",
-                            help="perplexity with every key and value encoded, none kept exact, and no prompt")
+    evaluation.add_argument("--stepwise", action="store_true",
+                            help="perplexity by the operators, token by token, also where many can be answered at once")
     evaluation.add_argument("--lengths", type=_whole_numbers, default=[1024, 2048], metavar="N,...",
                             help="tokens of the texts that hold a needle (default: 1024,2048)")
     evaluation.add_argument("--depths", type=_shares, default=[0.1, 0.5, 0.9], metavar="X,...",
@@ -326,7 +327,7 @@ def _eval(options) -> int:
     tasks = options.task or (["perplexity"] if options.model and not options.kv else ["logits"])
     settings = driver.Settings(
         tasks, options.cache, options.kv, options.model, options.text, options.dtype, options.device, options.queries,
-        options.prompt, options.tokens, options.codecs_alone, options.lengths, options.depths, options.seed,
+        options.prompt, options.tokens, options.stepwise, options.lengths, options.depths, options.seed,
         shlex.join(["kvbench", *options.arguments]), options.resume)
     done = driver.run(settings, options.json, _progress)
     for title, head, rows in driver.tables(done.document):
@@ -403,7 +404,7 @@ def _seed(text: str) -> int:
 
 
 def _tasks(text: str) -> list[str]:
-    return [_one_of("task", ("logits", "perplexity", "needle"))(task) for task in text.split(",")]
+    return [_one_of("task", ("logits", "perplexity", "codecs", "needle"))(task) for task in text.split(",")]
 
 
 def _whole_numbers(text: str) -> list[int]:

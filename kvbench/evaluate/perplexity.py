@@ -1,8 +1,9 @@
 """`kvbench eval --task perplexity` and `--task codecs`: how well a model predicts a text through a compressed cache.
 
 perplexity  The prompt attends to itself exactly and is compressed; then every token is appended to the preset's cache
-            and attends to it, as in decoding.  The text is known, so that a layer sees many tokens per call of the
-            model: each is appended and attended in turn.
+            and attends to it, as in decoding.  The text is known, so that a layer gets many tokens per call of the
+            model.  Where the preset attends to all tokens they are answered together (`kvbench.evaluate.chunks`), where
+            it selects, or by `stepwise`, one by one by its operators.
 codecs      No prompt, no exact tokens, no cache: every key and value, of every layer, is what the preset's codecs make
             of it, those of the query's own token too.  What the codecs lose when nothing helps them.
 
@@ -14,7 +15,7 @@ import math
 from collections.abc import Callable
 
 from kvbench import arrays
-from kvbench.evaluate import models
+from kvbench.evaluate import chunks, models
 from kvbench.evaluate.specs import Spec
 
 CHUNK = 256             # tokens per call of the model: their logits for a whole vocabulary must fit into memory
@@ -32,13 +33,17 @@ def of_model(model: models.Model, ids, prompt: int, progress: Callable[[str], No
     return _case(losses, 8.0 * bytes_each, elements * bytes_each, ids.shape[1])
 
 
-def of_cache(model: models.Model, spec: Spec, ids, prompt: int, baseline: float,
+def of_cache(model: models.Model, spec: Spec, ids, prompt: int, baseline: float, stepwise: bool = False,
              progress: Callable[[str], None] = lambda line: None) -> dict:
-    """Through the preset's cache; baseline: the model's own perplexity on the same tokens."""
+    """Through the preset's cache; baseline: the model's own perplexity on the same tokens.
+
+    stepwise : let the preset's operators attend, token by token, also where `chunks` answers many at once
+    """
     from kvbench.integrations.transformers import KVBenchCache
 
     before = model.network.config._attn_implementation
-    cache = KVBenchCache(model.network, spec.preset, capacity=ids.shape[1], **{"dtype": STORED, **dict(spec.options)})
+    cache = KVBenchCache(model.network, spec.preset, capacity=ids.shape[1],
+                         chunks=None if stepwise else chunks.attend, **{"dtype": STORED, **dict(spec.options)})
     try:
         losses = _decode(model, ids, prompt, cache, progress)
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvbench.bench.results import validate as validate_schema
 
 SCHEMA_VERSION = "kvbench.eval/1"
-TASKS = ("logits", "perplexity", "needle")
+TASKS = ("logits", "perplexity", "codecs", "needle")
 
 _STRING, _NUMBER = {"type": "string"}, {"type": "number"}
 _BITS, _COUNT = {"type": "number", "minimum": 0}, {"type": "integer", "minimum": 0}

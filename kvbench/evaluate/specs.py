@@ -58,8 +58,9 @@ def parse(text: str) -> list[Spec]:
 
 
 def parse_all(texts: Sequence[str]) -> list[Spec]:
-    """The specs of all texts in order, each once; every preset with its own defaults if there are none."""
-    found = [spec for text in texts or list(caches.PRESETS) for spec in parse(text)]
+    """The specs of all texts in order, each once; "all", or no text, is every preset with its own defaults."""
+    every = list(caches.PRESETS)
+    found = [spec for text in texts or every for each in (every if text == "all" else [text]) for spec in parse(each)]
     return list(dict.fromkeys(found))
 
 

@@ -42,6 +42,8 @@ class KVBenchCache(Cache):
     preset   : a name in `kvbench.caches.PRESETS`
     capacity : tokens that fit into each sequence, allocated at the first prompt (default: the most the model knows)
     backend  : of the operators (default: that of the model's device)
+    chunks   : (cache, query, key, value, scale) -> output, for several tokens that one sequence gets after its prompt,
+               where the preset selects no tokens, such as `kvbench.evaluate.chunks.attend` (default: one by one)
     options  : of the preset; `dtype`, of what is kept exact and of queries, is by default that of the model
 
     Batches with padding on the left, beam search, chunked prompts, copies and reuse after `reset` work.  Layers of
@@ -49,7 +51,8 @@ class KVBenchCache(Cache):
     (`output_attentions`), dropout and assisted generation (`crop`) are refused.
     """
 
-    def __init__(self, model, preset: str, *, capacity: int | None = None, backend: str | None = None, **options):
+    def __init__(self, model, preset: str, *, capacity: int | None = None, backend: str | None = None,
+                 chunks=None, **options):
         if preset not in caches.PRESETS:
             raise ValueError(f"KVBenchCache: preset: unknown preset {preset!r}{nearest(preset, caches.PRESETS)}")
         function = caches.PRESETS[preset].function
@@ -60,7 +63,7 @@ class KVBenchCache(Cache):
         config = model.config.get_text_config(decoder=True)
         capacity = config.max_position_embeddings if capacity is None else capacity
         options = {**options, "capacity": capacity, "backend": backend}
-        super().__init__(layers=[_layer(kind, config, function, options) for kind in _layer_kinds(config)])
+        super().__init__(layers=[_layer(kind, config, function, options, chunks) for kind in _layer_kinds(config)])
         model.set_attn_implementation(ATTENTION)
 
     def fill(self, prompt) -> None:
@@ -107,9 +110,9 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, function, options: dict, **kwargs):
+    def __init__(self, function, options: dict, chunks=None, **kwargs):
         super().__init__()
-        self._function, self._options = function, options
+        self._function, self._options, self._chunks = function, options, chunks
         self.cache: caches.KVCache | None = None
         self._seen = 0                      # tokens of every sequence, padding included
         self._starts: np.ndarray | None = None      # [batch] where the padding of each sequence ends
@@ -202,6 +205,8 @@ class PackedLayer(CacheLayerMixin):
         """Each token is appended, then its query attends: what one token per call would give."""
         past = self._seen - key.shape[2]
         keys, values = (self._cast(x) for x in (key, value))
+        if self._chunks and self.cache.batch == 1 and self.cache.index is None and len(self.cache):
+            return self._chunks(self.cache, self._cast(query), keys, values, scaling).to(query.dtype)
         queries = self._cast(query).transpose(1, 2)
         output = torch.empty(queries.shape, dtype=query.dtype, device=query.device)
         for i in range(key.shape[2]):
@@ -293,9 +298,9 @@ def _layer_kinds(config) -> list[str]:
     return list(kinds)
 
 
-def _layer(kind: str, config, function, options: dict):
+def _layer(kind: str, config, function, options: dict, chunks):
     if kind == _FULL:
-        return PackedLayer(function, options)
+        return PackedLayer(function, options, chunks)
     window = config.sliding_window if kind == _SLIDING[0] else config.attention_chunk_size
     return DynamicSlidingWindowLayer(sliding_window=window)
 
