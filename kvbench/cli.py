@@ -108,7 +108,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     report.add_argument("--html", type=_output_path, metavar="PATH", help="write one page that needs nothing else")
     report.add_argument("--csv", type=_output_path, metavar="PATH", help="write every contender and case as CSV")
     report.add_argument("--compare", nargs="+", metavar="OTHER.json",
-                        help="earlier results: faster, slower, same or unclear per case; exit status 1 if any is slower")
+                        help="earlier results: faster, slower, same or unclear per case; status 1 if any is slower")
     report.add_argument("--margin", type=_percent, default=0.02, metavar="PERCENT",
                         help="differences up to this are none (default: 2)")
 

@@ -56,8 +56,8 @@ SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A
         "traffic": _object({"bytes_read": _COUNT, "bytes_written": _COUNT}), **_TIMED,
         "best_baseline": _or_null(_STRING), "speedup": _or_null(_NUMBER), "state": _FREE,
         "baselines": {"type": "array", "items": _object(
-            {"name": _STRING, "missing": _or_null(_STRING), **_TIMED}, {"storage": _or_null(_STRING), "bytes_moved": _or_null(_COUNT),
-                                                                 **_TIMED_LATER})},
+            {"name": _STRING, "missing": _or_null(_STRING), **_TIMED},
+            {"storage": _or_null(_STRING), "bytes_moved": _or_null(_COUNT), **_TIMED_LATER})},
     }, _TIMED_LATER)},
 })}
 

@@ -57,6 +57,9 @@ class Comparison:
 
 def compare(after: Sequence[dict], before: Sequence[dict], margin: float = MARGIN) -> Comparison:
     """Every case of `after` that `before` has, too.  ValueError where the runs do not compare."""
+    for documents, which in ((after, "now"), (before, "before")):
+        if not documents:
+            raise ValueError(f"the results do not compare: there is none of kvbench bench from {which}")
     for facts, what in ((_machine, "machines"), (lambda document: document["backend"], "backends")):
         one, other = ({facts(document) for document in documents} for documents in (after, before))
         if one != other:

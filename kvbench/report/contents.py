@@ -5,6 +5,7 @@ Kernels are known by what their results say of them; nothing here names one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from kvbench.bench import results, suites, tables, timing, yardsticks
 # Axes that say how large a problem is; all others are parameters of a method, and part of its name here.
 SHAPE_AXES = ("tokens", "parts", "batch", "kv_heads", "group", "head_dim", "dtype")
 FIDELITY_SCHEMAS = ("kvbench.demo/1", "kvbench.eval/1")
+# What is read of them; they hold more.
+FIDELITY = {"type": "object", "required": ["outcomes"], "properties": {"outcomes": {
+    "type": "array", "minItems": 1, "items": {
+        "type": "object", "required": ["bytes_per_token", "preset"], "properties": {
+            "preset": {"type": "string"}, "bytes_per_token": {"type": "number", "minimum": 0},
+            "bits_per_element": {"type": "number", "minimum": 0}, "metrics": {"type": "object"}}}}}}
 SIXTEEN_BITS = ("float16", "bfloat16")
 ERRORS = {"output_error": "relative error of the attention output", "logit_error": "largest error of a logit",
           "logit_mae": "mean absolute error of a logit"}
@@ -28,9 +35,12 @@ def load(paths: Sequence[str | Path]) -> tuple[list[dict], list[dict]]:
     for path in paths:
         version = _schema(path)
         if version in FIDELITY_SCHEMAS:
-            fidelity.append({**json.loads(Path(path).read_text(encoding="utf-8")), "file": Path(path).name})
-            if not points(fidelity[-1:]):
-                raise ValueError(f"{path}: holds no outcome: there is nothing to report")
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            try:
+                results.validate(document, FIDELITY)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            fidelity.append({**document, "file": Path(path).name})
         else:
             document = results.load(path).document     # says which schema was expected
             if not document["cases"]:
@@ -52,14 +62,14 @@ def points(fidelity: list[dict]) -> list[dict]:
     """One per preset and source: bytes per token, the errors that were measured, and the parts of a decode step."""
     found = []
     for document in fidelity:
-        for outcome in document.get("outcomes", []):
+        for outcome in document["outcomes"]:
             metrics = {**outcome.get("metrics", {}), **outcome}
             found.append({
                 "preset": outcome["preset"], "source": outcome.get("source") or document.get("file", ""),
                 "machine": document.get("machine"), "bytes_per_token": outcome["bytes_per_token"],
                 "bits": outcome.get("bits_per_element"),
-                "errors": {error: metrics[error] for error in ERRORS if metrics.get(error) is not None},
-                "parts": {part: outcome[f"{part}_us"] for part in ("append", "attend") if f"{part}_us" in outcome}})
+                "errors": {error: metrics[error] for error in ERRORS if _is_number(metrics.get(error))},
+                "parts": {part: outcome[f"{part}_us"] for part in ("append", "attend") if _is_number(outcome.get(f"{part}_us"))}})
     return found
 
 
@@ -173,6 +183,10 @@ def _text(value: float | None, form: str) -> str:
 
 def _median(entry: dict, way: str) -> float | None:
     return entry[way]["median_us"] if entry.get(way) else None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _schema(path) -> str | None:

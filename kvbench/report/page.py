@@ -123,7 +123,7 @@ def _facts(held: dict) -> str:
                default=None)
     if near:
         facts.append((f"{near['percent']:.0f} %", f"of the roofline, the nearest to it: {near['method']}"))
-    for run in held["runs"][:1]:
+    for run in [run for run in held["runs"] if run["gbps"]][:1]:
         facts.append((f"{run['gbps']:,.0f} GB/s", "moved by the faster of a copy and a read, measured"
                       + (f"; nominal {run['nominal_gbps']:,.0f}" if run["nominal_gbps"] else "")))
         facts.append((f"{run['floor_us']:.2f} us", "for a call without work: the launch floor"))
