@@ -259,7 +259,8 @@ def test_the_page_needs_nothing_else():
 def test_the_tables_hold_the_numbers_of_the_results():
     cells = Tags(made(FIRST)).cells
     assert {TWO, "32:8 heads, head_dim 128, float16", "10.0", "3.00", "WRONG, not timed: all: off",
-            "missing: gone is not installed", "small </script><b>", "5.0e-02", "0123456789ab", "A GPU, cuda"} <= set(cells)
+            "missing: gone is not installed", "small </script><b>", "5.0e-02", "0123456789ab",
+            "A GPU, cuda"} <= set(cells)
 
 
 def test_committed_results_make_a_page():
@@ -295,7 +296,10 @@ def test_compare_ends_with_status_1_on_a_regression(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"\| slower +\| attention.decode .* 40.00 \| +80.00 \| 2.000 \[", printed)
     assert "1 slower" in printed
-    assert "Compared with earlier results" in html.read_text() and '<td class="bad">slower</td>' in html.read_text()
+    text = html.read_text()
+    assert "Compared with earlier results" in text and '<td class="bad">slower</td>' in text
+    same = int(re.search(r"(\d+) same", printed)[1])
+    assert f"{same} the same" in text and text.count("<td class=\"\">same</td>") == same
     assert cli.main(["report", str(now), "--compare", str(before), "--margin", "99"]) == 1
     assert cli.main(["report", str(before), "--compare", str(now)]) == 0
     assert "1 faster" in capsys.readouterr().out

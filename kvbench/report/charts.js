@@ -84,11 +84,12 @@ function marker(shape, x, y, size, attributes) {
 }
 
 // Puts short labels next to points so that none covers another or a point; one that finds no place is left out.
-function placeLabels(plot, points) {
+// beside: only to the right of its point, where a line ends.
+function placeLabels(plot, points, beside = false) {
   const taken = points.map(({ x, y }) => [x - 6, y - 6, x + 6, y + 6]);
   for (const { x, y, text, strong } of points.filter((point) => point.text)) {
     const w = 6.6 * text.length + 2, places = [[x + 9, y + 4], [x - 9 - w, y + 4], [x - w / 2, y - 10], [x - w / 2, y + 20],
-      [x + 7, y - 9], [x + 7, y + 18], [x - 7 - w, y - 9], [x - 7 - w, y + 18]];
+      [x + 7, y - 9], [x + 7, y + 18], [x - 7 - w, y - 9], [x - 7 - w, y + 18]].filter(([left]) => !beside || left > x);
     const free = places.find(([left, base]) => left >= 2 && left + w <= plot.width - 2 && base >= 12
       && base <= plot.height - plot.margin.bottom + 2
       && !taken.some(([a, b, c, d]) => left < c && left + w > a && base - 11 < d && base + 3 > b));
@@ -129,7 +130,7 @@ function drawSpeedup(width, rows, style) {
         + `${row.best}`));
     });
   }
-  placeLabels(plot, labels);
+  placeLabels(plot, labels, true);
   return plot.root;
 }
 
@@ -159,7 +160,7 @@ function drawRoofline(width, rows, run, style) {
 // Bytes per token against an error: lower left is better, and the line joins those that nothing beats in both.
 function drawPareto(width, points, error, label) {
   const shown = points.filter((point) => point.errors[error] > 0);
-  const plot = frame(width, 330, { domain: spread(shown.map((point) => point.bytes_per_token), 1.45), log: 2,
+  const plot = frame(width, 370, { domain: spread(shown.map((point) => point.bytes_per_token), 1.45), log: 2,
     label: "bytes held per token", format: (n) => `${n}` }, { domain: spread(shown.map((point) => point.errors[error]), 2.5),
     log: 10, label, format: number.power });
   const front = shown.toSorted((a, b) => a.bytes_per_token - b.bytes_per_token || a.errors[error] - b.errors[error])

@@ -37,6 +37,10 @@ class Change:
     verdict: str
     reason: str | None = None
 
+    @property
+    def ratio(self) -> float | None:
+        return self.after_us / self.before_us if self.after_us and self.before_us else None
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -119,17 +123,22 @@ def verdict_of(low: float, high: float, margin: float) -> str:
 
 def lines(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table; slower ones first."""
-    order = (BROKEN, SLOWER, UNCLEAR, FASTER, REPAIRED, SAME)
     rows = [[change.verdict, change.kernel, tables.problem_text(change.problem), change.way, _us(change.before_us),
              _us(change.after_us), interval_text(change), change.reason or ""]
-            for change in sorted(comparison.changes, key=lambda change: order.index(change.verdict))]
+            for change in ranked(comparison.changes)]
     return ["verdict", "kernel", "problem", "way", "before us", "now us", "now / before", "why"], rows
+
+
+def ranked(changes: Sequence[Change]) -> list[Change]:
+    """What matters most first."""
+    order = (BROKEN, SLOWER, UNCLEAR, FASTER, REPAIRED, SAME)
+    return sorted(changes, key=lambda change: order.index(change.verdict))
 
 
 def interval_text(change: Change) -> str:
     if change.low is None:
         return "-"
-    return f"{change.after_us / change.before_us:.3f} [{change.low:.3f}, {change.high:.3f}]"
+    return f"{change.ratio:.3f} [{change.low:.3f}, {change.high:.3f}]"
 
 
 def _by_case(documents: Sequence[dict]) -> dict[tuple, dict]:

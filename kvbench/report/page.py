@@ -89,6 +89,7 @@ _COLUMNS = (
     ("extra MB", lambda row: None if row["memory_bytes"] is None else row["memory_bytes"] / 1e6, lambda n: f"{n:,.2f}"),
     ("machine", lambda row: f"{row['machine']}, {row['backend']}", str),
 )
+_COLOURS = {compare.SLOWER: "bad", compare.BROKEN: "bad", compare.FASTER: "good", compare.REPAIRED: "good"}
 _TEXT_COLUMNS = ("method", "shape", "over", "machine")
 
 
@@ -163,18 +164,27 @@ def _fidelity(points: list[dict]) -> str:
 def _comparison(comparison: compare.Comparison | None) -> str:
     if comparison is None:
         return ""
-    head, rows = compare.lines(comparison)
-    numeric = [title in ("before us", "now us", "now / before") for title in head]
-    colour = {compare.SLOWER: "bad", compare.BROKEN: "bad", compare.FASTER: "good", compare.REPAIRED: "good"}
-    body = ["<tr>" + "".join(
-        f'<td class="{"n" if right else colour.get(cell, "")}"'
-        + (f' data-value="{escape(cell.split()[0].replace("-", ""))}"' if right else "") + f">{escape(cell)}</td>"
-        for cell, right in zip(row, numeric)) + "</tr>" for row in rows]
+    titles = ["verdict", "method", "shape", "tokens", "way", "before us", "now us", "now / before", "interval", "why"]
+    numeric = [title in ("tokens", "before us", "now us", "now / before") for title in titles]
+
+    def rows_of(changes):
+        return [f'<tr><td class="{_COLOURS.get(change.verdict, "")}">{change.verdict}</td>' + "".join([
+            _cell(contents.method(vars(change)), str, True), _cell(contents.shape(change.problem), str, True),
+            _cell(change.problem.get("tokens"), lambda n: f"{n:,}"), _cell(change.way, str, True),
+            _cell(change.before_us, lambda n: f"{n:,.1f}"), _cell(change.after_us, lambda n: f"{n:,.1f}"),
+            _cell(change.ratio, lambda n: f"{n:.3f}"),
+            _cell("" if change.low is None else f"{change.low:.3f} to {change.high:.3f}", str, True),
+            f'<td class="wrap">{escape(change.reason or "")}</td>']) + "</tr>" for change in changes]
+
+    same = [change for change in comparison.changes if change.verdict == compare.SAME]
+    others = [change for change in compare.ranked(comparison.changes) if change.verdict != compare.SAME]
     alone = [f"only before: {name}" for name in comparison.only_before] + \
         [f"only now: {name}" for name in comparison.only_after]
     return (f"<h2>Compared with earlier results</h2><p>{escape(comparison.count())}. A verdict needs the whole interval of the "
             f"ratio beyond ±{100 * comparison.margin:.0f} %.</p>"
-            + _table("comparison", head, numeric, body)
+            + (_table("comparison", titles, numeric, rows_of(others)) if others else "")
+            + (f'<details><summary class="count">{len(same)} the same</summary>'
+               + _table("unchanged", titles, numeric, rows_of(same)) + "</details>" if same else "")
             + "".join(f'<p class="soft">{escape(line)}</p>' for line in alone))
 
 
