@@ -1,10 +1,12 @@
-"""Make the tables and the picture of README.md again:  make figures
+"""Make the tables and the pictures of README.md again:  make figures
 
-The tables come from the results of `kvbench bench --json` in results/<machine>/*.json, the picture from the shipped
-sample.
+Tables and the pictures beside them come from the results of `kvbench bench --json` in results/<machine>/*.json, the
+picture of keys and attention from the shipped sample.
 """
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,12 @@ from kvbench import bench, data
 from kvbench.cli import table
 from kvbench.demo import measurement, pictures
 from kvbench.reference import rotation
+from kvbench.report import contents
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+MARKERS = ("o", "s", "^", "D")
+PANELS = 2             # shapes whose speed-up is drawn, those with most results
 BEGIN, END = "<!-- results: made by results/figures.py -->\n", "<!-- end of results -->\n"
 
 
@@ -29,11 +34,13 @@ def main() -> None:
 
 
 def results_table(folder: Path) -> str:
-    """Every timed case of one machine as Markdown; nothing for a folder without complete results."""
-    documents = [bench.load(path).document for path in sorted(folder.glob("*.json"))]
+    """Every timed case of one machine as Markdown, with its pictures; nothing for a folder without complete results."""
+    paths = sorted(folder.glob("*.json"))
+    documents = [{**bench.load(path).document, "file": path.name} for path in paths]
     documents = [document for document in documents if document["complete"] and not document["quick"]]
     if not documents:
         return ""
+    held = contents.contents(documents, [])
     cases = [case for document in documents for case in document["cases"] if case["cold"]]
     rows = [_row(case) for case in sorted(cases, key=_order)]
     machine = documents[0]["machine"]
@@ -41,7 +48,21 @@ def results_table(folder: Path) -> str:
     copy = documents[0]["yardsticks"]["copy"]["gbps"]
     return (f"{name}; copying memory reaches {copy:.0f} GB/s. Times are cold: caches flushed before every call.\n\n"
             + table(["kernel", "problem", "backend", "us", "GB/s", "% of copy", "best alternative", "us", "speed-up"],
-                    rows, "lllrrrlrr") + "\n\n")
+                    rows, "lllrrrlrr") + "\n\n" + "".join(results_pictures(folder, held)))
+
+
+def results_pictures(folder: Path, held: dict):
+    """Draws what there is to draw beside a table, and yields the lines that show it."""
+    kernels = [row for row in held["rows"] if row["cold_us"] and not row["baseline"]]
+    compared = [row for row in kernels if row["speedup"] and row["tokens"]]
+    look = _look(row["method"] for row in kernels)
+    for name, rows, draw, words in (
+            ("speedup", compared, speedup_picture, "Speed-up over the best 16-bit attention, by tokens in the cache"),
+            ("roofline", kernels, roofline_picture, "GB/s over bytes that must move, and the roofline")):
+        if rows:
+            svg, _ = draw(rows, look, held["runs"][rows[0]["run"]])
+            (folder / f"{name}.svg").write_text(pictures.standalone(svg), encoding="utf-8")
+            yield f"![{words}]({folder.relative_to(HERE.parent)}/{name}.svg)\n\n"
 
 
 def _order(case: dict) -> tuple:
@@ -60,6 +81,60 @@ def _row(case: dict) -> list[str]:
     compared = [best["name"], f"{best['cold']['median_us']:.1f}", f"{case['speedup']:.2f}"] if best else [""] * 3
     return [case["kernel"], ", ".join(parts), case["backend"], f"{case['cold']['median_us']:.1f}",
             f"{case['gbps']:.0f}", f"{case['percent_of_copy']:.0f}", *compared]
+
+
+@pictures.picture
+def speedup_picture(rows: list[dict], look: dict[str, dict], run: dict):
+    """A line per method over tokens; one panel for each of the shapes with most results."""
+    shapes = [shape for shape, _ in Counter(row["shape"] for row in rows).most_common(PANELS)]
+    look = {method: style for method, style in look.items()
+            if any(row["method"] == method and row["shape"] in shapes for row in rows)}
+    figure = Figure(figsize=(2 * pictures.WIDTH_INCHES, 2.6 + 0.1 * len(look)), layout="constrained")
+    panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
+    for axis, shape in zip(panels, shapes):
+        axis.axhline(1, color=pictures.FAINT, linewidth=1, linestyle="--")
+        for method, style in look.items():
+            own = sorted((row["tokens"], row["speedup"]) for row in rows if (row["method"], row["shape"]) == (method, shape))
+            axis.plot([tokens for tokens, _ in own], [speedup for _, speedup in own], **style, label=method)
+        tokens = sorted({row["tokens"] for row in rows if row["shape"] == shape})
+        axis.set_xscale("log", base=2)
+        axis.set(title=shape, xlabel="tokens in the cache", ylim=(0, None))
+        axis.set_xticks(tokens, [f"{count // 1024}K" if count % 1024 == 0 else str(count) for count in tokens])
+        axis.minorticks_off()
+        axis.grid(True, axis="y")
+    panels[0].set_ylabel("times the best 16-bit")
+    _legend(figure, panels)
+    return figure, ""
+
+
+@pictures.picture
+def roofline_picture(rows: list[dict], look: dict[str, dict], run: dict):
+    """Every case as a point under what launch and memory allow."""
+    figure = Figure(figsize=(2 * pictures.WIDTH_INCHES, 2.8 + 0.1 * len(look)), layout="constrained")
+    axis = figure.subplots()
+    moved = np.geomspace(min(row["bytes"] for row in rows) / 2, max(row["bytes"] for row in rows) * 2, 300)
+    axis.plot(moved, moved / np.maximum(run["floor_us"], moved / run["gbps"] / 1e3) / 1e3, color=pictures.FAINT,
+              linestyle="--", linewidth=1.2)
+    for method, style in look.items():
+        own = [(row["bytes"], row["gbps"]) for row in rows if row["method"] == method]
+        axis.plot(*zip(*own), **{**style, "linestyle": "none"}, label=method)
+    axis.set(xscale="log", ylim=(0, None), xlabel="bytes that must move", ylabel="GB/s, caches flushed")
+    axis.xaxis.set_major_formatter(lambda value, _: next(f"{value / size:g} {unit}" for unit, size in (
+        ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if value >= size or size == 1))
+    axis.grid(True)
+    _legend(figure, [axis])
+    return figure, ""
+
+
+def _look(methods) -> dict[str, dict]:
+    """method -> how its marks look: colours first, then other markers."""
+    styles = ({"marker": marker, "color": colour} for marker, colour in itertools.product(MARKERS, pictures.SERIES))
+    return {method: {**style, "markersize": 4, "linewidth": 1.4} for method, style in zip(sorted(set(methods)), styles)}
+
+
+def _legend(figure: Figure, panels) -> None:
+    entries = dict(entry[::-1] for panel in panels for entry in zip(*panel.get_legend_handles_labels()))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
 
 
 @pictures.picture

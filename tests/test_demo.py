@@ -181,7 +181,7 @@ def test_pictures_are_well_formed_and_take_their_colours_from_the_page():
     for svg, caption in drawn:
         root = ElementTree.fromstring(pictures.standalone(svg))
         assert root.tag.endswith("svg") and len(caption) > 40
-        assert not re.search("#0[1-5]0[1-5]0[1-5]", svg) and "var(--ink)" in svg
+        assert not re.search("#0[1-9a]0[1-9a]0[1-9a]", svg) and "var(--ink)" in svg
     assert ">alpha, beta<" in drawn[2][0] and ">gamma<" in drawn[2][0]
 
 
@@ -313,6 +313,8 @@ def shown_results(path) -> str:
 def test_readme_shows_the_committed_results(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     assert remade(tmp_path) == shown_results(ROOT / "README.md"), "run `make figures`"
+    for path in re.findall(r"\]\((results/.*?)\)", shown_results(ROOT / "README.md")):
+        assert (tmp_path / path).is_file() and (ROOT / path).is_file(), "run `make figures`"
 
 
 def test_results_become_a_table(tmp_path):
@@ -330,3 +332,8 @@ def test_results_become_a_table(tmp_path):
     assert cells[1].startswith("6:2 heads") and "tokens 96" in cells[1] and "float16" in cells[1]
     assert cells[3] == f"{case['cold']['median_us']:.1f}"
     assert cells[6] == "numpy" and cells[8] == f"{case['speedup']:.2f}"
+    for name, words in (("speedup", ("attention.decode", "6:2 heads")), ("roofline", ("attention.decode", "GB/s"))):
+        assert f"](results/machine/{name}.svg)" in remade(tmp_path)
+        drawn = (tmp_path / "results" / "machine" / f"{name}.svg").read_text(encoding="utf-8")
+        assert all(word in drawn for word in words) and "prefers-color-scheme" in drawn
+        ElementTree.fromstring(drawn)

@@ -23,6 +23,11 @@ ROLES = {
     "first": ("#030303", "#0b62a8", "#6cb6ff"),
     "second": ("#040404", "#b3470b", "#ff9f5a"),
     "third": ("#050505", "#2b7a3f", "#6fd08c"),
+    "fourth": ("#060606", "#7a3fd0", "#c297ff"),
+    "fifth": ("#070707", "#b3261e", "#ff8a80"),
+    "sixth": ("#080808", "#0f7683", "#5fd3dc"),
+    "seventh": ("#090909", "#8a6100", "#e3b341"),
+    "eighth": ("#0a0a0a", "#b02f80", "#f778ba"),
 }
 INK, FAINT, *SERIES = (drawn for drawn, _, _ in ROLES.values())
 LOOK = {
