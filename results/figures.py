@@ -94,7 +94,8 @@ def speedup_picture(rows: list[dict], look: dict[str, dict], run: dict):
     for axis, shape in zip(panels, shapes):
         axis.axhline(1, color=pictures.FAINT, linewidth=1, linestyle="--")
         for method, style in look.items():
-            own = sorted((row["tokens"], row["speedup"]) for row in rows if (row["method"], row["shape"]) == (method, shape))
+            own = sorted((row["tokens"], row["speedup"]) for row in rows
+                         if (row["method"], row["shape"]) == (method, shape))
             axis.plot([tokens for tokens, _ in own], [speedup for _, speedup in own], **style, label=method)
         tokens = sorted({row["tokens"] for row in rows if row["shape"] == shape})
         axis.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, through chromedriver's HTTP interface (W3C WebDriver): the standard library suffices."""
+"""A headless Chromium for tests, through chromedriver's HTTP interface (W3C WebDriver): needs no other package."""
 import json
 import os
 import shutil

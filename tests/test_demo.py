@@ -217,8 +217,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([sys.executable, "-m", "kvbench.cli", "demo", "--json", "demo.json"], cwd=folder, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run([sys.executable, "-m", "kvbench.cli", "demo", "--json", "demo.json"], cwd=folder,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout, *((folder / name).read_text(encoding="utf-8") for name in ("kvbench-demo.html", "demo.json"))
 
@@ -249,7 +249,8 @@ def test_page_and_terminal_show_the_same_table(demo):
 
 def test_json_holds_what_the_table_shows(demo):
     document = json.loads(demo[2])
-    assert document["schema"] == "kvbench.demo/1" and document["machine"] and document["sample"] == data.sample().metadata
+    assert document["schema"] == "kvbench.demo/1" and document["machine"]
+    assert document["sample"] == data.sample().metadata
     head, _, *rows = table_rows(demo[0])
     for row, outcome in zip(rows, document["outcomes"], strict=True):
         shown = dict(zip(head, row))

@@ -108,7 +108,7 @@ def sources(*suffixes):
 
 def test_the_sdist_holds_every_source(unpacked):
     held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}
-    assert sources(".py", ".cu", ".cuh", ".h", ".cpp") <= held
+    assert sources(".py", ".cu", ".cuh", ".h", ".cpp", ".css", ".js") <= held
     assert {
         str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".cu", ".cpp")
     } <= held
@@ -118,7 +118,7 @@ def test_the_sdist_holds_every_source(unpacked):
 
 def test_the_wheel_maps_every_folder_into_the_package(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    for path in sources(".py", ".cu", ".cuh", ".h", ".cpp"):
+    for path in sources(".py", ".cu", ".cuh", ".h", ".cpp", ".css", ".js"):
         assert (path if path.startswith("kvbench/") else f"kvbench/{path}") in held
     assert not [name for name in held if not name.startswith(("kvbench/", "kvbench-"))]
     data = {f"kvbench/data/{path.name}" for path in (ROOT / "kvbench" / "data").iterdir() if path.is_file()}

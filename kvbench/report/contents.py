@@ -69,7 +69,8 @@ def points(fidelity: list[dict]) -> list[dict]:
                 "machine": document.get("machine"), "bytes_per_token": outcome["bytes_per_token"],
                 "bits": outcome.get("bits_per_element"),
                 "errors": {error: metrics[error] for error in ERRORS if _is_number(metrics.get(error))},
-                "parts": {part: outcome[f"{part}_us"] for part in ("append", "attend") if _is_number(outcome.get(f"{part}_us"))}})
+                "parts": {part: outcome[f"{part}_us"] for part in ("append", "attend")
+                          if _is_number(outcome.get(f"{part}_us"))}})
     return found
 
 
@@ -78,10 +79,10 @@ def summaries(held: dict) -> list[tuple[list[str], list[list[str]], str]]:
     found = []
     if held["rows"]:
         rows = [[row["method"], row["shape"], _text(row["tokens"], "d"), row["backend"], _text(row["cold_us"], ".1f"),
-                 _text(row["gbps"], ".0f"), _text(row["percent"], ".0f"), row["best"] or "", _text(row["speedup"], ".2f"),
-                 "; ".join(row["remarks"])] for row in held["rows"] if not row["baseline"]]
-        found.append((["method", "shape", "tokens", "backend", "cold us", "GB/s", "% roofline", "best 16-bit", "speed-up",
-                       "remarks"], rows, "llrlrrrlr"))
+                 _text(row["gbps"], ".0f"), _text(row["percent"], ".0f"), row["best"] or "",
+                 _text(row["speedup"], ".2f"), "; ".join(row["remarks"])] for row in held["rows"] if not row["baseline"]]
+        found.append((["method", "shape", "tokens", "backend", "cold us", "GB/s", "% roofline", "best 16-bit",
+                       "speed-up", "remarks"], rows, "llrlrrrlr"))
     if held["points"]:
         errors = [error for error in ERRORS if any(error in point["errors"] for point in held["points"])]
         rows = [[point["preset"], point["source"], f"{point['bytes_per_token']:.1f}", _text(point["bits"], ".2f"),
@@ -122,8 +123,8 @@ def _rows(number: int, run: dict) -> list[dict]:
             "kernel": case["kernel"], "baseline": entry is not case, "storage": entry.get("storage"),
             "method": method(case) if entry is case else name, "of": method(case), "shape": shape(case["problem"]),
             "attends": _attends(case["kernel"]), "exact16": _exact16(case, entry),
-            "tokens": case["problem"].get("tokens"), "bytes": moved, "cold_us": cold and cold["median_us"], "low_us": interval and interval[0],
-            "high_us": interval and interval[1], "hot_us": _median(entry, "hot"),
+            "tokens": case["problem"].get("tokens"), "bytes": moved,
+            "cold_us": cold and cold["median_us"], "low_us": interval and interval[0], "high_us": interval and interval[1], "hot_us": _median(entry, "hot"),
             "rotating_us": _median(entry, "rotating"), "gbps": entry["gbps"] if moved is not None else None,
             "floor_us": yardsticks.launch_floor_us(run["yardsticks"]), "attainable_us": attainable,
             "percent": 100 * attainable / cold["median_us"] if cold and attainable and cold["median_us"] else None,

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: tables made here, charts drawn by the scripts that it carries."""
+"""The report as one HTML file that needs nothing else: tables made here, charts drawn by the scripts inside."""
 from __future__ import annotations
 
 import json
@@ -48,21 +48,22 @@ _BENCH = """<div class="controls">
 <div class="legend" id="legend"></div>
 <div class="charts">
 <figure class="large"><h3>Speed-up over the best 16-bit attention</h3><div id="speedup"></div>
-<figcaption>Cold calls: the caches are flushed before each. The dashed line is the fastest attention on a 16-bit cache that
-was timed for the same shape.</figcaption></figure>
+<figcaption>Cold calls: the caches are flushed before each. The dashed line is the fastest attention on a 16-bit cache
+that was timed for the same shape.</figcaption></figure>
 <figure class="large"><h3>Roofline</h3><div id="roofline"></div>
-<figcaption>What a call must move, over the time that it takes. No call can be above the dashed line: the launch of an empty
-kernel on the left, the measured rate of the memory on the right.</figcaption></figure>
+<figcaption>What a call must move, over the time that it takes, below the dashed line: the launch of an empty kernel on
+the left, the measured rate of the memory on the right.</figcaption></figure>
 <figure><h3>Where the time of a call goes</h3><div class="pick" id="pick-tokens"></div>
 <div class="keys"><span><i style="background: var(--floor)"></i>launch of an empty kernel</span>
 <span><i style="background: var(--move)"></i>moving the bytes</span>
 <span><i style="background: var(--rest)"></i>the rest: instructions, latency, merge</span></div>
 <div id="breakdown"></div>
-<figcaption>Moving the bytes is their number over the measured rate of the memory, as far as it exceeds the launch.</figcaption>
+<figcaption>Moving the bytes is their number over the measured rate of the memory, as far as it exceeds the launch.
+</figcaption>
 </figure>
 <figure><h3>Bytes per token against error</h3><div class="pick" id="pick-error"></div><div id="pareto"></div>
-<figcaption>Whole caches on real keys and values, everything that they hold counted. Lower left is better; the line joins
-those that no other beats in both.</figcaption></figure>
+<figcaption>Whole caches on real keys and values, everything that they hold counted. Lower left is better; the line
+joins those that no other beats in both.</figcaption></figure>
 <figure><h3>Parts of a decode step</h3>
 <div class="keys"><span><i style="background: var(--rest)"></i>append a token</span>
 <span><i style="background: var(--move)"></i>attend</span></div><div id="steps"></div>
@@ -71,8 +72,8 @@ those that no other beats in both.</figcaption></figure>
 <h2>All times</h2>
 <p class="count" id="count"></p>"""
 
-# (title, row -> value, how it is shown); numbers are right-aligned and sort as numbers.  A column without values is left
-# out, and that of machines where there is only one.
+# (title, row -> value, how it is shown); numbers are right-aligned and sort as numbers.  A column without values is
+# left out, and that of machines where there is only one.
 _COLUMNS = (
     ("method", lambda row: row["method"], str),
     ("shape", lambda row: row["shape"], str),
@@ -105,8 +106,8 @@ def render(runs: list[dict], fidelity: list[dict], comparison: compare.Compariso
         charts=(files / "charts.js").read_text(encoding="utf-8"),
         script=(files / "page.js").read_text(encoding="utf-8"),
         title="What KV-cache kernels cost",
-        subtitle=escape(f"{cases} cases on {', '.join(held['machines']) or 'no machine'}; each was compared with its reference "
-                        "before it was timed."),
+        subtitle=escape(f"{cases} cases on {', '.join(held['machines']) or 'no machine'}; each was compared with its "
+                        "reference before it was timed."),
         facts=_facts(held), comparison=_comparison(comparison), bench=_BENCH + _cases(held["rows"]),
         fidelity=_fidelity(held["points"]), sources=_sources(held["runs"], fidelity), version=__version__,
         # "</script>" in a string would end the script; JSON may write the slash with a backslash.
@@ -118,8 +119,8 @@ def _facts(held: dict) -> str:
     best = max((row for row in held["rows"] if row["speedup"] and not row["baseline"]), key=lambda row: row["speedup"],
                default=None)
     if best:
-        facts.append((f"{best['speedup']:.2f}×", f"the largest speed-up over the best 16-bit attention: {best['method']}, "
-                                                 f"{best['shape']}, {best['tokens']:,} tokens"))
+        facts.append((f"{best['speedup']:.2f}×", "the largest speed-up over the best 16-bit attention: "
+                                                 f"{best['method']}, {best['shape']}, {best['tokens']:,} tokens"))
     near = max((row for row in held["rows"] if row["percent"] and not row["baseline"]), key=lambda row: row["percent"],
                default=None)
     if near:
@@ -142,7 +143,8 @@ def _cases(rows: list[dict]) -> str:
         wrong = any(note.startswith(("WRONG", "THROTTLED")) for note in notes)
         cells.append(f'<td class="wrap{" bad" if wrong else ""}">{escape("; ".join(notes))}</td>')
         cells.append(f"<td><details><summary>command</summary><code>{escape(row['command'])}</code></details></td>")
-        body.append(f'<tr data-row="{number}"{" class=baseline hidden" if row["baseline"] else ""}>{"".join(cells)}</tr>')
+        kind = ' class="baseline" hidden' if row["baseline"] else ""
+        body.append(f'<tr data-row="{number}"{kind}>{"".join(cells)}</tr>')
     titles = [*(title for title, _, _ in columns), "remarks", "repeat"]
     return _table("cases", titles, [title not in (*_TEXT_COLUMNS, "remarks", "repeat") for title in titles], body)
 
@@ -180,8 +182,8 @@ def _comparison(comparison: compare.Comparison | None) -> str:
     others = [change for change in compare.ranked(comparison.changes) if change.verdict != compare.SAME]
     alone = [f"only before: {name}" for name in comparison.only_before] + \
         [f"only now: {name}" for name in comparison.only_after]
-    return (f"<h2>Compared with earlier results</h2><p>{escape(comparison.count())}. A verdict needs the whole interval of the "
-            f"ratio beyond ±{100 * comparison.margin:.0f} %.</p>"
+    return (f"<h2>Compared with earlier results</h2><p>{escape(comparison.count())}. A verdict needs the whole interval "
+            f"of the ratio, which holds it with at least 90 % probability, beyond ±{100 * comparison.margin:g} %.</p>"
             + (_table("comparison", titles, numeric, rows_of(others)) if others else "")
             + (f'<details><summary class="count">{len(same)} the same</summary>'
                + _table("unchanged", titles, numeric, rows_of(same)) + "</details>" if same else "")
@@ -192,16 +194,17 @@ def _sources(runs: list[dict], fidelity: list[dict]) -> str:
     titles = ["file", "machine", "measured", "commit", "command", "versions"]
     body = []
     for run in runs:
-        state = [*([] if run["complete"] else ["interrupted"]), *(["quick: a look, not a result"] if run["quick"] else [])]
+        state = [words for words, holds in (("interrupted", not run["complete"]),
+                                            ("quick: a look, not a result", run["quick"])) if holds]
         commit = (run["commit"] or "unknown")[:12] + (" with changes" if run["dirty"] else "")
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         driver = f", driver {run['driver']}" if run["driver"] else f"; {run['processor']}" if run["processor"] else ""
-        cells = [run["file"] + (f" ({', '.join(state)})" if state else ""), f"{run['machine']}, {run['backend']}{driver}",
-                 run["created"].replace("T", " ").replace("+00:00", " UTC"), commit]
-        skipped = "; ".join(f"{entry['kernel']} {entry['reason']}" for entry in run["skipped"])
+        cells = [run["file"] + (f" ({', '.join(state)})" if state else ""),
+                 f"{run['machine']}, {run['backend']}{driver}", run["created"].replace("T", " ").replace("+00:00", " UTC"), commit]
+        skipped = "".join(f"; left out: {entry['kernel']}, which {entry['reason']}" for entry in run["skipped"])
         body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
                     + f'<td class="wrap"><code>{escape(run["command"])}</code></td>'
-                    + f'<td class="wrap soft">{escape(versions)}{escape("; left out: " + skipped) if skipped else ""}</td></tr>')
+                    + f'<td class="wrap soft">{escape(versions + skipped)}</td></tr>')
     for document in fidelity:
         body.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in (
             document["file"], document.get("machine", ""), "", "", document["schema"],
@@ -226,4 +229,6 @@ def _cell(value, show, text: bool = False) -> str:
 
 def _half_width(row: dict) -> float | None:
     """Half the interval of the median, in percent of it."""
-    return 50 * (row["high_us"] - row["low_us"]) / row["cold_us"] if row["low_us"] is not None and row["cold_us"] else None
+    if row["low_us"] is None or not row["cold_us"]:
+        return None
+    return 50 * (row["high_us"] - row["low_us"]) / row["cold_us"]
