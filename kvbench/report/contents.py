@@ -80,7 +80,8 @@ def summaries(held: dict) -> list[tuple[list[str], list[list[str]], str]]:
     if held["rows"]:
         rows = [[row["method"], row["shape"], _text(row["tokens"], "d"), row["backend"], _text(row["cold_us"], ".1f"),
                  _text(row["gbps"], ".0f"), _text(row["percent"], ".0f"), row["best"] or "",
-                 _text(row["speedup"], ".2f"), "; ".join(row["remarks"])] for row in held["rows"] if not row["baseline"]]
+                 _text(row["speedup"], ".2f"), "; ".join(row["remarks"])]
+                for row in held["rows"] if not row["baseline"]]
         found.append((["method", "shape", "tokens", "backend", "cold us", "GB/s", "% roofline", "best 16-bit",
                        "speed-up", "remarks"], rows, "llrlrrrlr"))
     if held["points"]:
@@ -124,7 +125,8 @@ def _rows(number: int, run: dict) -> list[dict]:
             "method": method(case) if entry is case else name, "of": method(case), "shape": shape(case["problem"]),
             "attends": _attends(case["kernel"]), "exact16": _exact16(case, entry),
             "tokens": case["problem"].get("tokens"), "bytes": moved,
-            "cold_us": cold and cold["median_us"], "low_us": interval and interval[0], "high_us": interval and interval[1], "hot_us": _median(entry, "hot"),
+            "cold_us": cold and cold["median_us"], "low_us": interval and interval[0],
+            "high_us": interval and interval[1], "hot_us": _median(entry, "hot"),
             "rotating_us": _median(entry, "rotating"), "gbps": entry["gbps"] if moved is not None else None,
             "floor_us": yardsticks.launch_floor_us(run["yardsticks"]), "attainable_us": attainable,
             "percent": 100 * attainable / cold["median_us"] if cold and attainable and cold["median_us"] else None,

@@ -182,8 +182,8 @@ def _comparison(comparison: compare.Comparison | None) -> str:
     others = [change for change in compare.ranked(comparison.changes) if change.verdict != compare.SAME]
     alone = [f"only before: {name}" for name in comparison.only_before] + \
         [f"only now: {name}" for name in comparison.only_after]
-    return (f"<h2>Compared with earlier results</h2><p>{escape(comparison.count())}. A verdict needs the whole interval "
-            f"of the ratio, which holds it with at least 90 % probability, beyond ±{100 * comparison.margin:g} %.</p>"
+    return (f"<h2>Compared with earlier results</h2><p>{escape(comparison.count())}. A verdict needs the whole "
+            f"interval of the ratio, which holds it with at least 90 % probability, beyond ±{100 * comparison.margin:g} %.</p>"
             + (_table("comparison", titles, numeric, rows_of(others)) if others else "")
             + (f'<details><summary class="count">{len(same)} the same</summary>'
                + _table("unchanged", titles, numeric, rows_of(same)) + "</details>" if same else "")
@@ -200,7 +200,8 @@ def _sources(runs: list[dict], fidelity: list[dict]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         driver = f", driver {run['driver']}" if run["driver"] else f"; {run['processor']}" if run["processor"] else ""
         cells = [run["file"] + (f" ({', '.join(state)})" if state else ""),
-                 f"{run['machine']}, {run['backend']}{driver}", run["created"].replace("T", " ").replace("+00:00", " UTC"), commit]
+                 f"{run['machine']}, {run['backend']}{driver}",
+                 run["created"].replace("T", " ").replace("+00:00", " UTC"), commit]
         skipped = "".join(f"; left out: {entry['kernel']}, which {entry['reason']}" for entry in run["skipped"])
         body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
                     + f'<td class="wrap"><code>{escape(run["command"])}</code></td>'
