@@ -275,7 +275,7 @@ def _report(options) -> int:
     from kvbench.bench import results, tables
     from kvbench.report import compare, contents, page
 
-    runs, fidelity = contents.load(options.results)
+    runs, accuracy = contents.load(options.results)
     comparison = None
     if options.compare:
         earlier, _ = contents.load(options.compare)
@@ -283,7 +283,7 @@ def _report(options) -> int:
     if options.csv:
         results.write_text(options.csv, tables.as_csv(runs))
     if options.html:
-        results.write_text(options.html, page.render(runs, fidelity, comparison))
+        results.write_text(options.html, page.render(runs, accuracy, comparison))
     if comparison:
         print(table(*compare.lines(comparison), "llllrrr"))
         print(f"\n{comparison.count()}; a verdict needs the whole interval beyond {100 * comparison.margin:g} %")
@@ -292,7 +292,7 @@ def _report(options) -> int:
         for name in comparison.only_after:
             print(f"only in these results: {name}")
     else:
-        for head, rows, align in contents.summaries(contents.contents(runs, fidelity)):
+        for head, rows, align in contents.summaries(contents.contents(runs, accuracy)):
             print(table(head, rows, align), end="\n\n")
     if options.html:
         print(f"A page to look at: {options.html.resolve()}")

@@ -447,6 +447,11 @@ def test_suites_find_their_kernels_in_the_registry():
             axes.check(kernels, suites.axes_of(name, kernels, {}))
 
 
+def test_no_kernel_has_an_axis_of_the_command_lines_own_name():
+    """`heads` sets kv_heads and group together; a kernel's own axis of that name could not be chosen."""
+    assert [kernel.name for kernel in registry.select() if axes.HEADS in kernel.axes] == []
+
+
 def test_the_command_line_overrides_a_suite():
     kernels = [registry.get("attention.decode")]
     assert suites.axes_of("decode", kernels, {"tokens": ["8"]}) == {"heads": ("32:8",)}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import browser
 from kvbench import bench, cli, registry
 from kvbench.bench import timing
-from kvbench.report import compare, contents, page
+from kvbench.report import compare, contents, fidelity, page
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -159,6 +159,22 @@ DEMO = {"schema": "kvbench.demo/1", "kvbench": "0", "machine": "A CPU", "outcome
                                         ("worse", 80.0, 0.06, 10.0))]}
 
 
+EVAL = {"schema": "kvbench.eval/1", "command": "kvbench eval", "machine": {}, "cases": [
+    {"task": "logits", "cache": cache, "source": source, "bits_per_element": bits, "nbytes": nbytes, "tokens": 100,
+     "metrics": {"logit_mae": mae, "kl": 2 * mae}}
+    for cache, source, bits, nbytes, mae in (("codes", "layer 1", 4, 400, 0.1), ("codes", "layer 2", 6, 600, 0.3),
+                                             ("exact", "layer 1", 16, 1600, 0.0))]}
+
+
+def test_evaluations_are_means_over_their_sources():
+    codes, exact = fidelity.points([{**EVAL, "file": "e.json"}])
+    assert (codes["preset"], codes["group"]) == ("codes", "e.json: logits")
+    assert codes["bits"] == codes["bytes_per_token"] == 5
+    assert codes["errors"] == pytest.approx({"logit_mae": 0.2, "kl": 0.4}) and exact["errors"]["logit_mae"] == 0
+    first, *_ = fidelity.points([{**DEMO, "file": "demo.json"}, {**EVAL, "file": "e.json"}])
+    assert first["group"] == "demo.json" and first["parts"] == {"append": 3.0, "attend": 30.0}
+
+
 def rows_of(*runs):
     return contents.contents([{**one, "file": f"{i}.json"} for i, one in enumerate(runs)], [])["rows"]
 
@@ -233,9 +249,10 @@ class Tags(HTMLParser):
             self.cells[-1] += data
 
 
-def made(*documents, fidelity=(DEMO,), comparison=None):
+def made(*documents, comparison=None):
     runs = [{**document, "file": f"{i}.json"} for i, document in enumerate(documents)]
-    return page.render(runs, [{**document, "file": "demo.json"} for document in fidelity], comparison)
+    accuracy = [{**DEMO, "file": "demo.json"}, {**EVAL, "file": "e.json"}]
+    return page.render(runs, accuracy, comparison)
 
 
 FIRST = run(case("attention.decode", 40, [("torch-fast", 30, {}), ("torch-slow", 60, {}), ("gone", 1, {
@@ -264,8 +281,8 @@ def test_the_tables_hold_the_numbers_of_the_results():
 
 
 def test_committed_results_make_a_page():
-    runs, fidelity = contents.load(sorted(RESULTS.glob("*/*.json")))
-    text = page.render(runs, fidelity)
+    runs, accuracy = contents.load(sorted(RESULTS.glob("*/*.json")))
+    text = page.render(runs, accuracy)
     for one, other in itertools.product(runs, ["file", "command"]):
         assert one[other].replace("'", "&#x27;") in text
     assert max(row["speedup"] for row in rows_of(*runs) if row["speedup"]) > 3
@@ -317,8 +334,8 @@ OLD = {**FIRST, "schema": "kvbench.bench/0"}
     ([FIRST, "--compare", run(case("attention.decode", 1), gpu="B")], "different machines"),
     ([FIRST, "--compare", run(case("attention.decode", 1, tokens=77))], "no case is in both"),
     ([FIRST, "--compare", DEMO], "none of kvbench bench from before"), ([DEMO, "--compare", FIRST], "from now"),
-    ([{**DEMO, "outcomes": []}], "at least 1 items"),
-    ([{**DEMO, "outcomes": [{"preset": "x"}]}], "'bytes_per_token' is missing"),
+    ([{**DEMO, "outcomes": []}], "at least 1 items"), ([{**EVAL, "cases": [{}]}], "'bits_per_element' is missing"),
+    ([{**DEMO, "outcomes": [{"preset": "x"}]}], "is missing"),
     ([FIRST, "--margin", "x"], "expected a percentage"), ([FIRST, "--html", "/nowhere/p.html"], "existing folder"),
     (["/nowhere/r.json"], "cannot be read"), ([], "RESULTS.json")])
 def test_wrong_input_is_explained(documents, message, tmp_path, capsys):
@@ -433,6 +450,9 @@ def test_the_picture_of_errors_joins_what_nothing_beats(window):
     assert len(window.run("return document.querySelector('#pareto polyline').getAttribute('points').split(' ')")) == 2
     window.click("#pick-error button:nth-child(1)")
     assert "relative error of the attention output" in window.texts("#pareto text")
+    window.click("#pick-group button:nth-child(2)")
+    assert "codes" in window.texts("#pareto text") and "worse" not in window.texts("#pareto text")
+    assert "mean absolute error of a logit" in window.texts("#pareto text")
     assert window.texts("#steps text.strong") == ["worse", "small </script><b>", "exact"]     # by their time
 
 

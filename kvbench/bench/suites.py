@@ -35,8 +35,8 @@ SUITES = {
     "decode": Suite("attention over a cache, from 4K to 128K tokens", _attends,
                     {"heads": ("32:8",), "tokens": (4096, 32768, 131072)}),
     "encode": Suite("writing keys and values into a cache", _verb("encode"), {"kv_heads": (8,), "tokens": (32768,)}),
-    "select": Suite("scoring tokens cheaply, and choosing those to attend to", _verb("score", "select", "quantize"),
-                    {"heads": ("32:8",), "tokens": (32768, 131072)}),
+    "select": Suite("scoring tokens cheaply, and choosing those to attend to",
+                    _verb("score", "select", "top", "quantize"), {"heads": ("32:8",), "tokens": (32768, 131072)}),
     "smoke": Suite("every kernel on a small case, quickly: does it all run?", lambda kernel: True, {"tokens": (256,)},
                    quick=True),
 }

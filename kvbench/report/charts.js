@@ -170,7 +170,7 @@ function drawPareto(width, points, error, label) {
   const labels = shown.map((point) => {
     const x = plot.X(point.bytes_per_token), y = plot.Y(point.errors[error]);
     plot.root.append(withTip(marker("circle", x, y, 5, { fill: front.includes(point) ? "var(--c0)" : "var(--soft)" }),
-      `${point.preset} (${point.source})\n${+point.bytes_per_token.toFixed(1)} bytes per token${point.bits ? `, ${point.bits.toFixed(2)} bits per `
+      `${point.preset} (${point.group})\n${+point.bytes_per_token.toFixed(1)} bytes per token${point.bits ? `, ${point.bits.toFixed(2)} bits per `
       + "number" : ""}\n${label}: ${point.errors[error].toPrecision(2)}`));
     return { x, y, text: point.preset, strong: front.includes(point) };
   });

@@ -5,25 +5,16 @@ Kernels are known by what their results say of them; nothing here names one.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvbench import registry
 from kvbench.bench import results, suites, tables, timing, yardsticks
+from kvbench.report import fidelity
 
 # Axes that say how large a problem is; all others are parameters of a method, and part of its name here.
 SHAPE_AXES = ("tokens", "parts", "batch", "kv_heads", "group", "head_dim", "dtype")
-FIDELITY_SCHEMAS = ("kvbench.demo/1", "kvbench.eval/1")
-# What is read of them; they hold more.
-FIDELITY = {"type": "object", "required": ["outcomes"], "properties": {"outcomes": {
-    "type": "array", "minItems": 1, "items": {
-        "type": "object", "required": ["bytes_per_token", "preset"], "properties": {
-            "preset": {"type": "string"}, "bytes_per_token": {"type": "number", "minimum": 0},
-            "bits_per_element": {"type": "number", "minimum": 0}, "metrics": {"type": "object"}}}}}}
 SIXTEEN_BITS = ("float16", "bfloat16")
-ERRORS = {"output_error": "relative error of the attention output", "logit_error": "largest error of a logit",
-          "logit_mae": "mean absolute error of a logit"}
 
 
 def load(paths: Sequence[str | Path]) -> tuple[list[dict], list[dict]]:
@@ -31,47 +22,32 @@ def load(paths: Sequence[str | Path]) -> tuple[list[dict], list[dict]]:
 
     A result of which no case was finished says nothing and is refused.
     """
-    runs, fidelity = [], []
+    runs, accuracy = [], []
     for path in paths:
         version = _schema(path)
-        if version in FIDELITY_SCHEMAS:
+        if version in fidelity.SCHEMAS:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
             try:
-                results.validate(document, FIDELITY)
+                fidelity.validate(document)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-            fidelity.append({**document, "file": Path(path).name})
+            accuracy.append({**document, "file": Path(path).name})
         else:
             document = results.load(path).document     # says which schema was expected
             if not document["cases"]:
                 raise ValueError(f"{path}: holds no finished case: there is nothing to report")
             runs.append({**document, "file": Path(path).name})
-    return runs, fidelity
+    return runs, accuracy
 
 
-def contents(runs: list[dict], fidelity: list[dict]) -> dict:
+def contents(runs: list[dict], accuracy: list[dict]) -> dict:
     """Everything that the page draws."""
     machines = list(dict.fromkeys(tables.machine_name(run["machine"]) for run in runs))
     rows = sorted((row for number, run in enumerate(runs) for row in _rows(number, run)),
                   key=lambda row: (row["of"], row["shape"], row["tokens"] or 0, row["machine"], row["run"]))
     _compare_with_best(rows)
-    return {"machines": machines, "runs": [_run(run) for run in runs], "rows": rows, "points": points(fidelity)}
-
-
-def points(fidelity: list[dict]) -> list[dict]:
-    """One per preset and source: bytes per token, the errors that were measured, and the parts of a decode step."""
-    found = []
-    for document in fidelity:
-        for outcome in document["outcomes"]:
-            metrics = {**outcome.get("metrics", {}), **outcome}
-            found.append({
-                "preset": outcome["preset"], "source": outcome.get("source") or document.get("file", ""),
-                "machine": document.get("machine"), "bytes_per_token": outcome["bytes_per_token"],
-                "bits": outcome.get("bits_per_element"),
-                "errors": {error: metrics[error] for error in ERRORS if _is_number(metrics.get(error))},
-                "parts": {part: outcome[f"{part}_us"] for part in ("append", "attend")
-                          if _is_number(outcome.get(f"{part}_us"))}})
-    return found
+    return {"machines": machines, "runs": [_run(run) for run in runs], "rows": rows,
+            "points": fidelity.points(accuracy)}
 
 
 def summaries(held: dict) -> list[tuple[list[str], list[list[str]], str]]:
@@ -85,11 +61,11 @@ def summaries(held: dict) -> list[tuple[list[str], list[list[str]], str]]:
         found.append((["method", "shape", "tokens", "backend", "cold us", "GB/s", "% roofline", "best 16-bit",
                        "speed-up", "remarks"], rows, "llrlrrrlr"))
     if held["points"]:
-        errors = [error for error in ERRORS if any(error in point["errors"] for point in held["points"])]
-        rows = [[point["preset"], point["source"], f"{point['bytes_per_token']:.1f}", _text(point["bits"], ".2f"),
+        errors = [error for error in fidelity.ERRORS if any(error in point["errors"] for point in held["points"])]
+        rows = [[point["preset"], point["group"], f"{point['bytes_per_token']:.1f}", _text(point["bits"], ".2f"),
                  *(_text(point["errors"].get(error), ".1e") for error in errors)] for point in held["points"]]
-        found.append((["preset", "from", "bytes per token", "bits", *(ERRORS[error] for error in errors)], rows,
-                      "llrr" + "r" * len(errors)))
+        head = ["preset", "from", "bytes per token", "bits", *(fidelity.ERRORS[error] for error in errors)]
+        found.append((head, rows, "llrr" + "r" * len(errors)))
     return found
 
 
@@ -186,10 +162,6 @@ def _text(value: float | None, form: str) -> str:
 
 def _median(entry: dict, way: str) -> float | None:
     return entry[way]["median_us"] if entry.get(way) else None
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _schema(path) -> str | None:

@@ -4,7 +4,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const kernels = DATA.rows.filter((row) => !row.baseline);
-const state = { text: "", place: null, shape: null, tokens: null, error: null, baselines: false, hidden: new Set() };
+const state = { text: "", place: null, shape: null, tokens: null, error: null, group: null, baselines: false, hidden: new Set() };
 
 const placeOf = (row) => `${row.machine}, ${row.backend}`;
 const methods = [...new Set(DATA.rows.filter((row) => !row.baseline || row.storage).map((row) => row.method))];
@@ -110,10 +110,15 @@ function drawAll() {
     return chosen.length ? drawBars(width, bars.toSorted((a, b) => a.total - b.total), number.us) : null;
   }, "No method of this shape is shown.");
 
-  const errors = Object.keys(DATA.errors).filter((error) => DATA.points.some((point) => point.errors[error] > 0));
+  const sets = [...new Set(DATA.points.filter((point) => Object.values(point.errors).some((error) => error > 0))
+    .map((point) => point.group))];
+  if (!sets.includes(state.group)) state.group = sets[0] ?? null;
+  pick("pick-group", sets, state.group, (group) => group, (group) => { state.group = group; });
+  const points = DATA.points.filter((point) => point.group === state.group);
+  const errors = Object.keys(DATA.errors).filter((error) => points.some((point) => point.errors[error] > 0));
   if (!errors.includes(state.error)) state.error = errors.includes("logit_error") ? "logit_error" : errors[0];
   pick("pick-error", errors, state.error, (error) => DATA.errors[error], (error) => { state.error = error; });
-  draw("pareto", (width) => errors.length ? drawPareto(width, DATA.points, state.error, DATA.errors[state.error]) : null,
+  draw("pareto", (width) => errors.length ? drawPareto(width, points, state.error, DATA.errors[state.error]) : null,
     "Errors come from kvbench demo --json or kvbench eval --json: give such a file to kvbench report, too.");
   const steps = DATA.points.filter((point) => point.parts.attend);
   element("steps").closest("figure").hidden = !steps.length;

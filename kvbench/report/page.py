@@ -8,7 +8,7 @@ from importlib import resources
 from string import Template
 
 from kvbench import __version__
-from kvbench.report import compare, contents
+from kvbench.report import compare, contents, fidelity
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -61,7 +61,8 @@ the left, the measured rate of the memory on the right.</figcaption></figure>
 <figcaption>Moving the bytes is their number over the measured rate of the memory, as far as it exceeds the launch.
 </figcaption>
 </figure>
-<figure><h3>Bytes per token against error</h3><div class="pick" id="pick-error"></div><div id="pareto"></div>
+<figure><h3>Bytes per token against error</h3><div class="pick" id="pick-group"></div>
+<div class="pick" id="pick-error"></div><div id="pareto"></div>
 <figcaption>Whole caches on real keys and values, everything that they hold counted. Lower left is better; the line
 joins those that no other beats in both.</figcaption></figure>
 <figure><h3>Parts of a decode step</h3>
@@ -94,10 +95,10 @@ _COLOURS = {compare.SLOWER: "bad", compare.BROKEN: "bad", compare.FASTER: "good"
 _TEXT_COLUMNS = ("method", "shape", "over", "machine")
 
 
-def render(runs: list[dict], fidelity: list[dict], comparison: compare.Comparison | None = None) -> str:
+def render(runs: list[dict], accuracy: list[dict], comparison: compare.Comparison | None = None) -> str:
     """The page as text."""
-    held = contents.contents(runs, fidelity)
-    data = {**held, "errors": contents.ERRORS,
+    held = contents.contents(runs, accuracy)
+    data = {**held, "errors": fidelity.ERRORS,
             "runs": [{"floor_us": run["floor_us"], "gbps": run["gbps"]} for run in held["runs"]]}
     files = resources.files("kvbench.report")
     cases = sum(not row["baseline"] for row in held["rows"])
@@ -109,7 +110,7 @@ def render(runs: list[dict], fidelity: list[dict], comparison: compare.Compariso
         subtitle=escape(f"{cases} cases on {', '.join(held['machines']) or 'no machine'}; each was compared with its "
                         "reference before it was timed."),
         facts=_facts(held), comparison=_comparison(comparison), bench=_BENCH + _cases(held["rows"]),
-        fidelity=_fidelity(held["points"]), sources=_sources(held["runs"], fidelity), version=__version__,
+        fidelity=_fidelity(held["points"]), sources=_sources(held["runs"], accuracy), version=__version__,
         # "</script>" in a string would end the script; JSON may write the slash with a backslash.
         data=json.dumps(data, allow_nan=False).replace("</", "<\\/"))
 
@@ -152,13 +153,13 @@ def _cases(rows: list[dict]) -> str:
 def _fidelity(points: list[dict]) -> str:
     if not points:
         return ""
-    errors = [error for error in contents.ERRORS if any(error in point["errors"] for point in points)]
-    titles = ["preset", "bytes per token", "bits per number", *(contents.ERRORS[error] for error in errors), "from"]
+    errors = [error for error in fidelity.ERRORS if any(error in point["errors"] for point in points)]
+    titles = ["preset", "bytes per token", "bits per number", *(fidelity.ERRORS[error] for error in errors), "from"]
     body = ["<tr>" + "".join([
         _cell(point["preset"], str, True), _cell(point["bytes_per_token"], lambda n: f"{n:,.1f}"),
         _cell(point["bits"], lambda n: f"{n:.2f}"),
         *(_cell(point["errors"].get(error), lambda n: f"{n:.1e}") for error in errors),
-        _cell(point["source"], str, True)]) + "</tr>" for point in points]
+        _cell(point["group"], str, True)]) + "</tr>" for point in points]
     return "<h2>Whole caches on real keys and values</h2>" \
         + _table("fidelity", titles, [title not in ("preset", "from") for title in titles], body)
 
@@ -183,14 +184,15 @@ def _comparison(comparison: compare.Comparison | None) -> str:
     alone = [f"only before: {name}" for name in comparison.only_before] + \
         [f"only now: {name}" for name in comparison.only_after]
     return (f"<h2>Compared with earlier results</h2><p>{escape(comparison.count())}. A verdict needs the whole "
-            f"interval of the ratio, which holds it with at least 90 % probability, beyond ±{100 * comparison.margin:g} %.</p>"
+            "interval of the ratio, which holds it with at least 90 % probability, beyond "
+            f"±{100 * comparison.margin:g} %.</p>"
             + (_table("comparison", titles, numeric, rows_of(others)) if others else "")
             + (f'<details><summary class="count">{len(same)} the same</summary>'
                + _table("unchanged", titles, numeric, rows_of(same)) + "</details>" if same else "")
             + "".join(f'<p class="soft">{escape(line)}</p>' for line in alone))
 
 
-def _sources(runs: list[dict], fidelity: list[dict]) -> str:
+def _sources(runs: list[dict], accuracy: list[dict]) -> str:
     titles = ["file", "machine", "measured", "commit", "command", "versions"]
     body = []
     for run in runs:
@@ -206,10 +208,11 @@ def _sources(runs: list[dict], fidelity: list[dict]) -> str:
         body.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
                     + f'<td class="wrap"><code>{escape(run["command"])}</code></td>'
                     + f'<td class="wrap soft">{escape(versions + skipped)}</td></tr>')
-    for document in fidelity:
+    for document in accuracy:
         body.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in (
-            document["file"], document.get("machine", ""), "", "", document["schema"],
-            f"kvbench {document.get('kvbench', '')}")) + "</tr>")
+            document["file"], document["machine"] if isinstance(document.get("machine"), str) else "",
+            document.get("created", ""), (document.get("source") or {}).get("commit", "") or "",
+            document.get("command", document["schema"]), "")) + "</tr>")
     return _table("sources", titles, [False] * len(titles), body)
 
 
