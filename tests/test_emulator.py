@@ -939,6 +939,14 @@ def test_ldmatrix(run, transposed, data, seed):
         assert out[lane, j] == int(pair[0]) | int(pair[1]) << 16
 
 
+@given(data=seeds, seed=schedules)
+def test_transpose_8x8(run, data, seed):
+    matrix = np.random.default_rng(data).integers(0, 2**16, (8, 8)).astype(np.uint16)
+    out = np.zeros(32, u32)
+    run("transpose_8x8_kernel", 1, 32, matrix.view(u32).reshape(-1), out, seed=seed)
+    np.testing.assert_array_equal(out.view(np.uint16).reshape(8, 8), matrix.T)
+
+
 @pytest.mark.parametrize("once", [False, True])
 @given(chunks=st.integers(1, 6), missing=st.integers(0, 6), seed=st.just(0) | schedules)
 def test_a_ring_of_asynchronous_copies(run, once, chunks, missing, seed):

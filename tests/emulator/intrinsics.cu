@@ -218,6 +218,11 @@ __global__ void __launch_bounds__(32) ldmatrix_kernel(const u16* matrices, const
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
 }
 
+// One warp; out = x transposed, both as lanes hold an 8x8 matrix of u16
+__global__ void __launch_bounds__(32) transpose_8x8_kernel(const u32* x, u32* out) {
+  out[threadIdx.x] = transpose_8x8(x[threadIdx.x]);
+}
+
 // out = x, four ints a thread, in a ring of two stages; chunks from `present` on are replaced by zeros, not read, but that
 // ONCE reads t % 5 ints of chunk `present`
 template <bool ONCE>
@@ -260,5 +265,6 @@ KVB_EXPORT(64, kvb::mma_k32_kernel<kvb::i8>)
 KVB_EXPORT(64, kvb::mma_k32_kernel<kvb::u8>)
 KVB_EXPORT(64, kvb::ldmatrix_kernel<false>)
 KVB_EXPORT(64, kvb::ldmatrix_kernel<true>)
+KVB_EXPORT(64, kvb::transpose_8x8_kernel)
 KVB_EXPORT(64, kvb::ring_kernel<false>)
 KVB_EXPORT(64, kvb::ring_kernel<true>)

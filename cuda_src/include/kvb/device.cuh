@@ -126,6 +126,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* share
                : "memory");
 }
 
+// Transposes an 8x8 matrix of 16-bit elements held by the warp: lane (g, t) = (lane / 4, lane % 4) gives elements 2t and
+// 2t + 1 of row g, and receives elements 2t and 2t + 1 of column g.
+__device__ __forceinline__ u32 transpose_8x8(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // Asynchronous copy of 16 bytes from global to shared memory, both addresses 16-byte aligned.  Not `valid`: the 16
 // bytes of shared memory become zero and global memory is not read.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true) {

@@ -163,19 +163,6 @@ __device__ __forceinline__ void warp_walsh_hadamard(float (&v)[D / 32], int lane
   }
 }
 
-__device__ __forceinline__ float load_float(const void* x, int type, u64 index) {
-  if (type == 0) return static_cast<const float*>(x)[index];
-  if (type == 1) return to_float(static_cast<const __half*>(x)[index]);
-  return to_float(static_cast<const __nv_bfloat16*>(x)[index]);
-}
-__device__ __forceinline__ void store_float(void* x, int type, u64 index, float value) {
-  if (type == 0) static_cast<float*>(x)[index] = value;
-  else if (type == 1)
-    static_cast<__half*>(x)[index] = from_float<__half>(value);
-  else
-    static_cast<__nv_bfloat16*>(x)[index] = from_float<__nv_bfloat16>(value);
-}
-
 // ---- keys -----------------------------------------------------------------------------------------------------------
 
 // sums[j] = the products of token column 8 j + .. with the staged query: hi parts of head g in [0] and [1], lo parts in

@@ -113,6 +113,16 @@ KVB_EMU_OWN inline void combine_ldmatrix_x4_trans(Warp& warp, u32 members) {
                          warp.lane[8 * j + 2 * (lane % 4) + half].in + 2 * (lane / 4), 2);
 }
 
+// Lane (g, t) has left two elements of row g, and gets two of column g.
+KVB_EMU_OWN inline void combine_transpose_8x8(Warp& warp, u32 members) {
+  need_whole_warp(warp, members);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int half = 0; half < 2; ++half) {
+      const int row = 2 * (lane % 4) + half, column = lane / 4;
+      __builtin_memcpy(warp.lane[lane].out + 2 * half, warp.lane[4 * row + column / 2].in + 2 * (column % 2), 2);
+    }
+}
+
 KVB_EMU_OWN inline void check_alignment(const void* p, size_t bytes, const char* what, int line) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("%s at line %d: %p is not %zu-byte aligned", what, line, p, bytes);
 }
@@ -166,6 +176,13 @@ KVB_EMU_OWN void mma_m16n8k32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
   emu::mma(d, a, b, emu::combine_mma_m16n8k32<B>, "mma_m16n8k32", line);
 }
 
+KVB_EMU_OWN inline u32 transpose_8x8(u32 x, int line = __builtin_LINE()) {
+  emu::Lane& me = emu::my_lane();
+  __builtin_memcpy(me.in, &x, 4);
+  emu::collective(~0u, emu::combine_transpose_8x8, "transpose_8x8", line);
+  __builtin_memcpy(&x, me.out, 4);
+  return x;
+}
 KVB_EMU_OWN inline void ldmatrix_x4(u32 (&r)[4], const void* shared_row, int line = __builtin_LINE()) {
   emu::ldmatrix_x4(r, shared_row, emu::combine_ldmatrix_x4, "ldmatrix_x4", line);
 }
