@@ -347,7 +347,7 @@ def _check_cuda(arguments, name, head_dim, bits, group, backend):
 
 
 def _heads_aligned(array) -> bool:
-    return array.pointer % 16 == 0 and all(
+    return array.size == 0 or array.pointer % 16 == 0 and all(
         stride * array.itemsize % 16 == 0 for length, stride in zip(array.shape[:2], array.strides) if length > 1)
 
 
