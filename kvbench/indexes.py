@@ -4,7 +4,8 @@
     coded  = index.encode(keys)             # keys [batch, kv_heads, tokens, head_dim] -> a frozen dataclass of arrays
     scores = index.score(q, coded)          # Scores(logits [batch, q_heads, tokens] float32, sigma or None)
 
-An index is a frozen dataclass of plain parameters, and lays out its storage in a cache as a codec does (`codecs.Store`).
+An index is a frozen dataclass of plain parameters, and lays out its storage in a cache as a codec does
+(`codecs.Store`).
 """
 from __future__ import annotations
 
@@ -83,8 +84,8 @@ class RaBitQ(Index):
     rotation        "hadamard": `rounds` rounds of signs and Walsh-Hadamard transform, or "haar": a dense matrix
     centred         encode keys less the mean of those in the first append (which should be a prompt), computed once, on
                     the host, and frozen; its product with the query is added to the logits
-    query_centred   centre queries by the mean of those given with the first append, too: 2 bytes more a token and, where
-                    queries have much in common, half the noise.  Without queries that mean is 0
+    query_centred   centre queries by the mean of those given with the first append, too: 2 bytes more a token and,
+                    where queries have much in common, half the noise.  Without queries that mean is 0
     noise           give sigma with the scores, for calibrated selection: they are written twice as many bytes
 
     A token that holds NaN or Inf has logits NaN, and is not selected.
@@ -241,7 +242,8 @@ class QuestPages(Packed):
 class Quest(Index):
     """Least and largest key of every page: an upper bound of its logits, which every token of the page gets.
 
-    So Top-k of k tokens, k a multiple of `page`, takes the k / page pages with the largest bounds, ties to the lower page.
+    So Top-k of k tokens, k a multiple of `page`, takes the k / page pages with the largest bounds, ties to the lower
+    page.
 
     head_dim   64, 128 or 256 on CUDA        page   tokens of a page; a cache writes whole pages
     dtype      of the keys: 4 head_dim / page bytes a token for 16-bit keys

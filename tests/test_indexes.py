@@ -171,7 +171,7 @@ def test_r1_scores_correlate_with_logits(bits, dtype):
 
 
 def test_r9_every_query_head_has_scores_of_its_own():
-    """The release scored with the mean of the group's queries: recall 0.31 to 0.42 of the 64 best within 512 of 8192."""
+    """The release scored with the mean of the group's queries: 0.31 to 0.42 of the 64 best within 512 of 8192."""
     keys, q = normal(2, (1, 2, 8192, 128)), normal(3, (1, 8, 128))
     index = indexes.RaBitQ(128)
     logits, exact = index.score(q, index.encode(keys)).logits[0], exact_logits(q, keys)[0]

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench import registry
+from kvbench import loaders, registry
 from kvbench.arrays import FLOATS, Arguments
 from kvbench.cpu import quest as cpu_quest
 from kvbench.ops import attention
-from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, choose, random_normal, relative_error
+from kvbench.ops.dispatch import CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, choose, random_normal, relative_error
+from kvbench.ops.turboquant_launch import QUERY_TYPE
 from kvbench.reference import quest as reference
 from kvbench.reference.quest import Pages
 from kvbench.registry import Kernel, Traffic, register
@@ -18,7 +19,8 @@ from kvbench.scores import Scores
 
 __all__ = ["Pages", "Scores", "encode", "score"]
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = registry.BACKENDS
+ENCODE_BLOCKS, SCORE_BLOCKS = 8, 4             # per multiprocessor, of 256 threads
 
 
 def encode(keys, *, page: int = reference.PAGE, lengths=None, out: Pages | None = None, backend: str | None = None,
@@ -38,8 +40,7 @@ def encode(keys, *, page: int = reference.PAGE, lengths=None, out: Pages | None 
     """
     arguments = Arguments("quest.encode", stream=stream)
     keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", FLOATS, strided=True)
-    arguments.require(isinstance(page, (int, np.integer)) and not isinstance(page, bool) and page >= 1, "page",
-                      "an integer of at least 1", repr(page))
+    arguments.require(_is_page(page), "page", "an integer from 1 to 2^31 - 1", repr(page))
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
     batch, kv_heads, tokens, head_dim = keys.shape
     shape = (batch, kv_heads, -(-tokens // page), head_dim)
@@ -56,6 +57,10 @@ def encode(keys, *, page: int = reference.PAGE, lengths=None, out: Pages | None 
         low.numpy()[...], high.numpy()[...] = result.low, result.high
     elif backend == "cpu":
         cpu_quest.encode(keys.numpy(), page, _host_lengths(lengths, batch, tokens), low.numpy(), high.numpy())
+    else:
+        _check_cuda(arguments, backend, keys=keys, low=low, high=high)
+        if low.size:
+            _launch_encode(keys, page, lengths, low, high, backend, arguments)
     return Pages(low.give(), high.give(), lengths and lengths.give(), page) if out is None else out
 
 
@@ -111,6 +116,12 @@ def score(query, pages: Pages, *, scale: float | None = None, tokens: int | None
     elif backend == "cpu":
         cpu_quest.score(query.numpy(), low.numpy(), high.numpy(), pages.page,
                         _host_lengths(lengths, batch, count * pages.page), scale, tokens is not None, out.numpy())
+    else:
+        attention.check_cuda_heads(arguments, backend, head_dim, q_heads // kv_heads)
+        _check_cuda(arguments, backend, low=low, high=high)
+        if out.size:
+            _launch_score(query, low, high, pages.page, lengths, scale, 1 if tokens is None else pages.page, out,
+                          backend, arguments)
     return Scores(out.give())
 
 
@@ -126,14 +137,45 @@ def scored(query, pages: Pages, *, scale=None, tokens: int | None = None) -> Sco
     return Scores(np.where(first >= lengths[:, None, None], np.float32(-np.inf), logits))
 
 
+# ---- cuda ------------------------------------------------------------------------------------------------------------
+
+
+def _launch_encode(keys, page, lengths, low, high, backend, arguments):
+    batch, kv_heads, tokens, head_dim = keys.shape
+    units = low.size * low.itemsize // 16
+    function = loaders.get_function("quest", f"kvb::quest_encode_kernel<{CXX_TYPE[keys.dtype]}, {head_dim}>", backend,
+                                    keys.device)
+    blocks = min(-(-units // 256), ENCODE_BLOCKS * loaders.multiprocessors(backend, keys.device))
+    function((blocks,), (256,), (
+        keys, *map(np.uint64, keys.strides[:3]), lengths, low, high, *map(np.uint64, low.strides[:3]),
+        np.int32(kv_heads), np.int32(tokens), np.int32(low.shape[2]), np.int32(page), np.uint64(units)),
+        stream=arguments.stream)
+
+
+def _launch_score(query, low, high, page, lengths, scale, wide, out, backend, arguments):
+    batch, kv_heads, pages, head_dim = low.shape
+    function = loaders.get_function("quest", f"kvb::quest_score_kernel<{CXX_TYPE[low.dtype]}, {head_dim}>", backend,
+                                    low.device)
+    at_once = max(1, 32 * 16 // (head_dim * low.itemsize))              # pages of a warp
+    blocks = min(-(-pages // (8 * at_once)),
+                 max(1, SCORE_BLOCKS * loaders.multiprocessors(backend, low.device) // (batch * kv_heads)))
+    function((blocks, kv_heads, batch), (256,), (
+        query, np.int32(QUERY_TYPE[query.dtype]), low, high, *map(np.uint64, low.strides[:3]), lengths,
+        np.float32(scale), out, np.int32(out.shape[2]), np.int32(wide), np.int32(page), np.int32(pages),
+        np.int32(query.shape[1] // kv_heads)), stream=arguments.stream)
+
+
 # ---- validation ------------------------------------------------------------------------------------------------------
 
 
 def _check_pages(arguments, name, pages):
     if not isinstance(pages, Pages):
         raise TypeError(f"{arguments.operator}: {name}: expected Pages from quest.encode, got {type(pages).__name__}")
-    arguments.require(isinstance(pages.page, (int, np.integer)) and pages.page >= 1, name, "pages of 1 or more tokens",
-                      pages.page)
+    arguments.require(_is_page(pages.page), name, "pages of 1 to 2^31 - 1 tokens", repr(pages.page))
+
+
+def _is_page(page):
+    return isinstance(page, (int, np.integer)) and not isinstance(page, bool) and 1 <= page < 2**31
 
 
 def _stored(arguments, out, shape, inputs):
@@ -151,6 +193,15 @@ def _stored(arguments, out, shape, inputs):
         others[f"out.{name}"] = array
         stored.append(array)
     return stored
+
+
+def _check_cuda(arguments, backend, *, low, high, keys=None):
+    arguments.require(low.shape[3] in attention.CUDA_HEAD_DIMS, "keys" if keys else "pages",
+                      f"head_dim 64, 128 or 256 on backend {backend!r}", low.shape[3])
+    arguments.require(low.strides == high.strides, "low, high", "the same strides", [low.strides, high.strides])
+    for name, array in (("keys", keys), ("low", low), ("high", high)):
+        arguments.require(array is None or array.aligned(16), name, "rows at multiples of 16 bytes",
+                          array and f"address {array.pointer:#x}, strides {array.strides}")
 
 
 def _host_lengths(lengths, batch, tokens):
@@ -206,7 +257,8 @@ def _encode_agreement(inputs, expected, actual):
             raise AssertionError(f"{name}: expected {one.dtype} {one.shape}, got {other.dtype} {other.shape}")
         wide, other_wide = one.astype(np.float64), other.astype(np.float64)
         flushed = (np.abs(wide) < SMALLEST_NORMAL) & (other_wide == 0)
-        same = (wide == other_wide) & (np.signbit(wide) == np.signbit(other_wide)) | np.isnan(wide) & np.isnan(other_wide)
+        same = (wide == other_wide) & (np.signbit(wide) == np.signbit(other_wide))
+        same |= np.isnan(wide) & np.isnan(other_wide)
         wrong = ~(same | flushed)
         if wrong.any():
             raise AssertionError(f"{name}: {int(wrong.sum())} of {wrong.size} numbers differ, the first at "

@@ -12,7 +12,7 @@ import numpy as np
 from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import rabitq as cpu_rabitq
-from kvbench.ops import attention, rotation as rotation_operator
+from kvbench.ops import attention, rabitq_launch, rotation as rotation_operator
 from kvbench.ops.dispatch import check_heads, choose, require_finite
 from kvbench.ops.rotated import (check_cuda_size, check_host_mean, check_rotation, cpu_matrix, cpu_signs, host,
                                  in_tokens)
@@ -23,7 +23,7 @@ from kvbench.scores import Scores
 
 __all__ = ["Encoded", "Query", "Scores", "encode", "quantize_query", "score"]
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = registry.BACKENDS
 CODE_TYPE = {4: "uint8", 8: "int8", 16: "float32"}       # of a query, by its bits
 
 
@@ -102,7 +102,8 @@ def quantize_query(query, rotation: Rotation, *, query_mean=None, query_bits: in
     rounding   : "nearest" (ties to even) or, for 4 bits, "random": unbiased given the rotation, by a hash of seed,
                  step (of decoding), sequence, query head and coordinate; both are integers of at least 0
     out        : a `Query` to write into (default: new)
-    backend    : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256
+    backend    : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256,
+                 query_bits 4 or 8, with a query_mean at most 16 query heads per KV head
 
     Returns `Query`: codes [batch, q_heads, size] uint8, int8 or float32, step and low [batch, q_heads] float32, NaN for
     a query that is not finite.
@@ -134,9 +135,10 @@ def quantize_query(query, rotation: Rotation, *, query_mean=None, query_bits: in
     else:
         check_cuda_size(arguments, "query", head_dim, rotation, backend)
         attention.check_cuda_heads(arguments, backend, head_dim, q_heads // kv_heads)
+        _check_integers(arguments, query_bits, backend)
         if codes.size:
-            rabitq_launch.launch_quantize(query, rotation, query_mean, kv_heads, query_bits, rounding, seed, step, codes,
-                                          *scales, backend, arguments)
+            rabitq_launch.launch_quantize(query, rotation, query_mean, kv_heads, query_bits, rounding, seed, step,
+                                          codes, *scales, backend, arguments)
     return Query(codes.give(), *(array.give() for array in scales)) if out is None else out
 
 
@@ -169,8 +171,8 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
     encoded      : keys of [batch, kv_heads, tokens, head_dim] as `encode` gave them, or slices of a store
     rotation     : the one that encoded
     query_bits, rounding, seed, step : how the query is rounded, see `quantize_query`
-    lengths      : [batch] int32, tokens of each sequence (default: all).  Slots from there on are not read; their logits
-                   are -inf and their sigma 0.  Values outside 0..tokens are clamped
+    lengths      : [batch] int32, tokens of each sequence (default: all).  Slots from there on are not read; their
+                   logits are -inf and their sigma 0.  Values outside 0..tokens are clamped
     scale        : factor of the logits (default head_dim ** -0.5)
     return_sigma : also give the standard deviation that the index expects, which calibrated selection needs: it doubles
                    what is written
@@ -210,14 +212,15 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
     else:
         check_cuda_size(arguments, "encoded", query.shape[2], rotation, backend)
         attention.check_cuda_heads(arguments, backend, query.shape[2], group)
-        arguments.require(query_bits in (4, 8), "query_bits", f"4 or 8 on backend {backend!r}", query_bits)
+        _check_integers(arguments, query_bits, backend)
         if logits.size:
             rabitq_launch.launch_score(query, code, rotation, lengths, scale, logits, sigma, backend, arguments,
                                        **options)
     return Scores(logits.give(), sigma and sigma.give()) if out is None else out
 
 
-def scored(query, encoded: Encoded, rotation: Rotation, *, lengths=None, return_sigma: bool = True, **options) -> Scores:
+def scored(query, encoded: Encoded, rotation: Rotation, *, lengths=None, return_sigma: bool = True,
+           **options) -> Scores:
     """What `score` computes, by the functions of the reference, on NumPy arrays."""
     with np.errstate(invalid="ignore", over="ignore"):
         result = reference.score(query, encoded, rotation, **options)
@@ -327,13 +330,17 @@ def _check_query_options(arguments, query_bits, rounding, seed, step):
                           name, "an integer from 0 to 2^63 - 1", repr(value))
 
 
+def _check_integers(arguments, query_bits, backend):
+    arguments.require(query_bits in (4, 8), "query_bits", f"4 or 8 on backend {backend!r}", query_bits)
+
+
 # ---- cpu -------------------------------------------------------------------------------------------------------------
 
 
 def _rotated_on_cpu(query, rotation, query_mean, kv_heads):
     """(R (q - c_q) [batch, q_heads, size], q - c_q [batch, q_heads, head_dim]) float32."""
     batch, q_heads, head_dim = query.shape
-    centred = query.astype(np.float32).reshape(batch, kv_heads, -1, head_dim)
+    centred = query.astype(np.float32).reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
     if query_mean is not None:
         centred = centred - query_mean[..., None, :]
     centred = centred.reshape(query.shape)
@@ -363,7 +370,7 @@ def _score_on_cpu(query, encoded, rotation, lengths, scale, logits, sigma, *, qu
     constant = np.zeros((batch, q_heads), np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         if encoded.key_mean is not None:
-            grouped = query.astype(np.float32).reshape(batch, kv_heads, -1, head_dim)
+            grouped = query.astype(np.float32).reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
             constant += (grouped * encoded.key_mean[:, :, None]).sum(axis=-1).reshape(constant.shape)
         kappa = scale * np.sqrt(rotation.head_dim * noise_variance(
             (centred.astype(np.float64) ** 2).sum(axis=-1), delta.astype(np.float64), rotation.head_dim, query_bits,

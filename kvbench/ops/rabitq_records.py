@@ -106,8 +106,8 @@ def _encode_agreement(inputs, expected, actual):
     near = turboquant.boundary_distance(keys, rotation, 1, mean=key_mean) <= turboquant.ROUNDING_DISTANCE
     wrong = differs & ~near & ~negligible[..., None]
     if wrong.any():
-        raise AssertionError(f"signs: {int(wrong.sum())} of {wrong.size} differ by more than rounding allows, the first "
-                             f"at [batch, kv_head, token, coordinate] = {np.argwhere(wrong)[0].tolist()}")
+        raise AssertionError(f"signs: {int(wrong.sum())} of {wrong.size} differ by more than rounding allows, the "
+                             f"first at [batch, kv_head, token, coordinate] = {np.argwhere(wrong)[0].tolist()}")
     total = np.abs(y).sum(axis=-1)
     r = norm**2 / np.where(total == 0, 1.0, total)
     relative = (2 + size**0.5) * rotation_error(rotation) + (2 * size + 16) * _HALF
@@ -191,13 +191,9 @@ def _score_agreement(inputs, expected, actual):
     size, scale = rotation.head_dim, inputs.get("scale")
     scale = head_dim**-0.5 if scale is None else scale
 
-    def whole(mean):
-        return None if mean is None else np.broadcast_to(mean, (batch, kv_heads, head_dim)).astype(np.float64)
-
     def per_head(x):
         return np.abs(np.repeat(np.asarray(x).astype(np.float64), q_heads // kv_heads, axis=1))
 
-    key_mean, query_mean = whole(encoded.key_mean), whole(encoded.query_mean)
     with np.errstate(all="ignore"):
         code, e, flips = _query_errors(query, rotation, encoded.query_mean, bits, rounding, inputs.get("seed", 0),
                                        inputs.get("step", 0))
@@ -213,10 +209,11 @@ def _score_agreement(inputs, expected, actual):
             z = ((flips * step)[..., None] + (2 * e / levels + 4 * _HALF * step)[..., None] * products
                  + (e if bits == 4 else 0 * e)[..., None] * ones
                  + 8 * _HALF * (step[..., None] * products + low[..., None] * ones))
-        heads = np.abs(query.astype(np.float64)).reshape(batch, kv_heads, -1, head_dim)
+        heads = np.abs(query.astype(np.float64)).reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
         constant = np.zeros((batch, q_heads))
-        if key_mean is not None:
-            constant = (heads * np.abs(key_mean)[:, :, None]).sum(axis=-1).reshape(batch, q_heads)
+        if encoded.key_mean is not None:
+            mean = np.broadcast_to(encoded.key_mean, (batch, kv_heads, head_dim)).astype(np.float64)
+            constant = (heads * np.abs(mean)[:, :, None]).sum(axis=-1).reshape(batch, q_heads)
         offset = 0 if encoded.offset is None else per_head(encoded.offset)
         estimate = np.abs(np.asarray(expected.logits).astype(np.float64)) / max(abs(scale), 1e-300) if scale else 0
         allowance = abs(scale) * (r * z + (size + 8) * _HALF * constant[..., None]

@@ -21,6 +21,20 @@ __device__ __forceinline__ __half from_float<__half>(float x) { return __float2h
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// Element `index` of an array whose type is known when the kernel runs: 0 float, 1 __half, 2 __nv_bfloat16.
+__device__ __forceinline__ float load_float(const void* x, int type, u64 index) {
+  if (type == 0) return static_cast<const float*>(x)[index];
+  if (type == 1) return to_float(static_cast<const __half*>(x)[index]);
+  return to_float(static_cast<const __nv_bfloat16*>(x)[index]);
+}
+__device__ __forceinline__ void store_float(void* x, int type, u64 index, float value) {
+  if (type == 0) static_cast<float*>(x)[index] = value;
+  else if (type == 1)
+    static_cast<__half*>(x)[index] = from_float<__half>(value);
+  else
+    static_cast<__nv_bfloat16*>(x)[index] = from_float<__nv_bfloat16>(value);
+}
+
 // Two 16-bit values in one word, the first in the low half.
 template <class T>
 __device__ __forceinline__ u32 pack_pair(float first, float second);

@@ -1,0 +1,487 @@
+// RaBitQ index: signs of rotated keys, queries in integers, and the logits that these estimate.
+// Reference: reference/rabitq.py; where a bit lies: reference/planes.py.
+//
+// rabitq_encode_kernel: rotate, sign, r = |y|^2 / |y|_1 and a = <c_q, k~>, in one pass.
+//   Work     Four lanes share a row, a warp takes eight rows at a time and walks over the rows with a grid stride.  Lane
+//            l holds the octets l, l + 4, ... of a row, which are bits 4 p + l of each word: a word is made of four
+//            lanes by two shuffles.
+//   Norm     The rotated vector is not scaled: signs do not see remaining_scale, and r takes it once.  A power of two per
+//            row brings the largest coordinate near 1 beforehand where squares might leave the range of float (not for
+//            float16 without a mean).  NaN or Inf anywhere make |y|^2 NaN or Inf: no other test is needed.
+//   Bytes    D sizeof(T) read and D / 8 + 2 written per row, once: 2192 per 8 rows of 128, fp16.
+//   Counts   Per 8 rows of 128 and warp, fp16, three rounds: rotation 3 * (224 additions, 32 of them with 64 shuffles,
+//            and 32 multiplications), sums 64, signs 64, loads and conversions 40, words, places and stores 80: 1080
+//            instructions, 270 issue cycles of an SM.  Memory takes 163 for them at 3 TB/s on 132 SMs at 1.7 GHz: bound
+//            by issue slots, at 60 % of that bandwidth at most.
+//
+// rabitq_quantize_kernel: the integers of queries, for those who want them alone; eight lanes share a query.
+//
+// rabitq_score_kernel: the same, once per block, and then logits of all query heads of a group from one read of the code.
+//   Operands A word of signs becomes operands of mma_m16n8k32 by masks: bits s = 0 ... 3 of every byte of the word, and of
+//            the word shifted right by 4, stand for 2^s, and the query's integers of those coordinates are multiplied by
+//            8 / 2^s beforehand.  Nine operations for 32 coordinates, shared by all query heads, where a shift to bit 0
+//            would take fifteen.  So that 8 times an integer fits a byte, integers are digits from -8 to 15: one of a
+//            query of 4 bits, and two, 16 high + low, of one of 8.
+//   Columns  Two per query head: (u, 1) for 4 bits, because D u + v needs <S, 1> as well, (low, high) for 8.  A lane of
+//            the result holds both columns of one head.  Sums begin at 4 sum(digits), and products are -8 digits where
+//            the key is negative: they end as 4 <S, digits>, exact.
+//   Work     A warp takes 64 tokens (32 for D = 256) at a time and walks over the tokens with a grid stride; the codes of
+//            the next ones are on their way to registers meanwhile.  Row g of a product is token g, lane t of its four
+//            has word t (D = 64: half of word t % 2; D = 256: words t and t + 4): codes are read in whole lines of 128
+//            bytes, without shared memory.
+//   Bytes    D / 8 + 2 read per token and KV head, 4 written per token and query head: at 8 KV heads of 128 with 4 query
+//            heads each and 128K tokens 18.9 and 16.8 MB, 12 us at 3 TB/s; what is written may stay in the L2 cache.
+//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads: 72 for operands, 16 products and as many sums
+//            moved, 16 loads and 24 for their addresses, 8 * 8 for results and stores: 210.  There are 124 times 64
+//            tokens per SM: 26000 instructions, 6500 issue cycles, 3.8 us at 1.7 GHz.
+#include "kvb/convert.cuh"
+#include "kvb/device.cuh"
+#include "kvb/hadamard.cuh"
+#include "kvb/rows.cuh"
+
+namespace kvb {
+
+constexpr int kMostRounds = 8, kMostQueries = 16;
+
+// ---- keys -----------------------------------------------------------------------------------------------------------
+
+// Sum over the LANES lanes that share a row.
+template <int LANES>
+__device__ __forceinline__ float sum_of_lanes(float x) {
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
+}
+
+__device__ __forceinline__ __half saturated_half(float x, bool finite) {
+  return __float2half_rn(finite ? fminf(fmaxf(x, -65504.f), 65504.f) : __int_as_float(0x7fc00000));
+}
+
+// keys : (batch, kv_heads, tokens, D), rows contiguous and at multiples of 16 bytes, strides in elements
+// key_mean, query_mean : (kv_heads, D) every mean_batch_stride elements, or null
+// signs : (rounds, D), +-2^-floor(log2(D)/2); rounds 0: keys and query_mean are rotated already
+// factors : (batch, kv_heads, tokens), by which keys were divided, or null
+// sign : (batch, kv_heads, tokens, D / 32) with strides in tokens        rescale, offset : without words; offset or null
+// rows = batch * kv_heads * tokens
+template <class T, int D>
+__global__ void __launch_bounds__(256)
+    rabitq_encode_kernel(const T* __restrict__ keys, u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride,
+                         const float* __restrict__ key_mean, u64 key_mean_stride,
+                         const float* __restrict__ query_mean, u64 query_mean_stride,
+                         const float* __restrict__ signs, int rounds, float remaining_scale,
+                         const float* __restrict__ factors, u32* sign, __half* rescale, __half* offset,
+                         u64 batch_stride, u64 head_stride, int kv_heads, int tokens, u32 rows) {
+  static_assert(D == 64 || D == 128 || D == 256, "four lanes hold a row in registers");
+  constexpr int LANES = 4, WORDS = D / 32, ROWS_PER_WARP = 32 / LANES, WIDTH = kChunk<T>;
+  KVB_SHARED(float, staged_signs, [kMostRounds * D]);
+  for (int i = threadIdx.x; i < rounds * D; i += 256) staged_signs[i] = signs[i];
+  __syncthreads();
+
+  const int lane = threadIdx.x % LANES;
+  const u32 stride = gridDim.x * 8 * ROWS_PER_WARP;
+  // The same rounds for all lanes: shuffles see whole warps.
+  for (u32 first = (blockIdx.x * 8 + threadIdx.x / 32) * ROWS_PER_WARP; first < rows;) {
+    const u32 row = first + threadIdx.x % 32 / LANES;
+    const bool present = row < rows;
+    const RowPlace place = place_of(present ? row : rows - 1, kv_heads, tokens);
+    const T* from = keys + place.batch * key_batch_stride + place.head * key_head_stride
+                    + place.token * key_token_stride;
+    float v[WORDS][8];   // v[w][p]: coordinate 32 w + 8 lane + p
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+      for (int k = 0; k < 8; k += WIDTH)
+        unpack_chunk<T>(load_once(reinterpret_cast<const uint4*>(from + w * 32 + lane * 8 + k)), v[w] + k);
+    if (key_mean) {
+      const float* mean = key_mean + place.batch * key_mean_stride + place.head * D + lane * 8;
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+        for (int p = 0; p < 8; ++p) v[w][p] -= mean[w * 32 + p];
+    }
+    float undo = 1.f;
+    if (kHasWideRange<T> || key_mean) {
+      float largest = 0.f, multiplier;
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+        for (int p = 0; p < 8; ++p) largest = fmaxf(largest, fabsf(v[w][p]));
+#pragma unroll
+      for (int distance = 1; distance < LANES; distance *= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+      power_of_two(largest, multiplier, undo);
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+        for (int p = 0; p < 8; ++p) v[w][p] *= multiplier;
+    }
+    float product = 0.f;
+    if (query_mean) {
+      const float* mean = query_mean + place.batch * query_mean_stride + place.head * D + lane * 8;
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+        for (int p = 0; p < 8; ++p) product = fmaf(mean[w * 32 + p], v[w][p], product);
+    }
+
+    hadamard_rounds<LANES, true>(v, staged_signs, rounds, lane, 0);
+
+    float squares[2] = {}, sums[2] = {};
+    u32 words[WORDS] = {};
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+      for (int p = 0; p < 8; ++p) {
+        // A dense rotation may give -0, which is not negative; a Hadamard one gives none.
+        const float y = rounds ? v[w][p] : v[w][p] + 0.f;
+        squares[p % 2] = fmaf(y, y, squares[p % 2]);
+        sums[p % 2] += fabsf(y);
+        words[w] |= __float_as_uint(y) >> (31 - 4 * p) & 1u << (4 * p);
+      }
+    const float square = sum_of_lanes<LANES>(squares[0] + squares[1]);
+    const float sum = sum_of_lanes<LANES>(sums[0] + sums[1]);
+    if (query_mean) product = sum_of_lanes<LANES>(product);
+    const bool finite = square < infinity();         // not for NaN either
+    const bool coded = finite && square > 0.f;
+    const u64 token = place.batch * batch_stride + place.head * head_stride + place.token;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      u32 word = coded ? words[w] << lane : 0u;
+#pragma unroll
+      for (int distance = 1; distance < LANES; distance *= 2) word |= __shfl_xor_sync(0xffffffffu, word, distance);
+      if (present && w % LANES == lane) sign[token * WORDS + w] = word;
+    }
+    if (present && lane == 0) {
+      if (factors) undo *= factors[row];
+      rescale[token] = saturated_half(coded ? square / sum * remaining_scale * undo : 0.f, finite);
+      if (offset) offset[token] = saturated_half(product * undo, finite);
+    }
+    if (rows - first <= stride) break;
+    first += stride;
+  }
+}
+
+// ---- queries --------------------------------------------------------------------------------------------------------
+
+// How a query is rounded, and what the random number of its coordinate i is made of: counter + i of its row.
+struct Rounding {
+  int bits, random;
+  u32 seed, counter;
+};
+
+// A uniform multiple of 2^-24 in [0, 1): lowbias32, a public hash by C. Wellons.
+__device__ __forceinline__ float dither(const Rounding& rounding, u32 i) {
+  u32 x = rounding.seed + 0x9E3779B9u * (rounding.counter + i);
+  x = (x ^ x >> 16) * 0x7FEB352Du;
+  x = (x ^ x >> 15) * 0x846CA68Bu;
+  return static_cast<float>((x ^ x >> 16) >> 8) * 5.9604644775390625e-8f;
+}
+
+// Where a query comes from.
+//   query    (batch, q_heads, D), type 0 float, 1 fp16, 2 bf16
+//   rotated  R q, likewise but float, and mean R c_q, where a dense matrix has rotated them; else null
+//   mean     c_q of this KV head, or null        key_mean   c_k of it, or null
+//   signs    (rounds, D) in shared memory        rounds     0 with `rotated`
+struct QuerySource {
+  const void* query;
+  int type;
+  const float *rotated, *mean, *key_mean, *signs;
+  int rounds;
+  float remaining_scale;
+};
+
+struct QueryScalars {
+  float step, low;          // NaN for a query that is not finite
+  float square, constant;   // |q - c_q|^2 and <q, c_k>
+};
+
+// Eight lanes of a warp, `part` of them, round query `row` (zeros if it is not `present`): codes[c][e] is that of
+// coordinate 8 (8 c + part) + e.  All lanes of the warp take part.  Float arithmetic as in the reference.
+template <int D>
+__device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 64][8], const QuerySource& from, u64 row,
+                                                    bool present, int part, const Rounding& rounding) {
+  constexpr int LANES = 8, CHUNKS = D / 64;
+  float v[CHUNKS][8], square = 0.f, constant = 0.f;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int i = (c * LANES + part) * 8 + e;
+      const float q = present ? load_float(from.query, from.type, row * D + i) : 0.f;
+      if (from.key_mean) constant = fmaf(q, from.key_mean[i], constant);
+      v[c][e] = from.rotated ? (present ? from.rotated[row * D + i] : 0.f) : q;
+      if (from.mean) v[c][e] -= from.mean[i];
+      square = fmaf(v[c][e], v[c][e], square);
+    }
+  hadamard_rounds<LANES>(v, from.signs, from.rounds, part, 0);
+  float low = infinity(), high = -infinity();
+  int usable = 1;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      v[c][e] = __fmul_rn(v[c][e], from.remaining_scale);
+      low = fminf(low, v[c][e]);
+      high = fmaxf(high, v[c][e]);
+      usable &= fabsf(v[c][e]) < infinity();
+    }
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) {
+    low = fminf(low, __shfl_xor_sync(0xffffffffu, low, distance));
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, distance));
+    usable &= __shfl_xor_sync(0xffffffffu, usable, distance);
+    square += __shfl_xor_sync(0xffffffffu, square, distance);
+    constant += __shfl_xor_sync(0xffffffffu, constant, distance);
+  }
+  const bool wide = rounding.bits == 8;
+  const float step = wide ? __fdiv_rn(fmaxf(high, -low), 127.f) : __fdiv_rn(__fsub_rn(high, low), 15.f);
+  float inverse = __fdiv_rn(15.f, __fsub_rn(high, low));
+  if (!(inverse < infinity())) inverse = 0.f;       // equal coordinates, or nearly so: all codes are 0
+  usable = usable && step < infinity();
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      float t = wide ? __fdiv_rn(v[c][e], step) : __fmul_rn(__fsub_rn(v[c][e], low), inverse);
+      if (!(usable && fabsf(t) < infinity())) t = 0.f;
+      const u32 i = static_cast<u32>(row) * D + (c * LANES + part) * 8 + e;
+      const int code = rounding.random ? __float2int_rd(__fadd_rn(t, dither(rounding, i))) : __float2int_rn(t);
+      codes[c][e] = min(max(code, wide ? -127 : 0), wide ? 127 : 15);
+    }
+  const float nan = __int_as_float(0x7fc00000);
+  return {usable ? step : nan, usable ? (wide ? 0.f : low) : nan, square, constant};
+}
+
+template <int D>
+__device__ __forceinline__ void stage_signs(float* staged, const float* signs, int rounds) {
+  for (int i = threadIdx.x; i < rounds * D; i += blockDim.x) staged[i] = signs[i];
+}
+
+// codes : (batch, q_heads, D) bytes        step, low : (batch, q_heads)        Grid (kv_heads, batch), 128 threads
+template <int D>
+__global__ void __launch_bounds__(128)
+    rabitq_quantize_kernel(const void* __restrict__ query, int query_type, const float* __restrict__ rotated,
+                           const float* __restrict__ query_mean, u64 query_mean_stride,
+                           const float* __restrict__ signs, int rounds, float remaining_scale, int bits, int random,
+                           u32 seed, u32 counter, u8* codes, float* step, float* low, int group) {
+  KVB_SHARED(float, staged_signs, [kMostRounds * D]);
+  stage_signs<D>(staged_signs, signs, rounds);
+  __syncthreads();
+  const int part = threadIdx.x % 8, h = threadIdx.x / 8;
+  const u64 row = (static_cast<u64>(blockIdx.y) * gridDim.x + blockIdx.x) * group + h;
+  const float* mean = query_mean ? query_mean + blockIdx.y * query_mean_stride + blockIdx.x * D : nullptr;
+  int made[D / 64][8];
+  const QueryScalars scalars = round_query<D>(
+      made, {query, query_type, rotated, mean, nullptr, staged_signs, rounds, remaining_scale}, row, h < group, part,
+      {bits, random, seed, counter});
+  if (h >= group) return;
+#pragma unroll
+  for (int c = 0; c < D / 64; ++c)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) codes[row * D + (c * 8 + part) * 8 + e] = static_cast<u8>(made[c][e]);
+  if (part == 0) {
+    step[row] = scalars.step;
+    low[row] = scalars.low;
+  }
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+// How the four lanes that share a token divide its code into quarters of 16 coordinates, D / 64 for each lane: a quarter
+// has bits 4 p + s, p even (`odd` 0) or odd, of one word.  Quarter c of lane t is of word t, D = 64: t % 2, D = 256: of
+// words t and t + 4.
+template <int D>
+__device__ __forceinline__ int quarter_lane(int word, int odd) { return D == 64 ? word + 2 * odd : word % 4; }
+template <int D>
+__device__ __forceinline__ int quarter_number(int word, int odd) { return D == 64 ? 0 : word / 4 * 2 + odd; }
+
+// What a block keeps of its query heads, of which four make a tile.
+template <int D, int TILES>
+struct StagedQueries {
+  u32 operands[TILES][D / 32][2][32];               // b[i] of product k of a tile, by lane
+  int sums[TILES * 4][2];                           // 4 sum(digits)
+  float step[TILES * 4], low[TILES * 4];            // scale / 4 times those of the query
+  float constant[TILES * 4], kappa[TILES * 4];
+};
+
+// logits[b, kv_head * group + h, t] = scale (r_t (step_h <S_t, codes_h> + low_h <S_t, 1>) + a_t + <q_h, c_k>), -inf from
+// lengths[b] on; sigma likewise r_t kappa_h, and 0.
+// query, rotated, means, signs : as above; `noise` is (1 - E alpha^2) / (D - 1)
+// sign, rescale, offset : as for encode        lengths : (batch), or null
+// logits, sigma : (batch, kv_heads * group, tokens); sigma may be null
+// Grid (blocks, kv_heads, batch); TILES * 4 >= group.
+template <int D, int TILES>
+__global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2 : 1)
+    rabitq_score_kernel(const void* __restrict__ query, int query_type, const float* __restrict__ rotated,
+                        const float* __restrict__ key_mean, u64 key_mean_stride, const float* __restrict__ query_mean,
+                        u64 query_mean_stride, const float* __restrict__ signs, int rounds, float remaining_scale,
+                        int bits, int random, u32 seed, u32 counter, float scale, float noise,
+                        const u32* __restrict__ sign, const __half* __restrict__ rescale,
+                        const __half* __restrict__ offset, u64 batch_stride, u64 head_stride,
+                        const int* __restrict__ lengths, float* logits, float* sigma, int tokens, int group) {
+  constexpr int WORDS = D / 32, QUARTERS = D / 64, PARTS = D == 256 ? 2 : 1;    // words of a token that a lane loads
+  constexpr int UNITS = D == 256 ? 2 : 4, TOKENS = 16 * UNITS;                  // products at a time, tokens in all
+  KVB_SHARED(float, staged_signs, [kMostRounds * D]);
+  using Staged = StagedQueries<D, TILES>;
+  KVB_SHARED(Staged, staged);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const u64 pair = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const u64 base = blockIdx.z * batch_stride + blockIdx.y * head_stride;
+  const u32 length = lengths ? min(max(lengths[blockIdx.z], 0), tokens) : tokens;
+
+  u32 code[UNITS][2][PARTS];
+  __half r[UNITS][2];
+  auto load = [&](u32 first) {
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u64 token = base + min(first + u * 16 + half * 8 + g, length - 1);     // what is beyond is not used
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+          code[u][half][i] = load_once(sign + token * WORDS + (D == 64 ? t % 2 : i * 4 + t));
+        r[u][half] = rescale[token];
+      }
+  };
+  const u32 stride = gridDim.x * 8 * TOKENS;
+  u32 first = (blockIdx.x * 8 + warp) * TOKENS;
+  if (first < length) load(first);   // on its way while the query is rounded
+
+  stage_signs<D>(staged_signs, signs, rounds);
+  __syncthreads();
+  if (warp < TILES) {                // eight lanes round a query head, or zeros
+    const int part = lane % 8, h = warp * 4 + lane / 8;
+    const float* mean = query_mean ? query_mean + blockIdx.z * query_mean_stride + blockIdx.y * D : nullptr;
+    const float* centre = key_mean ? key_mean + blockIdx.z * key_mean_stride + blockIdx.y * D : nullptr;
+    int codes[D / 64][8], sums[2] = {};
+    const QueryScalars scalars = round_query<D>(
+        codes, {query, query_type, rotated, mean, centre, staged_signs, rounds, remaining_scale}, pair * group + h,
+        h < group, part, {bits, random, seed, counter});
+#pragma unroll
+    for (int c = 0; c < D / 64; ++c) {
+      // An octet is s of its word; product 2 c + s / 2 has it in operand s % 2, as digits times -8 / 2^s.
+      const int octet = c * 8 + part, s = octet % 4;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          u32 bytes = 0;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int code = codes[c][2 * j + odd];
+            const int digit = i ? (bits == 8 ? code >> 4 : 1) : bits == 8 ? code & 15 : code;
+            sums[i] += digit;
+            bytes |= (static_cast<u32>(-digit * (8 >> s)) & 255u) << (8 * j);
+          }
+          const int k = 2 * quarter_number<D>(octet / 4, odd) + s / 2;
+          staged.operands[warp][k][s % 2][(lane / 8 * 2 + i) * 4 + quarter_lane<D>(octet / 4, odd)] = bytes;
+        }
+    }
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
+    if (part == 0) {
+      staged.sums[h][0] = 4 * sums[0];
+      staged.sums[h][1] = 4 * sums[1];
+      staged.step[h] = 0.25f * scale * scalars.step;
+      staged.low[h] = 0.25f * scale * scalars.low;
+      staged.constant[h] = scale * scalars.constant;
+      const float rest = scalars.step * scalars.step / (random ? 6.f : 12.f);
+      staged.kappa[h] = fabsf(scale) * __fsqrt_rn(D * fmaf(noise, scalars.square, rest));
+    }
+  }
+  __syncthreads();
+
+  u32 b[TILES][2 * QUARTERS][2];
+  int sums[TILES][2];
+  float step[TILES], low[TILES], constant[TILES];
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+    for (int k = 0; k < 2 * QUARTERS; ++k)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) b[n][k][i] = staged.operands[n][k][i][lane];
+    const int own = n * 4 + t;                       // of the result
+    sums[n][0] = staged.sums[own][0];
+    sums[n][1] = staged.sums[own][1];
+    step[n] = staged.step[own];
+    low[n] = staged.low[own];
+    constant[n] = staged.constant[own];
+  }
+  const int high_weight = bits == 8 ? 16 : 0;
+
+  for (; first < static_cast<u32>(tokens); first += stride) {
+    u32 own[UNITS][2][PARTS];
+    float factor[UNITS][2];
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) own[u][half][i] = code[u][half][i];
+        factor[u][half] = __half2float(r[u][half]);
+      }
+    if (first + stride < length) load(first + stride);
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      int sum[TILES][4];
+#pragma unroll
+      for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[n][i] = sums[n][i % 2];
+#pragma unroll
+      for (int c = 0; c < QUARTERS; ++c) {
+        u32 x[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          x[half] = own[u][half][D == 256 ? c / 2 : 0] >> 4 * (D == 64 ? t / 2 : c % 2);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const u32 mask = 0x01010101u << 2 * m;
+          const u32 a[4] = {x[0] & mask, x[1] & mask, x[0] & mask << 1, x[1] & mask << 1};
+#pragma unroll
+          for (int n = 0; n < TILES; ++n) mma_m16n8k32<i8>(sum[n], a, b[n][2 * c + m]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 token = first + u * 16 + half * 8 + g;
+        if (token < static_cast<u32>(tokens)) {
+          const bool present = token < length;
+          const float additive = offset && present ? scale * __half2float(offset[base + token]) : 0.f;
+#pragma unroll
+          for (int n = 0; n < TILES; ++n) {
+            const int h = n * 4 + t;
+            if (h < group) {
+              const int digit = sum[n][2 * half], other = sum[n][2 * half + 1];
+              const float z = fmaf(step[n], static_cast<float>(digit + high_weight * other),
+                                   low[n] * static_cast<float>(other));
+              const u64 to = (pair * group + h) * tokens + token;
+              logits[to] = present ? fmaf(factor[u][half], z, constant[n] + additive) : -infinity();
+              if (sigma) sigma[to] = present ? factor[u][half] * staged.kappa[h] : 0.f;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace kvb
+
+#define KVB_EXPORT_TYPE(T)                                \
+  KVB_EXPORT(64, kvb::rabitq_encode_kernel<T, 64>)        \
+  KVB_EXPORT(96, kvb::rabitq_encode_kernel<T, 128>)       \
+  KVB_EXPORT(168, kvb::rabitq_encode_kernel<T, 256>)
+KVB_EXPORT_TYPE(float)
+KVB_EXPORT_TYPE(__half)
+KVB_EXPORT_TYPE(__nv_bfloat16)
+#define KVB_EXPORT_SIZE(D, ONE, TWO, FOUR)                \
+  KVB_EXPORT(128, kvb::rabitq_quantize_kernel<D>)         \
+  KVB_EXPORT(ONE, kvb::rabitq_score_kernel<D, 1>)         \
+  KVB_EXPORT(TWO, kvb::rabitq_score_kernel<D, 2>)         \
+  KVB_EXPORT(FOUR, kvb::rabitq_score_kernel<D, 4>)
+KVB_EXPORT_SIZE(64, 80, 128, 160)
+KVB_EXPORT_SIZE(128, 80, 128, 168)
+KVB_EXPORT_SIZE(256, 128, 128, 255)
