@@ -40,8 +40,13 @@
 //             have to be written back to make room.  What is left at 32:32: 84 % of the DRAM's cycles busy, cuDNN
 //             reaches 89 %.
 //
-// attention_decode_simple_kernel (fp32; also the plainly readable version): a warp per query head,
-//   logits one token per lane.
+// attention_sparse_kernel: the same over listed tokens alone, with one list per KV head or per query head.
+//   Rows      A lane loads one of the 16 positions of a tile, two tiles ahead; copies take them by shuffles.  Whole rows
+//             of 2 * D bytes, so that segments of 128 bytes or more are read, and nothing of any other row.
+//   Bytes     2 * D * 2 per listed token and list, and 4 for its position.
+//
+// attention_decode_simple_kernel, attention_sparse_simple_kernel (fp32; also the plainly readable version): a warp per
+//   query head, logits one token per lane.
 // attention_merge_kernel: partial results of different launches (exact part, packed part, other devices) into one.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
@@ -61,19 +66,65 @@ constexpr int kRingUnits = 3;   // one is read while two are in flight
 // bit 2 of the row for keys (e = 0, 1; four chunks each) and in bits 1 and 2 for values (t = 0..3; two chunks each).
 __device__ __forceinline__ int row_of(int t, int e, int j) { return 2 * (t ^ 2 * e) + e + 8 * j; }
 
-// query : (batch, kv_heads * group, D)         lengths : (batch,) or null for `tokens`
+// Which tokens the blocks of one (sequence, list) attend to.  `count` positions, of which position i is token(i).
+struct EveryToken {
+  static constexpr bool kListed = false;
+  int count;
+  __device__ __forceinline__ EveryToken(const int* lengths, int b, int tokens)
+      : count(lengths ? min(max(lengths[b], 0), tokens) : tokens) {}
+  __device__ __forceinline__ int token(int i) const { return i < count ? i : -1; }
+};
+
+// Entries outside the sequence count as no token: -1.
+struct ListedTokens {
+  static constexpr bool kListed = true;
+  int count;
+  int length;
+  const int* list;
+  __device__ __forceinline__ ListedTokens(const int* lengths, int b, int tokens, const int* indices, const int* counts,
+                                          u64 batch_stride, u64 list_stride, int slots, int list_id, int lists)
+      : count(min(max(counts[b * lists + list_id], 0), slots)),
+        length(lengths ? min(max(lengths[b], 0), tokens) : tokens),
+        list(indices + b * batch_stride + list_id * list_stride) {}
+  __device__ __forceinline__ int token(int i) const {
+    const int token = i < count ? __ldg(list + i) : -1;
+    return token < length ? token : -1;
+  }
+};
+
+// The arguments that all decode kernels share.
+// query : (batch, lists * group, D)            the query heads of each list
 // keys, values : (batch, kv_heads, tokens, D) with strides in elements, rows of D contiguous
-// tickets : (batch, kv_heads), zero            output : (batch, kv_heads * group, D) T, or float if output_float32
-// lse : (batch, kv_heads * group) or null      partial_output : (batch, kv_heads * group, splits, D)
-// partial_statistics : (batch, kv_heads * group, splits)
+// tickets : (batch, lists), zero               output : (batch, lists * group, D) T, or float if output_float32
+// lse : (batch, lists * group) or null         partial_output : (batch, lists * group, splits, D)
+// partial_statistics : (batch, lists * group, splits)
 // scale_log2 = softmax scale * log2(e)         HEADS = 8 or 16 >= group
-template <class T, int D, int HEADS>
-__global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
-    attention_decode_kernel(const T* __restrict__ query, const T* __restrict__ keys, const T* __restrict__ values,
-                            const int* __restrict__ lengths, void* output, float* lse, float* partial_output,
-                            float2* partial_statistics, u32* tickets, u64 key_batch_stride, u64 key_head_stride,
-                            u64 key_token_stride, u64 value_batch_stride, u64 value_head_stride, u64 value_token_stride,
-                            int tokens, int group, float scale_log2, int output_float32) {
+// Every token: lists = kv_heads.  Listed tokens: list i belongs to KV head i / lists_per_head.
+template <class T>
+struct DecodeArguments {
+  const T* query;
+  const T* keys;
+  const T* values;
+  void* output;
+  float* lse;
+  float* partial_output;
+  float2* partial_statistics;
+  u32* tickets;
+  u64 key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride, value_token_stride;
+  int group;
+  float scale_log2;
+  int output_float32;
+};
+
+template <class T>
+__device__ __forceinline__ DecodeTarget target_of(const DecodeArguments<T>& arguments, u64 pair, int head_dim) {
+  const u64 row = pair * arguments.group, splits = gridDim.x;
+  return {arguments.lse ? arguments.lse + row : nullptr, nullptr, arguments.partial_output + row * splits * head_dim,
+          arguments.partial_statistics + row * splits, arguments.tickets + pair};
+}
+
+template <class T, int D, int HEADS, class Tokens>
+__device__ __forceinline__ void attend(const DecodeArguments<T>& arguments, const Tokens& tokens, int kv_head) {
   static_assert(D == 64 || D == 128 || D == 256, "chunks of a row divide evenly among the lanes");
   static_assert(HEADS == 8 || HEADS == 16, "rows of the mma tile");
   static_assert(sizeof(T) == 2, "16-bit tensor core operands");
@@ -82,36 +133,57 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
   constexpr int VALUE_STEPS = D / 64;    // 16-byte chunks of a token's value per lane
   constexpr int ROW = D / 8, UNIT = kTile * ROW;   // in chunks
 
-  const int split = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
-  const int splits = gridDim.x, kv_heads = gridDim.y;
+  const int split = blockIdx.x, b = blockIdx.z, splits = gridDim.x, group = arguments.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
-  const int tiles = (length + kTile - 1) / kTile;
+  const int length = tokens.count, tiles = (length + kTile - 1) / kTile;
   const int active = active_splits(tiles, kDecodeWarps, splits);
   if (split >= active) return;
-  const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * group;
+  const u64 pair = static_cast<u64>(b) * gridDim.y + blockIdx.y, row = pair * group;
 
   KVB_DYNAMIC_SHARED(uint4, shared);
   uint4* ring = shared + warp * kRingUnits * UNIT;
-  const T* head_keys = keys + b * key_batch_stride + kv_head * key_head_stride;
-  const T* head_values = values + b * value_batch_stride + kv_head * value_head_stride;
+  const T* query = arguments.query;
+  const T* head_keys = arguments.keys + b * arguments.key_batch_stride + kv_head * arguments.key_head_stride;
+  const T* head_values = arguments.values + b * arguments.value_batch_stride + kv_head * arguments.value_head_stride;
+  const u64 key_token_stride = arguments.key_token_stride, value_token_stride = arguments.value_token_stride;
+  const float scale_log2 = arguments.scale_log2;
   const u64 policy = read_once_policy();
 
-  // Copies the 16 rows of a tile.  Tokens beyond the length are not read: their rows are zero-filled.
+  // Listed tokens: lane i % 16 holds position i of the tile that is copied next, and of the one behind it.
+  const int tile_step = active * kDecodeWarps;
+  auto listed = [&](int tile) { return tile < tiles ? tokens.token(tile * kTile + lane % kTile) : -1; };
+  int token = 0, token_ahead = 0;
+  u32 present = 0, present_next = 0;   // which rows of the tile are tokens
+
+  // Copies the 16 rows of a tile.  What is no token is not read: its rows are zero-filled.
   auto copy_rows = [&](const T* from, u64 token_stride, int tile, int slot) {
     if (tile < tiles) {
       constexpr int ROWS = 32 / ROW;   // a warp copies this many rows at a time
       const int row = lane / ROW, chunk = lane % ROW, first = tile * kTile + row;
-      const T* source = from + first * token_stride + chunk * 8;
       uint4* to = ring + slot * UNIT + row * ROW;
+      if constexpr (Tokens::kListed) {
 #pragma unroll
-      for (int r = 0; r < kTile; r += ROWS)
-        cp_async_16_once(to + r * ROW + (chunk ^ (row + r) % 8), source + r * token_stride,
-                         first + r < length ? 16 : 0, policy);
+        for (int r = 0; r < kTile; r += ROWS) {
+          const int source = __shfl_sync(0xffffffffu, token, row + r);
+          cp_async_16_once(to + r * ROW + (chunk ^ (row + r) % 8), from + max(source, 0) * token_stride + chunk * 8,
+                           source >= 0 ? 16 : 0, policy);
+        }
+      } else {
+        const T* source = from + first * token_stride + chunk * 8;
+#pragma unroll
+        for (int r = 0; r < kTile; r += ROWS)
+          cp_async_16_once(to + r * ROW + (chunk ^ (row + r) % 8), source + r * token_stride,
+                           first + r < length ? 16 : 0, policy);
+      }
     }
     cp_async_commit();
   };
   int tile = split * kDecodeWarps + warp;
+  if constexpr (Tokens::kListed) {
+    token = listed(tile);
+    token_ahead = listed(tile + tile_step);
+    present = __ballot_sync(0xffffffffu, token >= 0);
+  }
   copy_rows(head_keys, key_token_stride, tile, 0);
   copy_rows(head_values, value_token_stride, tile, 1);
 
@@ -141,7 +213,12 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
     return unit;
   };
   for (int next; tile < tiles; tile = next) {
-    next = tile + active * kDecodeWarps;
+    next = tile + tile_step;
+    if constexpr (Tokens::kListed) {
+      token = token_ahead;
+      token_ahead = listed(next + tile_step);
+      present_next = __ballot_sync(0xffffffffu, token >= 0);
+    }
 
     // ---- keys: logits of 16 tokens ----
     const uint4* unit = next_unit(head_keys, key_token_stride, next) + key_row * ROW;
@@ -169,7 +246,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
         for (int e = 0; e < 2; ++e) {
           float& logit = logits[j][2 * half + e];
           logit *= scale_log2;
-          if (first + row_of(t, e, j) >= length) logit = -infinity();
+          if (Tokens::kListed ? !(present >> row_of(t, e, j) & 1) : first + row_of(t, e, j) >= length)
+            logit = -infinity();
           largest[half] = fmaxf(largest[half], logit);
         }
     }
@@ -228,6 +306,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
         for (int half = 0; half < HALVES; ++half) mma_m16n8k16<T>(o[4 * s + w][half], a, {p[half][0], p[half][1]});
       }
     }
+    present = present_next;
   }
 
   // ---- one copy of the partial output per warp, over the rings ----
@@ -251,44 +330,40 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
         *reinterpret_cast<float2*>(even + D + d) = make_float2(x[1], x[3]);
       }
   }
-  const DecodeTarget target = {lse ? lse + row : nullptr, nullptr, partial_output + row * splits * D,
-                               partial_statistics + row * splits, tickets + pair};
   const StoreOutput<T> store = {
-      static_cast<char*>(output) + row * D * (output_float32 ? sizeof(float) : sizeof(T)), output_float32};
-  finish_split<D, kDecodeWarps, HEADS, 32 * kDecodeWarps>(copies, statistics, shared, target, group, split, splits,
-                                                          active, store);
+      static_cast<char*>(arguments.output) + row * D * (arguments.output_float32 ? sizeof(float) : sizeof(T)),
+      arguments.output_float32};
+  finish_split<D, kDecodeWarps, HEADS, 32 * kDecodeWarps>(copies, statistics, shared, target_of(arguments, pair, D),
+                                                          group, split, splits, active, store);
 }
 
-// The same result for a float cache, without tensor cores.  Arguments as above; group <= 16.
-template <int D>
-__global__ void __launch_bounds__(256, 2)
-    attention_decode_simple_kernel(const float* __restrict__ query, const float* __restrict__ keys,
-                                   const float* __restrict__ values, const int* __restrict__ lengths, void* output,
-                                   float* lse, float* partial_output, float2* partial_statistics, u32* tickets,
-                                   u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride,
-                                   u64 value_batch_stride, u64 value_head_stride, u64 value_token_stride, int tokens,
-                                   int group, float scale_log2, int output_float32) {
+// The same result for a float cache, without tensor cores; group <= 16.
+template <int D, class Tokens>
+__device__ __forceinline__ void attend_simple(const DecodeArguments<float>& arguments, const Tokens& tokens,
+                                              int kv_head) {
   static_assert(D % 32 == 0, "lanes share a row");
   constexpr int TILE = 32, WARPS = 8, MAX_GROUP = 16, HEADS_PER_WARP = MAX_GROUP / WARPS, PITCH = D + 1;
-  const int split = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
-  const int splits = gridDim.x, kv_heads = gridDim.y;
+  const int split = blockIdx.x, b = blockIdx.z, splits = gridDim.x, group = arguments.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
+  const int length = tokens.count;
   const int tiles = (length + TILE - 1) / TILE, active = active_splits(tiles, 1, splits);
   if (split >= active) return;
+  const float scale_log2 = arguments.scale_log2;
 
   KVB_DYNAMIC_SHARED(float, shared);
   float* queries = shared;                    // (group, D)
   float* tile = shared + MAX_GROUP * D;       // (TILE, PITCH): keys, then values; the pitch keeps columns free of bank
                                               // conflicts
-  const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * group;
-  for (int i = threadIdx.x; i < group * D; i += 256) queries[i] = query[row * D + i];
+  const u64 pair = static_cast<u64>(b) * gridDim.y + blockIdx.y, row = pair * group;
+  const float* keys = arguments.keys + b * arguments.key_batch_stride + kv_head * arguments.key_head_stride;
+  const float* values = arguments.values + b * arguments.value_batch_stride + kv_head * arguments.value_head_stride;
+  for (int i = threadIdx.x; i < group * D; i += 256) queries[i] = arguments.query[row * D + i];
 
   auto stage = [&](const float* from, u64 token_stride, int first) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < TILE * D; i += 256) {
-      const int token = first + i / D;
-      tile[i / D * PITCH + i % D] = token < length ? from[token * token_stride + i % D] : 0.f;
+      const int token = tokens.token(first + i / D);
+      tile[i / D * PITCH + i % D] = token >= 0 ? from[token * token_stride + i % D] : 0.f;
     }
     __syncthreads();
   };
@@ -296,7 +371,8 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
   for (int i = 0; i < HEADS_PER_WARP; ++i) reference[i] = kNoReference, total[i] = 0.f;
   for (int first = split * TILE; first < length; first += active * TILE) {
-    stage(keys + b * key_batch_stride + kv_head * key_head_stride, key_token_stride, first);
+    stage(keys, arguments.key_token_stride, first);
+    const bool is_token = tokens.token(first + lane) >= 0;
 #pragma unroll
     for (int i = 0; i < HEADS_PER_WARP; ++i) {
       const int h = warp + i * WARPS;
@@ -304,7 +380,7 @@ __global__ void __launch_bounds__(256, 2)
       float logit = 0.f;       // of token first + lane
 #pragma unroll 8
       for (int d = 0; d < D; ++d) logit = fmaf(queries[h * D + d], tile[lane * PITCH + d], logit);
-      logit = first + lane < length ? logit * scale_log2 : -infinity();
+      logit = is_token ? logit * scale_log2 : -infinity();
       float next = fmaxf(reference[i], logit);
 #pragma unroll
       for (int distance = 16; distance; distance /= 2) next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, distance));
@@ -316,7 +392,7 @@ __global__ void __launch_bounds__(256, 2)
       for (int c = 0; c < D / 32; ++c) o[i][c] *= factor;
     }
     __syncthreads();   // the keys have been read
-    stage(values + b * value_batch_stride + kv_head * value_head_stride, value_token_stride, first);
+    stage(values, arguments.value_token_stride, first);
 #pragma unroll
     for (int i = 0; i < HEADS_PER_WARP; ++i) {
       if (warp + i * WARPS >= group) break;
@@ -341,10 +417,46 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
     for (int c = 0; c < D / 32; ++c) copies[h * D + 32 * c + lane] = o[i][c];
   }
-  const DecodeTarget target = {lse ? lse + row : nullptr, nullptr, partial_output + row * splits * D,
-                               partial_statistics + row * splits, tickets + pair};
-  const StoreOutput<float> store = {static_cast<float*>(output) + row * D, output_float32};
-  finish_split<D, 1, MAX_GROUP, 256>(copies, statistics, shared, target, group, split, splits, active, store);
+  const StoreOutput<float> store = {static_cast<float*>(arguments.output) + row * D, arguments.output_float32};
+  finish_split<D, 1, MAX_GROUP, 256>(copies, statistics, shared, target_of(arguments, pair, D), group, split, splits,
+                                     active, store);
+}
+
+// lengths : (batch,) or null for `tokens`; the other arguments as in DecodeArguments.
+// indices : (batch, lists, slots) with strides in elements        counts : (batch, lists)
+#define KVB_DECODE_PARAMETERS(T)                                                                                    \
+  const T *__restrict__ query, const T *__restrict__ keys, const T *__restrict__ values,                            \
+      const int *__restrict__ lengths, void *output, float *lse, float *partial_output, float2 *partial_statistics, \
+      u32 *tickets, u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride, u64 value_batch_stride,        \
+      u64 value_head_stride, u64 value_token_stride, int tokens, int group, float scale_log2, int output_float32
+#define KVB_LIST_PARAMETERS                                                                                   \
+  const int *__restrict__ indices, const int *__restrict__ counts, u64 index_batch_stride, u64 index_list_stride, \
+      int slots, int lists_per_head
+#define KVB_DECODE_ARGUMENTS                                                                                     \
+  query, keys, values, output, lse, partial_output, partial_statistics, tickets, key_batch_stride, key_head_stride, \
+      key_token_stride, value_batch_stride, value_head_stride, value_token_stride, group, scale_log2, output_float32
+#define KVB_LISTED_TOKENS                                                                                     \
+  ListedTokens(lengths, blockIdx.z, tokens, indices, counts, index_batch_stride, index_list_stride, slots, blockIdx.y, \
+               gridDim.y)
+
+template <class T, int D, int HEADS>
+__global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
+    attention_decode_kernel(KVB_DECODE_PARAMETERS(T)) {
+  attend<T, D, HEADS>({KVB_DECODE_ARGUMENTS}, EveryToken(lengths, blockIdx.z, tokens), blockIdx.y);
+}
+template <class T, int D, int HEADS>
+__global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
+    attention_sparse_kernel(KVB_DECODE_PARAMETERS(T), KVB_LIST_PARAMETERS) {
+  attend<T, D, HEADS>({KVB_DECODE_ARGUMENTS}, KVB_LISTED_TOKENS, blockIdx.y / lists_per_head);
+}
+template <int D>
+__global__ void __launch_bounds__(256, 2) attention_decode_simple_kernel(KVB_DECODE_PARAMETERS(float)) {
+  attend_simple<D>({KVB_DECODE_ARGUMENTS}, EveryToken(lengths, blockIdx.z, tokens), blockIdx.y);
+}
+template <int D>
+__global__ void __launch_bounds__(256, 2)
+    attention_sparse_simple_kernel(KVB_DECODE_PARAMETERS(float), KVB_LIST_PARAMETERS) {
+  attend_simple<D>({KVB_DECODE_ARGUMENTS}, KVB_LISTED_TOKENS, blockIdx.y / lists_per_head);
 }
 
 // output[row] = sum_i 2^(lse_i - lse) outputs[i, row],  lse[row] = log sum_i exp(lse_i)
@@ -380,11 +492,23 @@ __global__ void __launch_bounds__(256)
   KVB_EXPORT(168, kvb::attention_decode_kernel<T, 128, 16>)   \
   KVB_EXPORT(168, kvb::attention_decode_kernel<T, 256, 8>)    \
   KVB_EXPORT(232, kvb::attention_decode_kernel<T, 256, 16>)
+#define KVB_EXPORT_SPARSE(T)                                  \
+  KVB_EXPORT(128, kvb::attention_sparse_kernel<T, 64, 8>)     \
+  KVB_EXPORT(128, kvb::attention_sparse_kernel<T, 64, 16>)    \
+  KVB_EXPORT(128, kvb::attention_sparse_kernel<T, 128, 8>)    \
+  KVB_EXPORT(184, kvb::attention_sparse_kernel<T, 128, 16>)   \
+  KVB_EXPORT(184, kvb::attention_sparse_kernel<T, 256, 8>)    \
+  KVB_EXPORT(240, kvb::attention_sparse_kernel<T, 256, 16>)
 KVB_EXPORT_DECODE(__half)
+KVB_EXPORT_SPARSE(__half)
+KVB_EXPORT_SPARSE(__nv_bfloat16)
 KVB_EXPORT_DECODE(__nv_bfloat16)
 KVB_EXPORT(120, kvb::attention_decode_simple_kernel<64>)
 KVB_EXPORT(120, kvb::attention_decode_simple_kernel<128>)
 KVB_EXPORT(120, kvb::attention_decode_simple_kernel<256>)
+KVB_EXPORT(120, kvb::attention_sparse_simple_kernel<64>)
+KVB_EXPORT(120, kvb::attention_sparse_simple_kernel<128>)
+KVB_EXPORT(120, kvb::attention_sparse_simple_kernel<256>)
 
 #define KVB_EXPORT_MERGE(In)                                      \
   KVB_EXPORT(40, kvb::attention_merge_kernel<In, float>)          \

@@ -20,11 +20,13 @@ __all__ = ["Selection", "Workspace", "select_top_k", "select_top_p", "workspace"
 
 BACKENDS = registry.BACKENDS
 STATE_WORDS = 10       # of 8 bytes, per query head: RowState of cuda_src/selection.cu
+MAX_GROUP = 16         # query heads of a list
 BINS = 1024            # of the histogram
 LISTED = 4096          # tokens of the crossing bin that are listed, per query head; more of them are searched for again
 ENTRY_WORDS = 3        # of 4 bytes: key, mass, token
 SPAN = 65536           # tokens of a thread block, at most: its sums of half masses are 32 bits wide
 MOMENTS = 4            # of a thread block, for "shrink"
+DIGITS = 256           # of the radix descent
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,58 @@ def _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, 
         most = tokens if rule["most"] is None else rule["most"]
         cpu_selection.select(logits.numpy(), host_sigma, host_lengths, tuple(window.values()), rule["share"],
                              rule["least"], most, rule["total"], calibration, *arrays_out)
+    else:
+        arguments.require(q_heads // lists <= MAX_GROUP, "kv_heads",
+                          f"at most {MAX_GROUP} query heads a list on backend {backend!r}", q_heads // lists)
+        if batch and q_heads:
+            _launch(logits, sigma, lengths, window, rule, result, workspace, backend, arguments)
     return Selection(result.indices.give(), result.counts.give(), result.mass.give())
+
+
+def _launch(logits, sigma, lengths, window, rule, result, workspace, backend, arguments):
+    batch, q_heads, tokens = logits.shape
+    rows, device, calibration = batch * q_heads, logits.device, CALIBRATIONS.index(rule["calibrated"])
+    blocks = choose_blocks(tokens, rows, loaders.multiprocessors(backend, device))
+    scratch = _take_workspace(arguments, workspace, rows, blocks, tokens)
+    span = -(-tokens // (32 * blocks)) * 32
+    moments = scratch.moments if calibration else None
+    common = (logits, sigma, lengths, scratch.state, np.int32(tokens), np.int32(span),
+              *(np.int32(min(window[name], 2**31 - 1)) for name in ("sinks", "recent", "block")))
+    group = q_heads // result.counts.shape[1]
+    shared_bytes = group * ((DIGITS + 2) * 8 + DIGITS * 4)
+    listed = scratch.entries.size // (rows * ENTRY_WORDS)
+    total, most = np.int32(rule["total"]), 2**31 - 1 if rule["most"] is None else rule["most"]
+
+    def launch(name, *extra, shared_bytes=0):
+        function = loaders.get_function("selection", f"kvb::selection_{name}", backend, device)
+        function((blocks, q_heads, batch), (512,), (*common, *extra), shared_bytes=shared_bytes,
+                 stream=arguments.stream)
+
+    if rule["calibrated"] == "shrink":
+        launch("moments_kernel", moments)
+    launch(f"bounds_kernel<{calibration}>", moments, total)
+    launch(f"histogram_kernel<{calibration}>", moments, scratch.counts, scratch.masses, np.uint32(rule["share"]),
+           np.int32(min(rule["least"], 2**31 - 1)), np.int32(min(most, 2**31 - 1)), total)
+    launch(f"collect_kernel<{calibration}>", moments, scratch.masks, scratch.entries, result.indices, result.counts,
+           result.mass, np.int32(-(-tokens // 32)), np.int32(listed), np.int32(group),
+           np.int32(rule["most"] is not None), shared_bytes=shared_bytes)
+
+
+def _take_workspace(arguments: Arguments, given: Workspace | None, rows: int, blocks: int, tokens: int) -> Workspace:
+    """The caller's workspace, checked for size and device, or a new one."""
+    if given is None:
+        stream = arguments.stream if arguments.device.kind == "cuda" else None
+        return workspace(rows, 1, tokens, arguments.device, framework=arguments.framework, stream=stream)
+    if not isinstance(given, Workspace):
+        raise TypeError(f"{arguments.operator}: workspace: expected a Workspace from selection.workspace(), "
+                        f"got {type(given).__name__}")
+    arguments.require(given.state.device == arguments.device, "workspace", f"memory on {arguments.device}",
+                      given.state.device)
+    arguments.require(given.state.size >= rows * STATE_WORDS and given.masks.size >= rows * 2 * -(-tokens // 32)
+                      and given.moments.size >= rows * blocks * MOMENTS, "workspace",
+                      f"room for {rows} query heads of {tokens} tokens",
+                      f"{given.state.size // STATE_WORDS} query heads, {given.masks.size * 16} tokens in all")
+    return given
 
 
 def check_top_p(arguments: Arguments, p, least, most, normalise, calibrated,

@@ -196,6 +196,10 @@ inline int to_int(float rounded) {
   return rounded >= 0x1p31f ? 0x7fffffff : rounded < -0x1p31f ? -0x7fffffff - 1 : int(rounded);
 }
 }  // namespace kvb::emu
+inline unsigned __float2uint_rn(float a) {   // cvt.rni.u32.f32: NaN becomes 0, values out of range the nearest limit
+  const float rounded = nearbyintf(a);
+  return !(rounded > 0.f) ? 0u : rounded >= 0x1p32f ? 0xffffffffu : unsigned(rounded);
+}
 inline int __float2int_rn(float a) { return kvb::emu::to_int(nearbyintf(a)); }
 inline int __float2int_rz(float a) { return kvb::emu::to_int(truncf(a)); }
 inline int __float2int_rd(float a) { return kvb::emu::to_int(floorf(a)); }
