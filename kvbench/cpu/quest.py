@@ -4,9 +4,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, load, store
+from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, flat, load, store, strides_of
 from kvbench.cpu.convert import bits as bit_view
-from kvbench.cpu.turboquant import _flat, _strides
 
 PAGES_PER_TASK = 64
 
@@ -17,8 +16,8 @@ def encode(keys, page, lengths, low, high) -> None:
     keys      : [batch, kv_heads, tokens, head_dim], any strides        lengths : [batch] int32
     low, high : [batch, kv_heads, pages, head_dim], the dtype of the keys, any strides
     """
-    _encode(_flat(bit_view(keys)), _strides(keys)[:3], page, lengths, _flat(bit_view(low)), _strides(low)[:3],
-            _flat(bit_view(high)), _strides(high)[:3], low.shape)
+    _encode(flat(bit_view(keys)), strides_of(keys)[:3], page, lengths, flat(bit_view(low)), strides_of(low)[:3],
+            flat(bit_view(high)), strides_of(high)[:3], low.shape)
 
 
 @numba.njit(parallel=True, **COMPILE)
@@ -58,7 +57,8 @@ def score(query, low, high, page, lengths, scale, per_token, out) -> None:
     query : [batch, q_heads, head_dim]        low, high : [batch, kv_heads, pages, head_dim]        lengths : [batch]
     out   : [batch, q_heads, pages] float32, or `per_token` [batch, q_heads, tokens]
     """
-    _score(query.astype(np.float32), _flat(bit_view(low)), _strides(low)[:3], _flat(bit_view(high)), _strides(high)[:3],
+    _score(query.astype(np.float32), flat(bit_view(low)), strides_of(low)[:3], flat(bit_view(high)),
+           strides_of(high)[:3],
            low.shape, page, lengths, np.float32(scale), page if per_token else 1, out)
 
 
