@@ -6,7 +6,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = ("arrays", "bench", "caches", "claims", "codecs", "indexes", "ops", "registry")
+_MODULES = ("arrays", "bench", "caches", "claims", "codecs", "indexes", "ops", "registry",
+            "selectors")
 
 
 def __getattr__(name):

@@ -17,6 +17,8 @@ registry.load()
 ROOT = pathlib.Path(__file__).parents[1]
 STEMS = sorted({kernel.stem for kernel in registry.KERNELS.values()})
 KERNELS = list(registry.KERNELS.values())
+# How much of some arrays these move hangs on a list: tests/test_<stem>.py count it.
+LISTS = ("attention.sparse_attention", "selection.select_top_p", "selection.select_top_k")
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -31,7 +33,7 @@ def test_one_stem_leads_through_all_layers(stem):
 def test_no_stray_kernel_or_operator_file():
     """A large operator may have its launches and its records in files of their own, <stem>_launch and <stem>_records."""
     helpers = {"__init__", "claim", "convert", "dispatch", "codebook", "planes", "rotated", "tiles"}
-    helpers |= {"selection", "self_indexing"}      # references without kernels
+    helpers |= {"self_indexing"}      # references without kernels
     for folder, suffix in (("reference", ".py"), ("cuda_src", ".cu"), ("kvbench/cpu", ".py"), ("kvbench/ops", ".py")):
         stems = {re.sub("_(launch|records)$", "", path.stem) for path in (ROOT / folder).glob(f"*{suffix}")} - helpers
         assert stems <= set(STEMS), folder
@@ -52,8 +54,12 @@ def test_traffic_counts_the_arrays_of_the_problem(kernel):
     inputs = kernel.inputs(problem, np.random.default_rng(0))
     result = kernel.operator(**inputs, backend="reference")
     data = {name: value for name, value in inputs.items() if not isinstance(value, (Rotation, Projection, Plan))}
-    assert kernel.traffic(problem) == Traffic(*(sum(x.nbytes for x in trees.arrays_of(tree).values())
-                                                for tree in (data, result)))
+    counted = Traffic(*(sum(x.nbytes for x in trees.arrays_of(tree).values()) for tree in (data, result)))
+    if kernel.name in LISTS:
+        traffic = kernel.traffic(problem)
+        assert 0 < traffic.bytes_read <= counted.bytes_read and 0 < traffic.bytes_written <= counted.bytes_written
+    else:
+        assert kernel.traffic(problem) == counted
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
@@ -79,7 +85,8 @@ def test_problem_checks_axes_and_values():
 def test_unknown_names_list_the_nearest():
     with pytest.raises(ValueError, match="unknown kernel 'attention.decod'; did you mean attention.decode"):
         registry.get("attention.decod")
-    assert [k.name for k in registry.select(["attention"])] == ["attention.decode", "attention.merge"]
+    assert [k.name for k in registry.select(["attention"])] == [
+        "attention.decode", "attention.sparse_attention", "attention.merge"]
     assert registry.select() == KERNELS
 
 

@@ -58,8 +58,7 @@ def score(query, low, high, page, lengths, scale, per_token, out) -> None:
     out   : [batch, q_heads, pages] float32, or `per_token` [batch, q_heads, tokens]
     """
     _score(query.astype(np.float32), flat(bit_view(low)), strides_of(low)[:3], flat(bit_view(high)),
-           strides_of(high)[:3],
-           low.shape, page, lengths, np.float32(scale), page if per_token else 1, out)
+           strides_of(high)[:3], low.shape, page, lengths, np.float32(scale), page if per_token else 1, out)
 
 
 @numba.njit(parallel=True, **COMPILE_SUMS)

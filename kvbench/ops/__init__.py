@@ -7,6 +7,7 @@ from kvbench.ops import attention, block_gtq, kivi, quest, rabitq, rotation, sel
 from kvbench.ops import block_gtq_records as _block_gtq_records     # noqa: F401
 from kvbench.ops import kivi_records as _kivi_records               # noqa: F401
 from kvbench.ops import rabitq_records as _rabitq_records           # noqa: F401
+from kvbench.ops import selection_records as _selection_records     # noqa: F401
 from kvbench.ops import turboquant_records as _turboquant_records   # noqa: F401
 
 __all__ = ["attention", "block_gtq", "kivi", "quest", "rabitq", "rotation", "selection", "turboquant"]

@@ -326,6 +326,10 @@ MERGE_AXES = {"parts": (3, 16), "head_dim": (128, 64, 256), "kv_heads": (8,), "g
               "dtype": ("float32", "float16", "bfloat16")}
 
 
+SPARSE_AXES = {"tokens": (131072, 32768, 4096), "percent": (2, 10, 5), **{
+    axis: DECODE_AXES[axis] for axis in ("head_dim", "kv_heads", "group", "batch", "dtype")}}
+
+
 def _decode_inputs(problem, rng):
     batch, kv_heads, head_dim = problem["batch"], problem["kv_heads"], problem["head_dim"]
     cache = (batch, kv_heads, problem["tokens"], head_dim)
@@ -386,6 +390,48 @@ def _decode_agreement(inputs, expected, actual):
     assert_close(expected[1], actual[1], "float32", lse, "log-sum-exp")
 
 
+def _sparse_counts(problem):
+    """Tokens of each list."""
+    return max(problem["tokens"] * min(problem["percent"], 100) // 100, 1)
+
+
+def _sparse_inputs(problem, rng):
+    """Any tokens, `percent` of them, a list for each KV head."""
+    inputs = _decode_inputs(problem, rng)
+    batch, kv_heads, tokens = inputs["keys"].shape[:3]
+    count = _sparse_counts(problem)
+    indices = np.zeros((batch, kv_heads, tokens), np.int32)
+    for pair in np.ndindex(batch, kv_heads):
+        indices[pair][:count] = np.sort(rng.permutation(tokens)[:count])
+    return {**inputs, "indices": indices, "counts": np.full((batch, kv_heads), count, np.int32)}
+
+
+def _sparse_traffic(problem):
+    lists, size = problem["batch"] * problem["kv_heads"], 4 if problem["dtype"] == "float32" else 2
+    row_bytes, count = problem["head_dim"] * size, _sparse_counts(problem)
+    outputs = lists * problem["group"]
+    return Traffic(outputs * row_bytes + lists * (count * (2 * row_bytes + 4) + 4), outputs * (row_bytes + 4))
+
+
+def _sparse_agreement(inputs, expected, actual):
+    """The tolerance of `decode` over the listed rows of each list."""
+    query, keys, values, indices, counts = (inputs[n] for n in ("query", "keys", "values", "indices", "counts"))
+    (batch, lists), dtype = counts.shape, query.dtype.name
+    group, lists_per_head = query.shape[1] // lists, lists // keys.shape[1]
+    lengths = inputs.get("lengths")
+    output, lse = np.zeros(query.shape), np.zeros(query.shape[:2])
+    for b, i in np.ndindex(batch, lists):
+        heads, pair = slice(i * group, (i + 1) * group), (slice(b, b + 1), slice(i // lists_per_head,
+                                                                               i // lists_per_head + 1))
+        listed = indices[b, i, : min(max(counts[b, i], 0), indices.shape[2])]
+        listed = listed[(listed >= 0) & (listed < (keys.shape[2] if lengths is None else lengths[b]))]
+        (output[b, heads],), (lse[b, heads],) = decode_tolerance(
+            query[pair[0], heads], keys[pair][:, :, listed], values[pair][:, :, listed], None, inputs.get("scale"),
+            dtype)
+    assert_close(expected[0], actual[0], np.asarray(actual[0]).dtype.name, output, "output")
+    assert_close(expected[1], actual[1], "float32", lse, "log-sum-exp")
+
+
 def _merge_inputs(problem, rng):
     shape = (problem["parts"], problem["batch"], problem["kv_heads"] * problem["group"])
     return {"outputs": random_normal(rng, (*shape, problem["head_dim"]), problem["dtype"]),
@@ -415,6 +461,11 @@ register(Kernel(
     inputs=_decode_inputs, traffic=_decode_traffic, agreement=_decode_agreement,
     error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
     source="arXiv 2205.14135; arXiv 1805.02867 section 3.1"))
+register(Kernel(
+    name="attention.sparse_attention", reference=reference.sparse_attention, operator=sparse_attention,
+    backends=BACKENDS, axes=SPARSE_AXES, inputs=_sparse_inputs, traffic=_sparse_traffic, agreement=_sparse_agreement,
+    error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
+    source="arXiv 2606.31519; arXiv 2406.10774; arXiv 1805.02867 section 3.1"))
 register(Kernel(
     name="attention.merge", reference=reference.merge, operator=merge, backends=BACKENDS, axes=MERGE_AXES,
     inputs=_merge_inputs, traffic=_merge_traffic, agreement=_merge_agreement,

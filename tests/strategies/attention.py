@@ -31,6 +31,28 @@ def decode(draw):
 
 
 @st.composite
+def sparse_attention(draw):
+    """Rows that no list names are NaN, and so are entries beyond the counts, as far as integers can be."""
+    arguments = draw(decode())
+    batch, kv_heads, tokens, _ = arguments["keys"].shape
+    lists = kv_heads if draw(st.booleans()) else arguments["query"].shape[1]
+    rng = np.random.default_rng(draw(seeds))
+    lengths = arguments.get("lengths", np.full(batch, tokens))
+    slots = tokens + draw(st.sampled_from((0, 3)))
+    indices = rng.integers(-2**31, 2**31, (batch, lists, slots)).astype(np.int32)
+    counts = np.minimum(rng.integers(0, tokens + 1, (batch, lists)), draw(st.sampled_from((0, 1, 17, tokens))))
+    unread = np.ones((batch, kv_heads, tokens), bool)
+    for b, i in np.ndindex(batch, lists):
+        listed = rng.permutation(tokens)[: counts[b, i]]
+        listed = np.sort(listed) if draw(st.booleans()) else listed
+        indices[b, i, : counts[b, i]] = listed
+        unread[b, i // (lists // kv_heads), listed[listed < lengths[b]]] = False
+    for name in ("keys", "values"):
+        arguments[name][unread] = np.nan
+    return {**arguments, "indices": indices, "counts": counts.astype(np.int32)}
+
+
+@st.composite
 def merge(draw):
     parts, batch, q_heads = draw(st.integers(1, 6)), draw(batches), draw(st.integers(1, 5))
     head_dim = draw(st.sampled_from((2, 64, 128, 300)))
