@@ -37,7 +37,7 @@ from __future__ import annotations
 import functools
 import heapq
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -277,6 +277,8 @@ class Plan:
     rotation   "haar": a dense matrix for every group; "hadamard": three rounds of a randomised Hadamard transform for
                groups whose size is a power of two
     exponents  [kv_heads] int16: scalars are one byte, relative to 2^exponent; None: scalars are float16
+    least_scalars, least_words   rows of scalars and of magnitudes are at least as long, and padded: what several plans
+               share has rows of one length
     """
 
     bits: np.ndarray
@@ -285,6 +287,8 @@ class Plan:
     seed: int = 0
     rotation: str = "haar"
     exponents: np.ndarray | None = None
+    least_scalars: int = 1
+    least_words: int = 0
 
     def __post_init__(self):
         bits = np.asarray(self.bits)
@@ -329,12 +333,12 @@ class Plan:
     @property
     def scalars(self) -> int:
         """Per token: as many as the head with most groups has."""
-        return max(len(groups) for groups in self.groups)
+        return max(self.least_scalars, *(len(groups) for groups in self.groups))
 
     @property
     def magnitude_words(self) -> int:
         """Of a row: as many as the head with the longest row needs."""
-        return max(map(sum, self.plane_words()))
+        return max(self.least_words, *map(sum, self.plane_words()))
 
     def plane_words(self) -> list[tuple[int, ...]]:
         """Words of mag2_0, mag2_1, mag2_2 and mag1 in the rows of every head."""
@@ -345,6 +349,12 @@ class Plan:
         """Bits held per coordinate, scalars and padding counted."""
         words = -(-self.head_dim // 32) + self.magnitude_words
         return (32 * words + (16 if self.exponents is None else 8) * self.scalars) / self.head_dim
+
+    def part(self, start: int, stop: int) -> Plan:
+        """The plan of KV heads start .. stop - 1, with rows as long as those of all."""
+        exponents = None if self.exponents is None else self.exponents[start:stop]
+        return replace(self, bits=self.bits[start:stop], exponents=exponents, least_scalars=self.scalars,
+                       least_words=self.magnitude_words)
 
     def rates(self) -> np.ndarray:
         """[kv_heads, head_dim] uint8: bits of the coordinates in rate order, falling."""

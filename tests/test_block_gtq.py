@@ -1,4 +1,4 @@
-"""The operators of Block-GTQ: any allocation in one call, arguments that are refused, stores, special tokens, quality."""
+"""The operators of Block-GTQ, its codec, its preset: any allocation in one call, what is refused, stores, quality."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -145,6 +145,32 @@ def test_groups_of_very_different_size(seed, power):
     assert not ((differs[0] | differs[1]) & ~near).any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_sequence_may_have_a_plan_of_its_own(backend):
+    plans_of_two = [two_heads(), two_heads(((2, 2, 2, 2), (6, 4, 1, 1)))]
+    both = Plan(np.concatenate([plan.bits for plan in plans_of_two]), "half", 64)
+    rng, rotation = generator(6), hadamard(64, 1)
+    x, query = rng.standard_normal((2, 2, 40, 64)).astype(np.float32), rng.standard_normal((2, 4, 64))
+    query, mean = query.astype(np.float32), rng.standard_normal((2, 2, 64)).astype(np.float32)
+    values, lengths = turboquant.encode(x, rotation, 3), np.array([40, 7], np.int32)
+    encoded = block_gtq.encode(x, both, mean=mean, backend=backend)
+    whole = (block_gtq.decode(encoded, both, backend=backend), block_gtq.logits(query, encoded, both, backend=backend),
+             *block_gtq.decode_attention(query, encoded, values, both, rotation, lengths=lengths, key_mean=mean,
+                                         return_lse=True, backend=backend))
+    for b in range(2):
+        one, part = slice(b, b + 1), both.part(2 * b, 2 * b + 2)
+        alone = block_gtq.encode(x[one], part, mean=mean[one], backend=backend)
+        for name in ("sign", "magnitude", "scale"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(encoded, name)[one])
+        own = turboquant.encode(x[one], rotation, 3)
+        expected = (block_gtq.decode(alone, part, backend=backend),
+                    block_gtq.logits(query[one], alone, part, backend=backend),
+                    *block_gtq.decode_attention(query[one], alone, own, part, rotation, lengths=lengths[one],
+                                                key_mean=mean[one], return_lse=True, backend=backend))
+        for of_both, of_one in zip(whole, expected):
+            np.testing.assert_allclose(of_both[one], of_one, rtol=1e-5, atol=1e-5)
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +183,7 @@ def test_bad_arguments_are_named():
         "plan: expected groups of multiples of 16 .*allocate with": lambda: block_gtq.encode(x, free),
         "plan: expected head_dim a multiple of 32": lambda: block_gtq.encode(
             x[..., :48], Plan(np.full((2, 24), 3), "half", 48)),
-        "plan: expected one for kv_heads = 1": lambda: block_gtq.encode(x[:, :1], plan),
+        "plan: expected one for kv_heads = 1": lambda: block_gtq.encode(x[:1, :1], plan),
         "plan: expected one for head_dim = 32": lambda: block_gtq.encode(x[..., :32], plan),
         "scale_mode: expected one of": lambda: block_gtq.encode(x, plan, scale_mode="best"),
         "mean: expected": lambda: block_gtq.encode(x, plan, mean=np.ones((3, 64), np.float32)),

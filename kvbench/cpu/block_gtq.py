@@ -32,7 +32,7 @@ from kvbench.cpu.turboquant import SCALE_MODES, assign, scale_factor
 
 
 class Tables(NamedTuple):
-    """A plan as kernels take it.
+    """A plan as kernels take it, for the KV heads of all sequences or, one after another, those of every sequence.
 
     order       [kv_heads, D] int32: the coordinate at each place of the rate order
     groups      [kv_heads, scalars, 5] int64: start, size, bits, codebook, first element of the rotation; size 0: none
@@ -129,6 +129,7 @@ def _encode(x, x_strides, shape, mean, order, groups, segments, rotations, bound
     chunks = (tokens + LANES - 1) // LANES
     for task in numba.prange(batch * kv_heads * chunks):
         b, h, first = task // (kv_heads * chunks), task // chunks % kv_heads, task % chunks * LANES
+        p = (b * kv_heads + h) % len(order)
         used = min(LANES, tokens - first)
         lanes = whole(used)
         ordered, row = aligned(size, lanes), np.empty(size, np.float32)
@@ -137,12 +138,12 @@ def _encode(x, x_strides, shape, mean, order, groups, segments, rotations, bound
             start = b * x_strides[0] + h * x_strides[1] + (first + i) * x_strides[2]
             undo[i] = load_row(x, start, mean, b * kv_heads + h, row, size)
             for d in range(size):
-                ordered[d, i] = row[order[h, d]]
+                ordered[d, i] = row[order[p, d]]
         token = b * token_strides[0] + h * token_strides[1] + first
         signs, rows = np.zeros((sign_words, lanes), np.uint32), np.zeros((magnitude_words, lanes), np.uint32)
         for g in range(scalars):
-            _encode_group(ordered, groups[h, g], segments[h], rotations, boundaries, centroids, mode, undo, used, g,
-                          token, scalars, halves, bytes_, exponents[h], signs, rows)
+            _encode_group(ordered, groups[p, g], segments[p], rotations, boundaries, centroids, mode, undo, used, g,
+                          token, scalars, halves, bytes_, exponents[p], signs, rows)
         for i in range(used):
             for word in range(sign_words):
                 sign[(token + i) * sign_words + word] = signs[word, i]
@@ -257,6 +258,7 @@ def _decode(sign, magnitude, halves, bytes_, words, token_strides, order, groups
     chunks = (tokens + LANES - 1) // LANES
     for task in numba.prange(batch * kv_heads * chunks):
         b, h, first = task // (kv_heads * chunks), task // chunks % kv_heads, task % chunks * LANES
+        p = (b * kv_heads + h) % len(order)
         used = min(LANES, tokens - first)
         lanes = whole(used)
         token = b * token_strides[0] + h * token_strides[1] + first
@@ -264,12 +266,12 @@ def _decode(sign, magnitude, halves, bytes_, words, token_strides, order, groups
         column, index = aligned(8, lanes).view(np.uint32), np.empty(lanes, np.uint32)
         s, row = np.zeros(lanes, np.float32), np.empty(size, np.float32)
         for k in range(size // 16):
-            _load_segment(sign, magnitude, words, token, used, segments[h, k], k, column)
-            _expand_segment(column, segments[h, k], k, lanes, centroids, index, c[16 * k : 16 * k + 16])
+            _load_segment(sign, magnitude, words, token, used, segments[p, k], k, column)
+            _expand_segment(column, segments[p, k], k, lanes, centroids, index, c[16 * k : 16 * k + 16])
         for g in range(words[2]):
-            start, count, offset = groups[h, g, 0], groups[h, g, 1], groups[h, g, 4]
+            start, count, offset = groups[p, g, 0], groups[p, g, 1], groups[p, g, 4]
             for i in range(used):
-                s[i] = _load_scale((token + i) * words[2] + g, halves, bytes_, exponents[h])
+                s[i] = _load_scale((token + i) * words[2] + g, halves, bytes_, exponents[p])
             for d in range(start, start + count):
                 back[d, :] = 0
                 for j in range(count):
@@ -278,7 +280,7 @@ def _decode(sign, magnitude, halves, bytes_, words, token_strides, order, groups
                     back[d, i] *= s[i]
         for i in range(used):
             for d in range(size):
-                row[order[h, d]] = back[d, i]
+                row[order[p, d]] = back[d, i]
             begin = b * out_strides[0] + h * out_strides[1] + (first + i) * out_strides[2]
             target = out[begin : begin + size]
             for d in range(size):
@@ -345,11 +347,12 @@ def _logits(query, sign, magnitude, halves, bytes_, words, token_strides, segmen
     tiles = (tokens + TILE - 1) // TILE
     for task in numba.prange(batch * kv_heads * tiles):
         b, h, first = task // (kv_heads * tiles), task // tiles % kv_heads, task % tiles * TILE
+        p = (b * kv_heads + h) % len(segments)
         count = min(TILE, tokens - first)
         column, index, c, s = scratch()
         products, partial = aligned(group, TILE), aligned(group, TILE)
         token = b * token_strides[0] + h * token_strides[1] + first
-        _tile_logits(query[b, h], sign, magnitude, halves, bytes_, words, segments[h], centroids, exponents[h], token,
+        _tile_logits(query[b, h], sign, magnitude, halves, bytes_, words, segments[p], centroids, exponents[p], token,
                      count, column, index, c, s, partial, products)
         for q in range(group):
             for i in range(count):
@@ -383,6 +386,7 @@ def _decode_attention(query, sign, magnitude, halves, bytes_, words, token_strid
     splits, size = outputs.shape[0], outputs.shape[3]
     for task in numba.prange(batch * kv_heads * splits):
         b, h, split = task // (kv_heads * splits), task // splits % kv_heads, task % splits
+        p = (b * kv_heads + h) % len(segments)
         first, last = split * TOKENS_PER_TASK, min((split + 1) * TOKENS_PER_TASK, lengths[b])
         if first >= last:
             continue
@@ -392,7 +396,7 @@ def _decode_attention(query, sign, magnitude, halves, bytes_, words, token_strid
         output = np.zeros((group, size), np.float32)
         for start in range(first, last, TILE):
             count = min(TILE, last - start)
-            _tile_logits(query[b, h], sign, magnitude, halves, bytes_, words, segments[h], centroids, exponents[h],
+            _tile_logits(query[b, h], sign, magnitude, halves, bytes_, words, segments[p], centroids, exponents[p],
                          b * token_strides[0] + h * token_strides[1] + start, count, column, index, c, s, partial,
                          weights)
             attend_to_tile(weights, value_planes, value_scale, b * value_strides[0] + h * value_strides[1] + start,

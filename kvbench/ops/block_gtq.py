@@ -18,6 +18,7 @@ from kvbench.ops.rotated import check_host_mean, host, in_tokens, take_mean
 from kvbench.ops.turboquant import finish_on_cpu, take_codes
 from kvbench.reference import block_gtq as reference, turboquant
 from kvbench.reference.block_gtq import Calibration, Encoded, Plan, blocks, plan, predicted_error, score
+from kvbench.reference.planes import Planes
 from kvbench.reference.rotation import Rotation
 
 __all__ = ["Calibration", "Encoded", "Plan", "allocate", "blocks", "calibrate", "decode", "decode_attention", "encode",
@@ -98,9 +99,9 @@ def encode(x, plan: Plan, *, scale_mode: str = "nc", mean=None, check_finite: bo
 
     x            : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32; outer dimensions may be strided.
                    Keys after RoPE
-    plan         : `block_gtq.plan(calibration, average_bits, tile=16 or 32)`, or a `Plan` of any other bits.  All heads
-                   are encoded in one call, each with its own.  cpu: head_dim a multiple of 32, groups of whole
-                   multiples of 16
+    plan         : `block_gtq.plan(calibration, average_bits, tile=16 or 32)`, or a `Plan` of any other bits, of the KV
+                   heads, or of those of every sequence, one after another.  All are encoded in one call.  cpu:
+                   head_dim a multiple of 32, groups of whole multiples of 16
     scale_mode   : "nc" keeps the norm of every group; "plain", "mse", "unbiased": see reference/turboquant.py
     mean         : [kv_heads, head_dim] or [batch, kv_heads, head_dim] float32, finite, subtracted from x and never
                    added back: softmax does not see it
@@ -116,6 +117,7 @@ def encode(x, plan: Plan, *, scale_mode: str = "nc", mean=None, check_finite: bo
     """
     arguments = Arguments("block_gtq.encode", stream=stream)
     x = arguments.take("x", x, "batch kv_heads tokens head_dim", FLOATS, strided=True)
+    _check_type(arguments, plan)
     _check_plan(arguments, plan)
     arguments.require(scale_mode in turboquant.SCALE_MODES, "scale_mode",
                       f"one of {', '.join(turboquant.SCALE_MODES)}", repr(scale_mode))
@@ -126,8 +128,9 @@ def encode(x, plan: Plan, *, scale_mode: str = "nc", mean=None, check_finite: bo
         require_finite(arguments, x)
 
     if backend == "reference":
-        result = reference.encode(x.numpy(), plan, scale_mode=scale_mode, mean=host(mean), check_finite=check_finite)
-        codes.write(result)
+        for b, part, own in _sequences(plan, x.shape, host(mean)):
+            codes.write(b, reference.encode(x.numpy()[b], part, scale_mode=scale_mode, mean=own,
+                                            check_finite=check_finite))
     else:
         check_host_mean(arguments, mean)
         cpu_block_gtq.encode(x.numpy(), host(mean), _checked_tables(arguments, plan), scale_mode, *codes.numpy())
@@ -153,7 +156,8 @@ def decode(encoded: Encoded, plan: Plan, *, dtype: str = "float16", out=None, ba
     backend = choose(backend, arguments, BACKENDS)
 
     if backend == "reference":
-        round_into(out, reference.decode(codes.on_host(), plan))
+        for b, part, _ in _sequences(plan, codes.scale.shape):
+            round_into(out.narrow(0, b.start, b.stop), reference.decode(codes.on_host(b), part))
     else:
         cpu_block_gtq.decode(*codes.numpy(), _checked_tables(arguments, plan), out.numpy())
     return out.give()
@@ -181,9 +185,11 @@ def logits(query, encoded: Encoded, plan: Plan, *, scale: float | None = None, o
     backend = choose(backend, arguments, BACKENDS)
 
     if backend == "reference":
-        round_into(out, reference.logits(query.numpy(), codes.on_host(), plan, scale=scale))
+        for b, part, _ in _sequences(plan, codes.scale.shape):
+            result = reference.logits(query.numpy()[b], codes.on_host(b), part, scale=scale)
+            round_into(out.narrow(0, b.start, b.stop), result)
     else:
-        cpu_block_gtq.logits(_folded(query.numpy(), plan, scale), *codes.numpy(), _checked_tables(arguments, plan),
+        cpu_block_gtq.logits(_folded(query.numpy(), codes.scale.shape[1], plan, scale), *codes.numpy(), _checked_tables(arguments, plan),
                              out.numpy())
     return out.give()
 
@@ -227,18 +233,21 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
     host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
 
     if backend == "reference":
-        output, log_sum = reference.decode_attention(
-            query.numpy(), keys.on_host(), values.on_host(), plan, value_rotation, lengths=host_lengths, scale=scale,
-            key_mean=host(key_mean))
-        round_into(out, output)
-        if lse is not None:
-            lse.numpy()[...] = log_sum
+        stored = values.on_host()
+        for b, part, mean in _sequences(plan, keys.scale.shape, host(key_mean)):
+            planes = {name: plane[b] for name, plane in stored.planes.arrays().items()}
+            own = turboquant.Encoded(Planes.of(planes), stored.scale[b], stored.head_dim)
+            output, log_sum = reference.decode_attention(query.numpy()[b], keys.on_host(b), own, part, value_rotation,
+                                                         lengths=host_lengths[b], scale=scale, key_mean=mean)
+            round_into(out.narrow(0, b.start, b.stop), output)
+            if lse is not None:
+                lse.numpy()[b] = log_sum
     else:
         check_host_mean(arguments, key_mean, "key_mean")
         rotated = np.empty((*query.shape[:2], value_rotation.head_dim), np.float32)
         log_sums = np.empty(query.shape[:2], np.float32)
         codebook = turboquant.codebook_for(values.bits, value_rotation.head_dim)
-        cpu_block_gtq.decode_attention(_folded(query.numpy(), plan, scale), *keys.numpy(),
+        cpu_block_gtq.decode_attention(_folded(query.numpy(), keys.scale.shape[1], plan, scale), *keys.numpy(),
                                        _checked_tables(arguments, plan), values.numpy_planes(), values.scale.numpy(),
                                        codebook.centroids, host_lengths, rotated, log_sums)
         finish_on_cpu(query.numpy(), rotated, log_sums, value_rotation, scale, host(key_mean), out.numpy(),
@@ -260,24 +269,41 @@ class _Codes:
     def numpy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.sign.numpy(), self.magnitude.numpy(), self.scale.numpy()
 
-    def on_host(self) -> Encoded:
-        return Encoded(*self.numpy())
+    def on_host(self, sequences: slice) -> Encoded:
+        return Encoded(*(array[sequences] for array in self.numpy()))
 
     def give(self) -> Encoded:
         return Encoded(self.sign.give(), self.magnitude.give(), self.scale.give())
 
-    def write(self, encoded: Encoded) -> None:
+    def write(self, sequences: slice, encoded: Encoded) -> None:
         for array, values in zip(self.numpy(), (encoded.sign, encoded.magnitude, encoded.scale)):
-            array[...] = values
+            array[sequences] = values
+
+
+def _check_type(arguments, plan):
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{arguments.operator}: plan: expected a Plan from block_gtq.plan, got {type(plan).__name__}")
 
 
 def _check_plan(arguments, plan):
-    """A plan for the KV heads and the head_dim of the other arguments."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"{arguments.operator}: plan: expected a Plan from block_gtq.plan, got {type(plan).__name__}")
-    for name, own in (("kv_heads", plan.kv_heads), ("head_dim", plan.head_dim)):
-        known = arguments.sizes.setdefault(name, own)
-        arguments.require(own == known, "plan", f"one for {name} = {known}", f"one for {own}")
+    """A plan for the KV heads, or for those of all sequences one after another, and for the same head_dim."""
+    batch, kv_heads = (arguments.sizes[name] for name in ("batch", "kv_heads"))
+    head_dim = arguments.sizes.setdefault("head_dim", plan.head_dim)
+    arguments.require(plan.kv_heads in (kv_heads, batch * kv_heads), "plan",
+                      f"one for kv_heads = {kv_heads}, or for batch * kv_heads = {batch * kv_heads}",
+                      f"one for {plan.kv_heads}")
+    arguments.require(plan.head_dim == head_dim, "plan", f"one for head_dim = {head_dim}", f"one for {plan.head_dim}")
+
+
+def _sequences(plan, shape, mean=None):
+    """(sequences, their plan, their mean), [batch, kv_heads] = shape: all at once if they share one plan, else each."""
+    batch, kv_heads = shape[:2]
+    if plan.kv_heads == kv_heads:
+        yield slice(0, batch), plan, mean
+        return
+    for b in range(batch):
+        own = mean[b : b + 1] if mean is not None and mean.ndim == 3 else mean
+        yield slice(b, b + 1), plan.part(b * kv_heads, (b + 1) * kv_heads), own
 
 
 def _rows(plan: Plan) -> dict[str, tuple[int, str]]:
@@ -291,7 +317,7 @@ def _take_keys(arguments, name, encoded, plan) -> _Codes:
     if not isinstance(encoded, Encoded):
         raise TypeError(f"{arguments.operator}: {name}: expected an Encoded from block_gtq.encode, "
                         f"got {type(encoded).__name__}")
-    _check_plan(arguments, plan)
+    _check_type(arguments, plan)
     taken, layouts = {}, {}
     for part, (count, dtype) in _rows(plan).items():
         array = arguments.take(f"{name}.{part}", getattr(encoded, part), f"batch kv_heads tokens {count}", (dtype,),
@@ -303,6 +329,7 @@ def _take_keys(arguments, name, encoded, plan) -> _Codes:
         arguments.require(layout == layouts["scale"], f"{name}.{part}",
                           f"strides of {list(layouts['scale'])} tokens over sequences and heads, as in {name}.scale",
                           list(layout))
+    _check_plan(arguments, plan)
     return _Codes(**taken)
 
 
@@ -371,11 +398,14 @@ def _matrices(plan: Plan) -> np.ndarray:
     return np.stack([plan.matrix(h).T for h in range(plan.kv_heads)]).astype(np.float32)
 
 
-def _folded(query: np.ndarray, plan: Plan, scale: float) -> np.ndarray:
+def _folded(query: np.ndarray, kv_heads: int, plan: Plan, scale: float) -> np.ndarray:
     """q', [batch, kv_heads, group, head_dim] float32."""
     batch, q_heads, head_dim = query.shape
-    grouped = query.astype(np.float32).reshape(batch, plan.kv_heads, q_heads // plan.kv_heads, head_dim)
-    return grouped @ _matrices(plan) * np.float32(scale)
+    grouped = query.astype(np.float32).reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
+    matrices = _matrices(plan)
+    if plan.kv_heads != kv_heads:
+        matrices = matrices.reshape(batch, kv_heads, head_dim, head_dim)
+    return grouped @ matrices * np.float32(scale)
 
 
 def _by_head(x: np.ndarray, kv_heads: int) -> np.ndarray:
