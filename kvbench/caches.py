@@ -7,7 +7,7 @@ from typing import NamedTuple
 from kvbench import codecs
 from kvbench.cache import KVCache, Tail, load
 
-__all__ = ["PRESETS", "KVCache", "Preset", "Tail", "exact", "kivi", "load", "turboquant"]
+__all__ = ["PRESETS", "KVCache", "Preset", "Tail", "block_gtq", "exact", "kivi", "load", "turboquant"]
 
 
 class Preset(NamedTuple):
@@ -78,6 +78,31 @@ def kivi(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, 
                    sinks=sinks, tail=Tail(recent=residual, block=group), dtype=dtype, device=device, backend=backend)
 
 
+def block_gtq(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, key_bits: float = 3.0,
+              value_bits: int = 3, calibration=None, pairing: str = "half", tile: int | None = None,
+              scale_bits: int = 8, seed: int = 0, centred: bool = False, tail: int = 128, sinks: int = 4,
+              dtype: str = "float16", device="cpu", backend: str | None = None) -> KVCache:
+    """Keys by Block-GTQ, with key_bits bits per coordinate on average, more for the RoPE blocks that move logits most;
+    values as TurboQuant codes of value_bits; sinks and tail exact.
+
+    calibration : of the layer, from `kvbench.ops.block_gtq.calibrate` (None: the first append of a sequence, which
+                  should be a prompt, decides its bits, together with the queries that are given with it)
+    pairing     : of RoPE: "half" (Llama, Qwen, Mistral) or "interleaved" (GLM-4, DeepSeek-V2)
+    tile, scale_bits, centred : see `codecs.BlockGTQ`; a calibration with a mean goes with centred=True
+    seed        : of the rotations
+
+    Queries matter: without them the bits follow the energy of the keys alone, and with centred=True, which leaves
+    little of it, they go astray.  With a prompt's queries centring helps as it helps `turboquant`.  head_dim is a
+    multiple of 32.
+    """
+    keys = codecs.BlockGTQ(head_dim, key_bits, calibration, pairing, tile=tile, scale_bits=scale_bits, centred=centred,
+                           seed=2 * seed)
+    rotation = "haar" if head_dim & (head_dim - 1) else "hadamard"
+    values = codecs.TurboQuantMSE(head_dim, value_bits, seed=2 * seed + 1, rotation=rotation)
+    return KVCache(batch, kv_heads, q_heads, head_dim, capacity, keys=keys, values=values, sinks=sinks,
+                   tail=Tail(recent=tail), dtype=dtype, device=device, backend=backend)
+
+
 PRESETS: dict[str, Preset] = {
     "exact": Preset(exact, "16-bit keys and values, dense attention",
                     "arXiv 1706.03762, section 3.2.1; grouped query heads: arXiv 2305.13245"),
@@ -85,4 +110,6 @@ PRESETS: dict[str, Preset] = {
                    "arXiv 2402.02750, section 3.2 and Algorithm 1"),
     "turboquant": Preset(turboquant, "3-bit codes by TurboQuant, keys centred, the first 4 and last 128 tokens exact",
                          "arXiv 2504.19874, Algorithm 1; scales: arXiv 2604.18555"),
+    "block_gtq": Preset(block_gtq, "keys of 3 bits on average by Block-GTQ, values of 3 bits by TurboQuant",
+                        "arXiv 2606.24033"),
 }

@@ -1,11 +1,13 @@
 """The operators of Block-GTQ, its codec, its preset: any allocation in one call, what is refused, stores, quality."""
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import needs
-from kvbench import data
+from kvbench import caches, codecs, data
 from kvbench.ops import block_gtq, turboquant
 from kvbench.ops.block_gtq_records import random_keys
 from kvbench.reference import block_gtq as reference
@@ -219,6 +221,162 @@ def test_the_codes_are_written_where_they_are_wanted_or_nowhere():
         block_gtq.encode(x, plan, out=shared)
     with pytest.raises(ValueError, match="strides"):
         block_gtq.decode(Encoded(out.sign[:, ::-1], out.magnitude, out.scale), plan)
+
+
+# --- The codec and the preset ----------------------------------------------------------------------------------------
+
+
+def normal(seed, shape, dtype=np.float16):
+    """Keys or queries, uneven over coordinates."""
+    rng = generator(seed)
+    return (rng.standard_normal(shape) * 2.0 ** rng.normal(0, 1, shape[-1])).astype(dtype)
+
+
+@st.composite
+def made(draw):
+    """A codec with a calibration or without."""
+    head_dim, centred = draw(st.sampled_from((32, 64, 96))), draw(st.booleans())
+    pairing, rotary_dim = draw(st.sampled_from(reference.PAIRINGS)), draw(st.sampled_from((None, 16)))
+    calibration = None
+    if draw(st.booleans()):
+        calibration = block_gtq.calibrate(normal(draw(SEEDS), (1, 2, 20, head_dim)), pairing=pairing,
+                                          rotary_dim=rotary_dim, centred=centred)
+    return codecs.BlockGTQ(head_dim, draw(st.sampled_from((2.0, 2.5, 3.0, 4.5))), calibration, pairing, rotary_dim,
+                           tile=draw(st.sampled_from((None, 16, 32))), scale_bits=draw(st.sampled_from((8, 16))),
+                           score=draw(st.sampled_from(reference.SCORES)), centred=centred, seed=draw(SEEDS))
+
+
+@settings(max_examples=15)
+@given(codec=made(), seed=SEEDS)
+def test_a_codec_is_rebuilt_from_json(codec, seed):
+    again = codecs.rebuild(json.loads(json.dumps(codec.config())))
+    assert again == codec and hash(again) == hash(codec)
+    x = normal(seed, (2, 2, 5, codec.head_dim))
+    for one, other in zip(codec.encode(x).arrays().items(), again.encode(x).arrays().items()):
+        assert one[0] == other[0] and one[1].tobytes() == other[1].tobytes()
+
+
+@settings(max_examples=15)
+@given(codec=made(), seed=SEEDS)
+def test_rows_are_as_long_as_the_codec_says(codec, seed):
+    packed = codec.encode(normal(seed, (1, 2, 5, codec.head_dim)))
+    held = packed.sign.nbytes + packed.magnitude.nbytes + packed.scale.nbytes
+    assert codec.bits_per_element * 2 * 5 * codec.head_dim == 8 * held
+    plan = codec.plan(packed)
+    assert (plan.scalars, plan.magnitude_words) == (packed.scale.shape[3], packed.magnitude.shape[3])
+    exact = Plan(plan.bits, plan.pairing, plan.rotary_dim)
+    assert exact.magnitude_words == plan.magnitude_words and exact.scalars <= plan.scalars
+
+
+@settings(max_examples=15)
+@given(codec=made(), seed=SEEDS)
+def test_decode_and_logits_estimate_what_was_encoded(codec, seed):
+    x, query = normal(seed, (2, 2, 6, codec.head_dim)), normal(seed + 1, (2, 4, codec.head_dim), np.float32)
+    packed = codec.encode(x)
+    decoded = codec.decode(packed, dtype="float32")
+    assert np.linalg.norm(decoded - x) < 0.6 * np.linalg.norm(x.astype(np.float64))
+    logits = codec.logits(query, packed)
+    expected = np.einsum("bhd,bhtd->bht", query, np.repeat(decoded, 2, axis=1)) * codec.head_dim**-0.5
+    scale = np.linalg.norm(query, axis=-1).max() * np.linalg.norm(decoded, axis=-1).max()
+    assert np.abs(logits - expected).max() <= 1e-5 * scale
+
+
+def test_calibrations_are_files(tmp_path):
+    keys = normal(0, (1, 2, 20, 64))
+    for centred in (False, True):
+        calibration = block_gtq.calibrate(keys, pairing="interleaved", rotary_dim=32, centred=centred)
+        codecs.save_calibration(tmp_path / "layer.safetensors", calibration)
+        again = codecs.load_calibration(tmp_path / "layer.safetensors")
+        assert codecs.BlockGTQ(64, 3.0, again, "interleaved", 32, centred=centred) == codecs.BlockGTQ(
+            64, 3.0, calibration, "interleaved", 32, centred=centred)
+    content = (tmp_path / "layer.safetensors").read_bytes()
+    (tmp_path / "layer.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="damaged"):
+        codecs.load_calibration(tmp_path / "layer.safetensors")
+    with pytest.raises(TypeError, match="calibration: expected a Calibration"):
+        codecs.save_calibration(tmp_path / "other", {})
+
+
+def test_bad_parameters_are_refused():
+    calibration = block_gtq.calibrate(normal(0, (1, 2, 20, 64)), pairing="half")
+    for match, call in {
+        "head_dim: expected a multiple of 32": lambda: codecs.BlockGTQ(48),
+        "average_bits: expected": lambda: codecs.BlockGTQ(64, 9.0),
+        "avg_bits: expected more than 1 bit": lambda: codecs.BlockGTQ(64, 1.0),
+        "tile: expected one of": lambda: codecs.BlockGTQ(64, tile=8),
+        "scale_bits: expected one of": lambda: codecs.BlockGTQ(64, scale_bits=4),
+        "pairing: expected one of": lambda: codecs.BlockGTQ(64, pairing="pairs"),
+        "calibration: expected one for head_dim 32": lambda: codecs.BlockGTQ(32, 3.0, calibration),
+        "calibration: expected one for pairing 'interleaved'": lambda: codecs.BlockGTQ(64, 3.0, calibration,
+                                                                                        "interleaved"),
+        "calibration: expected one with a mean": lambda: codecs.BlockGTQ(64, 3.0, calibration, centred=True),
+        "calibration: expected one for 1 KV heads": lambda: codecs.BlockGTQ(64, 3.0, calibration).allocate(
+            1, 1, 8, "cpu"),
+        "another seed": lambda: codecs.fused(codecs.BlockGTQ(64), codecs.TurboQuantMSE(64)),
+        "not centred": lambda: codecs.fused(codecs.BlockGTQ(64), codecs.TurboQuantMSE(64, seed=1, centred=True)),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(TypeError, match="calibration: expected a Calibration"):
+        codecs.BlockGTQ(64, 3.0, 5)
+
+
+@settings(max_examples=15)
+@given(seed=SEEDS, cuts=st.lists(st.integers(6, 40), max_size=4), centred=st.booleans(), with_queries=st.booleans(),
+       sinks=st.integers(0, 3), tail=st.sampled_from((0, 5)), scale_bits=st.sampled_from((8, 16)))
+def test_a_cache_depends_on_its_tokens_alone(tmp_path_factory, seed, cuts, centred, with_queries, sinks, tail,
+                                             scale_bits):
+    """Calibrated by the first append, whatever follows and however it is cut; saved, loaded, and alone in its batch."""
+    keys, values = normal(seed, (2, 2, 40, 64)), normal(seed + 1, (2, 2, 40, 64))
+    queries = normal(seed + 2, (2, 4, 6, 64)) if with_queries else None
+
+    def filled(rows, edges):
+        cache = caches.block_gtq(len(keys[rows]), 2, 4, 64, 48, centred=centred, sinks=sinks, tail=tail,
+                                 scale_bits=scale_bits)
+        cache.append(keys[rows, :, :6], values[rows, :, :6], None if queries is None else queries[rows])
+        for start, stop in zip([6, *edges], [*edges, 40]):
+            if stop > start:
+                cache.append(keys[rows, :, start:stop], values[rows, :, start:stop])
+        return cache
+
+    query = normal(seed + 3, (2, 4, 64))
+    whole, pieces = filled(slice(0, 2), []), filled(slice(0, 2), sorted(cuts))
+    held = {name: view.to_host().tobytes() for name, view in whole._views()}
+    assert held == {name: view.to_host().tobytes() for name, view in pieces._views()}
+    output = whole.attend(query)
+    path = tmp_path_factory.mktemp("cache") / "layer.safetensors"
+    whole.save(path)
+    assert caches.load(path, capacity=50).attend(query).tobytes() == output.tobytes()
+    for b in range(2):
+        alone = filled(slice(b, b + 1), []).attend(query[b : b + 1])
+        np.testing.assert_allclose(alone[0].astype(float), output[b].astype(float), atol=2e-2 * np.abs(output).max())
+    codec, packed = whole._stores["store.keys"]
+    calibrated = block_gtq.calibrate(keys[:1, :, :6], None if queries is None else queries[:1], pairing="half",
+                                     centred=centred)
+    expected = block_gtq.allocate(block_gtq.score(calibrated), 3.0, tile=16)
+    np.testing.assert_array_equal(packed.bits.to_host()[0, :, 0], expected)
+
+
+def test_a_given_calibration_is_not_replaced():
+    keys, values = normal(0, (1, 2, 30, 64)), normal(1, (1, 2, 30, 64))
+    calibration = block_gtq.calibrate(normal(2, (1, 2, 50, 64)), pairing="half", centred=True)
+    cache = caches.block_gtq(1, 2, 4, 64, 40, calibration=calibration, centred=True, sinks=0, tail=0)
+    cache.append(keys, values)
+    packed = cache._stores["store.keys"][1]
+    expected = block_gtq.allocate(block_gtq.score(calibration), 3.0, tile=16)
+    np.testing.assert_array_equal(packed.bits.to_host()[0, :, 0], expected)
+    np.testing.assert_array_equal(packed.mean.to_host()[0, :, 0], calibration.mean)
+
+
+def test_centring_does_not_change_what_is_merged():
+    """lse of centred codes is that of the keys as they were: sinks and tail weigh as much as they should."""
+    keys, values = normal(0, (1, 2, 60, 64)) + np.float16(3), normal(1, (1, 2, 60, 64))
+    query, outputs = normal(2, (1, 4, 64)) / np.float16(4), []
+    for sinks, tail in ((0, 0), (4, 20)):
+        cache = caches.block_gtq(1, 2, 4, 64, 64, key_bits=8.0, value_bits=8, centred=True, sinks=sinks, tail=tail)
+        cache.append(keys, values)
+        outputs.append(cache.attend(query).astype(float))
+    assert np.abs(outputs[0] - outputs[1]).max() < 0.05 * np.abs(outputs[0]).max()
 
 
 # --- Real keys -------------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_page_needs_nothing_else(demo):
     inside = [reference[1:] for reference in page.references if reference.startswith("#")]
     assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
     assert set(inside) == set(page.identifiers) and len(set(page.identifiers)) == len(page.identifiers)
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
 
 
 def table_rows(text) -> list[list[str]]:

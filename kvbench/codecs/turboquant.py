@@ -96,7 +96,7 @@ class TurboQuantMSE(Codec):
         mean = None
         if self.centred:
             mean = arrays.upload(_means(x), x.device, x.framework, stream=arguments.stream)
-        encoded = turboquant.encode(x, self.turn, self.bits, scale_mode=self.scale_mode, mean=_rows(mean),
+        encoded = turboquant.encode(x, self.turn, self.bits, scale_mode=self.scale_mode, mean=mean_rows(mean),
                                     stream=arguments.stream)
         return TurboQuantTokens(**encoded.planes.arrays(), scale=encoded.scale, mean=mean and mean.give())
 
@@ -105,32 +105,15 @@ class TurboQuantMSE(Codec):
         encoded = self.encoded(packed)
         if packed.mean is None:
             return turboquant.decode(encoded, self.turn, dtype=dtype)
-        arguments = arrays.Arguments("TurboQuantMSE.decode")
-        arguments.require(dtype in NUMPY_TYPE, "dtype", f"one of {', '.join(NUMPY_TYPE)}", repr(dtype))
-        mean = arguments.take("packed.mean", packed.mean, f"batch kv_heads 1 {self.head_dim}", ("float32",),
-                              strided=True)
-        centred = arrays.borrow(turboquant.decode(encoded, self.turn, dtype="float32"), "decoded")
-        result = arguments.result("result", None, centred.shape, dtype)
-        with np.errstate(over="ignore"):
-            result.copy_from((centred.to_host() + mean.to_host()).astype(NUMPY_TYPE[dtype]), arguments.stream)
-        return result.give()
+        return decoded_plus_mean("TurboQuantMSE.decode", packed.mean, self.head_dim, dtype,
+                                 lambda: turboquant.decode(encoded, self.turn, dtype="float32"))
 
     def logits(self, q, packed: TurboQuantTokens, scale: float | None = None):
         """As `Codec.logits`.  What a mean adds, the same number for all tokens of a head, is added on the host."""
         logits = turboquant.logits(q, self.encoded(packed), self.turn, scale=scale)
         if packed.mean is None:
             return logits
-        arguments = arrays.Arguments("TurboQuantMSE.logits")
-        query = arguments.take("q", q, f"batch q_heads {self.head_dim}", arrays.FLOATS)
-        mean = arguments.take("packed.mean", packed.mean, f"batch kv_heads 1 {self.head_dim}", ("float32",),
-                              strided=True)
-        logits = arrays.borrow(logits, "logits")
-        result = arguments.result("result", None, logits.shape, "float32")
-        heads = query.to_host().astype(np.float64).reshape(*mean.shape[:2], -1, self.head_dim)
-        constant = check_scale(arguments, scale, self.head_dim) * (heads @ mean.to_host().swapaxes(-1, -2))
-        total = logits.to_host() + constant.reshape(*logits.shape[:2], 1)
-        result.copy_from(total.astype(np.float32), arguments.stream)
-        return result.give()
+        return logits_plus_mean("TurboQuantMSE.logits", q, packed.mean, self.head_dim, scale, logits)
 
     def encoded(self, packed: TurboQuantTokens) -> Encoded:
         """The same arrays as the operators of `ops.turboquant` take them."""
@@ -152,7 +135,7 @@ class TurboQuantMSE(Codec):
     def write(self, storage: TurboQuantTokens, sequences: slice, start: int, x: arrays.Array, *, stream=None,
               backend=None) -> None:
         rows = _slots(storage, sequences, start, x)
-        turboquant.encode(x, self.turn, self.bits, scale_mode=self.scale_mode, mean=_rows(rows.mean),
+        turboquant.encode(x, self.turn, self.bits, scale_mode=self.scale_mode, mean=mean_rows(rows.mean),
                           out=self.encoded(rows), stream=stream, backend=backend)
 
     def used(self, storage: TurboQuantTokens, sequence: int, tokens: int) -> TurboQuantTokens:
@@ -277,6 +260,31 @@ def _check_parameters(codec) -> arrays.Arguments:
     return arguments
 
 
+def decoded_plus_mean(operator: str, mean, head_dim: int, dtype: str, decode):
+    """decode(), float32 and centred, plus the mean [batch, kv_heads, 1, head_dim] in `dtype`; added on the host."""
+    arguments = arrays.Arguments(operator)
+    arguments.require(dtype in NUMPY_TYPE, "dtype", f"one of {', '.join(NUMPY_TYPE)}", repr(dtype))
+    mean = arguments.take("packed.mean", mean, f"batch kv_heads 1 {head_dim}", ("float32",), strided=True)
+    centred = arrays.borrow(decode(), "decoded")
+    result = arguments.result("result", None, centred.shape, dtype)
+    with np.errstate(over="ignore"):
+        result.copy_from((centred.to_host() + mean.to_host()).astype(NUMPY_TYPE[dtype]), arguments.stream)
+    return result.give()
+
+
+def logits_plus_mean(operator: str, q, mean, head_dim: int, scale: float | None, logits):
+    """Logits of centred keys plus scale <q, mean>, which is added on the host."""
+    arguments = arrays.Arguments(operator)
+    query = arguments.take("q", q, f"batch q_heads {head_dim}", arrays.FLOATS)
+    mean = arguments.take("packed.mean", mean, f"batch kv_heads 1 {head_dim}", ("float32",), strided=True)
+    logits = arrays.borrow(logits, "logits")
+    result = arguments.result("result", None, logits.shape, "float32")
+    heads = query.to_host().astype(np.float64).reshape(*mean.shape[:2], -1, head_dim)
+    constant = check_scale(arguments, scale, head_dim) * (heads @ mean.to_host().swapaxes(-1, -2))
+    result.copy_from((logits.to_host() + constant.reshape(*logits.shape[:2], 1)).astype(np.float32), arguments.stream)
+    return result.give()
+
+
 def _padded(head_dim: int) -> int:
     return -(-head_dim // 32) * 32
 
@@ -318,7 +326,7 @@ def _means(x: arrays.Array) -> np.ndarray:
     return means
 
 
-def _rows(mean: arrays.Array | None) -> arrays.Array | None:
+def mean_rows(mean: arrays.Array | None) -> arrays.Array | None:
     """A mean [batch, kv_heads, 1, head_dim] as the operators take it: [batch, kv_heads, head_dim]."""
     return None if mean is None else mean.reshape(*mean.shape[:2], mean.shape[3])
 
@@ -352,7 +360,7 @@ def _attend(query, key_codec: TurboQuantMSE, keys: TurboQuantTokens, value_codec
             values: TurboQuantTokens, *, lengths, scale, out, lse, workspace, stream, backend) -> None:
     mean = None
     if lse is not None and keys.mean is not None:
-        mean = _rows(arrays.borrow(keys.mean, "keys.mean"))
+        mean = mean_rows(arrays.borrow(keys.mean, "keys.mean"))
     turboquant.decode_attention(query, key_codec.encoded(keys), value_codec.encoded(values), key_codec.turn,
                                 value_codec.turn, lengths=lengths, scale=scale, key_mean=mean, out=out, lse=lse,
                                 workspace=workspace, stream=stream, backend=backend)

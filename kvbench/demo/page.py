@@ -60,6 +60,7 @@ def render(sample: Sample, outcomes: list[Outcome], head: list[str], rows: list[
         pictures.bytes_against_error(outcomes),
         pictures.keys_before_and_after_rotation(sample.keys[0, 0]),
         pictures.attention_mass(attention_mass(sample)),
+        pictures.allocated_bits(sample.keys[0, 0, :decode_steps(sample)[0][1]]),
     ]
     about = sample.metadata
     steps, group = decode_steps(sample), sample.queries.shape[1]

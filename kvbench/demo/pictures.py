@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvbench.demo.measurement import Outcome
-from kvbench.reference import rotation
+from kvbench.reference import block_gtq, rotation
 
 # role -> the colour it is drawn with, and what that becomes on a light and on a dark page
 ROLES = {
@@ -128,6 +128,31 @@ def attention_mass(mass: np.ndarray):
     caption = (f"Softmax mass of the {tokens} tokens, mean over the decode steps. Above: by position; the dots are "
                f"token 0, the attention sink, which takes {sinks}. Below: how few tokens hold how much; {_and(needed)} "
                f"of them hold 85 %.")
+    return figure, caption
+
+
+@picture
+def allocated_bits(keys: np.ndarray):
+    """Energy of the RoPE blocks of keys [tokens, head_dim], and the bits that Block-GTQ gives them, 3 on average."""
+    calibration = block_gtq.calibrate(keys[None, None], pairing="half")
+    energy = calibration.key_energy[0]
+    blocks = np.arange(len(energy))
+    bits = {tile: block_gtq.plan(calibration, 3.0, tile=tile).bits[0] for tile in (2, 16)}
+
+    figure = Figure(figsize=(WIDTH_INCHES, 3.9), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.bar(blocks, energy, color=SERIES[0])
+    above.set(yscale="log", ylabel="energy of the keys")
+    below.bar(blocks, bits[16], color=SERIES[1], label="in tiles of 16 coordinates")
+    below.stairs(bits[2], np.append(blocks - 0.5, len(blocks) - 0.5), color=INK, label="each block for itself")
+    below.axhline(3, color=FAINT, linewidth=1)
+    below.set(xlabel="RoPE block, fastest first", ylabel="bits per coordinate")
+    below.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), handlelength=1.2, columnspacing=1)
+    largest, least = energy.max() / np.median(energy), energy.min() / np.median(energy)
+    caption = (f"How Block-GTQ spends 3 bits per coordinate on the {len(blocks)} RoPE blocks of the prompt's keys. "
+               f"Above: their energy, from {least:.2g} to {largest:.2g} times the median. Below: bits, one more for "
+               f"every factor of four; blocks of equal bits are rotated together and share a scalar, so that tiles, "
+               f"of which there are fewer, cost fewer bytes.")
     return figure, caption
 
 

@@ -189,7 +189,8 @@ def logits(query, encoded: Encoded, plan: Plan, *, scale: float | None = None, o
             result = reference.logits(query.numpy()[b], codes.on_host(b), part, scale=scale)
             round_into(out.narrow(0, b.start, b.stop), result)
     else:
-        cpu_block_gtq.logits(_folded(query.numpy(), codes.scale.shape[1], plan, scale), *codes.numpy(), _checked_tables(arguments, plan),
+        checked = _checked_tables(arguments, plan)
+        cpu_block_gtq.logits(_folded(query.numpy(), codes.scale.shape[1], plan, scale), *codes.numpy(), checked,
                              out.numpy())
     return out.give()
 
