@@ -22,7 +22,8 @@ What is left open there is decided so:
 
     k'          float32: one subtraction.  A token whose k' is not finite enters no statistic; its codes are 0 and its
                 k_hat' is 0.  A zero of either sign is positive
-    mu, alpha   float32.  alpha_d = 1 where the maximum is below 2^-100: then no product is a subnormal that matters
+    mu, alpha   float32.  alpha_d = 1 where the maximum is below 2^-100, and 2^125 at most: neither 1 / alpha nor a
+                product that matters is subnormal
     1 / alpha   is rounded to float32, and a = |k'| (1 / alpha): one multiplication
     a_hat       `kivi.encode_values` of a, values likewise: a is rounded to float16 (saturating: it reaches 65504 for a
                 key 65504 times outside the range of the prompt), and ties of m go to the even code
@@ -85,7 +86,7 @@ MAGNITUDE_BITS = 2
 CENTRES = ("mean", "median", "none")
 SINKS = ("topk_last_query", "first", "none")
 TABLES = ("mean", "each")
-SMALLEST_SCALE = 2.0**-100         # of a channel; below it counts as zero
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**125     # of a channel; below the smallest counts as zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +211,7 @@ def residual(keys, mean) -> np.ndarray:
 
 
 def channel_scale(keys, mean, *, excluded=None, lengths=None) -> np.ndarray:
-    """alpha, [batch, kv_heads, head_dim] float32: max |k'| over the stored tokens, or 1 where that is below 2^-100.
+    """alpha, [batch, kv_heads, head_dim] float32: max |k'| over the stored tokens, 2^125 at most, 1 if below 2^-100.
 
     excluded : [batch, kv_heads, n] int, positions that stay exact; negative ones are none
     """
@@ -218,7 +219,7 @@ def channel_scale(keys, mean, *, excluded=None, lengths=None) -> np.ndarray:
     x = np.abs(residual(keys, mean))
     stored = _stored(keys.shape, excluded, lengths)[..., None] & ~np.isnan(x)
     largest = x.max(axis=2, where=stored, initial=0)
-    return np.where(largest < SMALLEST_SCALE, np.float32(1), largest)
+    return np.where(largest < SMALLEST_SCALE, np.float32(1), np.minimum(largest, np.float32(LARGEST_SCALE)))
 
 
 def build_codebook(keys, mean, *, excluded=None, lengths=None) -> np.ndarray:
@@ -250,29 +251,29 @@ def build_codebook(keys, mean, *, excluded=None, lengths=None) -> np.ndarray:
 # --- Keys and their codes --------------------------------------------------------------------------------------------
 
 
-def encode(keys, mean, channel_scale, *, check_finite: bool = False) -> Encoded:
+def encode(x, mean, channel_scale, *, check_finite: bool = False) -> Encoded:
     """Signs and magnitudes of keys, token by token: of a prompt, or of what was generated since.
 
-    keys          : [batch, kv_heads, tokens, head_dim], after RoPE, head_dim a multiple of 32
+    x             : [batch, kv_heads, tokens, head_dim], keys after RoPE, head_dim a multiple of 32
     mean          : mu, [batch, kv_heads, head_dim] or [kv_heads, head_dim] float32
     channel_scale : alpha, likewise, positive
-    check_finite  : raise ValueError where keys hold NaN or Inf, instead of codes 0 for that token
+    check_finite  : raise ValueError where x holds NaN or Inf, instead of codes 0 for that token
     """
-    keys, _ = _keys(keys, None)
-    if check_finite and not np.isfinite(keys.astype(np.float64)).all():
-        first = np.argwhere(~np.isfinite(keys.astype(np.float64)).all(axis=-1))[0].tolist()
-        raise ValueError(f"self_indexing: keys: expected finite numbers, got NaN or Inf, the first at [batch, kv_head, "
+    x, _ = _keys(x, None, "x")
+    if check_finite and not np.isfinite(x.astype(np.float64)).all():
+        first = np.argwhere(~np.isfinite(x.astype(np.float64)).all(axis=-1))[0].tolist()
+        raise ValueError(f"self_indexing: x: expected finite numbers, got NaN or Inf, the first at [batch, kv_head, "
                          f"token] = {first}")
     alpha = np.asarray(channel_scale, np.float32)
     if not (np.isfinite(alpha) & (alpha > 0)).all():
         raise ValueError("self_indexing: channel_scale: expected positive finite numbers, got "
                          f"{alpha[~(np.isfinite(alpha) & (alpha > 0))][0]}")
-    x = residual(keys, mean)
+    centred = residual(x, mean)
     inverse = (np.float32(1) / alpha)[..., None, :]
     with np.errstate(over="ignore"):
-        a = np.abs(x) * inverse                                                                # float32, may be inf
+        a = np.abs(centred) * inverse                                                          # float32, may be inf
     a = np.where(np.isposinf(a), np.float32(kivi.LARGEST), a)
-    return Encoded(pack_signs(x >= 0), kivi.encode_values(a, MAGNITUDE_BITS, GROUP))
+    return Encoded(pack_signs(centred >= 0), kivi.encode_values(a, MAGNITUDE_BITS, GROUP))
 
 
 def decode(encoded: Encoded, channel_scale) -> np.ndarray:
@@ -302,13 +303,13 @@ def pack_signs(positive) -> np.ndarray:
 def unpack_signs(words) -> np.ndarray:
     """[..., head_dim / 32] uint32 -> [..., head_dim] bool."""
     bits = np.asarray(words)[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
-    return bits.reshape(*bits.shape[:-2], -1).astype(bool)
+    return bits.reshape(*bits.shape[:-2], 32 * bits.shape[-2]).astype(bool)
 
 
 def codes(sign) -> np.ndarray:
     """[..., head_dim / 32] uint32 -> code of every group of four channels, [..., head_dim / 4] uint8."""
     nibbles = np.asarray(sign)[..., None] >> (4 * np.arange(8, dtype=np.uint32)) & np.uint32(15)
-    return nibbles.reshape(*nibbles.shape[:-2], -1).astype(np.uint8)
+    return nibbles.reshape(*nibbles.shape[:-2], 8 * nibbles.shape[-2]).astype(np.uint8)
 
 
 def quantised_keys(sign, codebook) -> np.ndarray:
@@ -393,15 +394,16 @@ def selected_tokens(budget: int | float, tokens: int, exact: int) -> int:
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
-def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_scale, indices, counts, *, mean=None,
-                            exact_keys=None, exact_values=None, exact_lengths=None, scale=None,
+def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_scale, indices, counts, *, lengths=None,
+                            mean=None, exact_keys=None, exact_values=None, exact_lengths=None, scale=None,
                             return_lse: bool = True):
     """Attention to the selected tokens, dequantised, and to the exact ones: one softmax over both.
 
     query         : [batch, q_heads, head_dim]
     keys, values  : of [batch, kv_heads, tokens, head_dim]        channel_scale : alpha, [batch, kv_heads, head_dim]
-    indices       : [batch, kv_heads, n] int32, positions of the selected tokens; those outside the store are none
+    indices       : [batch, kv_heads, slots] int32, positions of the selected tokens, none twice
     counts        : [batch, kv_heads] int32, how many of `indices` are meant
+    lengths       : [batch] int, tokens of each store (default: all); positions outside 0 ... length - 1 are left out
     mean          : mu, [batch, kv_heads, head_dim] (default 0): exact keys are not centred, k_hat' + mu is the selected
     exact_keys    : [batch, kv_heads, exact, head_dim], sinks and tail as they were given; exact_values likewise
     exact_lengths : [batch] int, how many of them there are (default: all)        scale : default head_dim ** -0.5
@@ -413,12 +415,13 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     batch, q_heads, head_dim = query.shape
     kv_heads = keys.sign.shape[1]
     held_keys, held_values = decode(keys, channel_scale), kivi.decode(values)
+    lengths = _lengths(lengths, batch, keys.tokens)
     if mean is not None:
         held_keys = held_keys + np.asarray(mean, np.float64)[..., None, :]
     output, lse = np.zeros(query.shape), np.full((batch, q_heads), -np.inf)
     for b, h in np.ndindex(batch, kv_heads):
         chosen = np.asarray(indices)[b, h, : max(int(counts[b, h]), 0)]
-        chosen = chosen[(chosen >= 0) & (chosen < keys.tokens)]
+        chosen = chosen[(chosen >= 0) & (chosen < lengths[b])]
         parts = [(held_keys[b, h, chosen], held_values[b, h, chosen])]
         if exact_keys is not None:
             number = np.shape(exact_keys)[2] if exact_lengths is None else int(exact_lengths[b])
@@ -433,10 +436,10 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
 # --- Steps shared by the above ---------------------------------------------------------------------------------------
 
 
-def _keys(keys, lengths):
+def _keys(keys, lengths, name="keys"):
     keys = np.asarray(keys)
     if keys.ndim != 4 or keys.shape[3] % GROUP or not keys.shape[3]:
-        raise ValueError("self_indexing: keys: expected [batch, kv_heads, tokens, head_dim], head_dim a multiple of "
+        raise ValueError(f"self_indexing: {name}: expected [batch, kv_heads, tokens, head_dim], head_dim a multiple of "
                          f"{GROUP}, got {list(keys.shape)}")
     return keys, _lengths(lengths, keys.shape[0], keys.shape[2])
 
@@ -868,6 +871,6 @@ CLAIMS = (
     Claim("order of the bits", "each sign is one bit of one word and of one code", "definition", "identity", _order,
           samples=1),
     Claim("operands", "shifts and masks give byte offsets of look-ups; comparisons with s / 2, 3 s / 2 and 5 s / 2 "
-          "give the codes of a magnitude without a division", "derived in reference/self_indexing.py", "identity", _operands,
-          samples=200),
+          "give the codes of a magnitude without a division", "derived in reference/self_indexing.py", "identity",
+          _operands, samples=200),
 )

@@ -33,7 +33,6 @@ def test_one_stem_leads_through_all_layers(stem):
 def test_no_stray_kernel_or_operator_file():
     """A large operator may have its launches and its records in files of their own, <stem>_launch and <stem>_records."""
     helpers = {"__init__", "claim", "convert", "dispatch", "codebook", "planes", "rotated", "tiles"}
-    helpers |= {"self_indexing"}      # references without kernels
     for folder, suffix in (("reference", ".py"), ("cuda_src", ".cu"), ("kvbench/cpu", ".py"), ("kvbench/ops", ".py")):
         stems = {re.sub("_(launch|records)$", "", path.stem) for path in (ROOT / folder).glob(f"*{suffix}")} - helpers
         assert stems <= set(STEMS), folder

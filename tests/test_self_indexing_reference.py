@@ -167,7 +167,7 @@ def test_values_that_are_not_finite_stay_in_their_token(bad):
     encoded = encode(keys, frozen.mean, frozen.channel_scale)
     assert not encoded.sign[0, 1, 7].any() and not decode(encoded, frozen.channel_scale)[0, 1, 7].any()
     assert np.isfinite(score(query, encoded.sign, frozen.codebook)).all()
-    with pytest.raises(ValueError, match=r"keys: expected finite numbers, .* = \[0, 1, 7\]"):
+    with pytest.raises(ValueError, match=r"x: expected finite numbers, .* = \[0, 1, 7\]"):
         encode(keys, frozen.mean, frozen.channel_scale, check_finite=True)
 
 
