@@ -19,8 +19,8 @@
 // self_indexing_tables_kernel: the tables alone.
 //
 // self_indexing_encode_kernel
-//   Work      D / 8 lanes share a token, 8 channels each: one load of 16 bytes for 16-bit keys.  mu and 1 / alpha of its
-//             channels stay in the registers of a lane.  Four lanes share a group of 32 channels and find its range by
+//   Work      D / 8 lanes share a token, 8 channels each: one load of 16 bytes for 16-bit keys.  mu and 1 / alpha of
+//             its channels stay in the registers of a lane.  Four lanes share a group of 32 channels and find its range by
 //             two shuffles; lanes with the same place in their group put their fields of a code word together, by two
 //             more for each of two words (one word, one shuffle at D = 64).
 //   Codes     (a - m) / s is compared with 1/2, 3/2 and 5/2 without the division, exactly (claim "operands").
@@ -354,7 +354,7 @@ constexpr float kSparseGap = 8.f;
 // channel_scale, mean : (batch, kv_heads, D), mean may be null
 // indices : (batch, kv_heads, slots), strides in elements     counts : (batch, kv_heads)     lengths : (batch,) or null
 // exact_keys, exact_values : (batch, kv_heads, exact, D), strides in elements; exact_lengths : (batch,) or null
-// lse : (batch, kv_heads * group) or null                                           scale_log2 = softmax scale * log2(e)
+// lse : (batch, kv_heads * group) or null     scale_log2 = softmax scale * log2(e)
 // partial_output, partial_statistics, tickets : kvb/splits.cuh
 template <int D, int BITS>
 __global__ void __launch_bounds__(kSelfIndexingThreads) self_indexing_attention_kernel(

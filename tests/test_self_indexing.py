@@ -247,7 +247,7 @@ GOOD_SCORE = {"query": normal(2, (1, 4, 64)), "sign": CODED.sign,
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [
-    ({"query": normal(2, (1, 3, 64))}, ValueError, "query: expected q_heads a positive multiple of kv_heads = 2, got 3"),
+    ({"query": normal(2, (1, 3, 64))}, ValueError, "query: expected q_heads a positive multiple of kv_heads = 2, got"),
     ({"codebook": np.zeros((1, 2, 16, 4, 4), np.float32)}, ValueError, "codebook: expected shape"),
     ({"sign": CODED.sign.astype(np.int32)}, TypeError, "sign: expected dtype uint32, got int32"),
     ({"sign": CODED.sign[:, :, ::2]}, ValueError, "sign: expected tokens that follow one another, 2 elements each"),
