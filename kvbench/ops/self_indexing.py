@@ -12,8 +12,8 @@ import numpy as np
 from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import self_indexing as cpu_self_indexing
-from kvbench.ops import attention, dispatch, self_indexing_launch
-from kvbench.ops.dispatch import check_heads, choose, round_into
+from kvbench.ops import attention, self_indexing_launch
+from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, round_into
 from kvbench.reference import kivi
 from kvbench.reference import self_indexing as reference
 from kvbench.reference.self_indexing import CODES, GROUP, MAGNITUDE_BITS, SUBVECTOR, TABLES, Encoded
@@ -24,7 +24,6 @@ workspace = attention.workspace    # attention needs the same scratch
 
 BACKENDS = registry.BACKENDS
 HOST_BACKENDS = ("reference", "cpu")
-CUDA_HEAD_DIMS = (64, 128, 256)
 
 
 # ---- keys and their codes --------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def encode(x, mean, channel_scale, *, check_finite: bool = False, out: Encoded |
         arguments.require(bool((np.isfinite(alpha) & (alpha > 0)).all()), "channel_scale", "positive finite numbers",
                           "others")
     if check_finite:
-        dispatch.check_finite(arguments, x)
+        require_finite(arguments, x)
 
     if backend == "reference":
         codes.write(reference.encode(x.numpy(), mean.numpy(), channel_scale.numpy()))
@@ -427,7 +426,7 @@ def _check_head_dim(arguments, name, head_dim) -> int:
 
 
 def _check_cuda_head_dim(arguments, name, head_dim, backend):
-    arguments.require(head_dim in CUDA_HEAD_DIMS, name, f"head_dim 64, 128 or 256 on backend {backend!r}", head_dim)
+    check_cuda_head_dim(arguments, name, head_dim, backend)
 
 
 def _host(array):
