@@ -10,7 +10,8 @@ from kvbench import loaders, registry
 from kvbench.arrays import FLOATS, Arguments
 from kvbench.cpu import quest as cpu_quest
 from kvbench.ops import attention
-from kvbench.ops.dispatch import CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, choose, random_normal, relative_error
+from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, check_cuda_head_dim, choose,
+                                  random_normal, relative_error)
 from kvbench.ops.turboquant_launch import QUERY_TYPE
 from kvbench.reference import quest as reference
 from kvbench.reference.quest import Pages
@@ -196,8 +197,7 @@ def _stored(arguments, out, shape, inputs):
 
 
 def _check_cuda(arguments, backend, *, low, high, keys=None):
-    arguments.require(low.shape[3] in attention.CUDA_HEAD_DIMS, "keys" if keys else "pages",
-                      f"head_dim 64, 128 or 256 on backend {backend!r}", low.shape[3])
+    check_cuda_head_dim(arguments, "keys" if keys else "pages", low.shape[3], backend)
     arguments.require(low.strides == high.strides, "low, high", "the same strides", [low.strides, high.strides])
     for name, array in (("keys", keys), ("low", low), ("high", high)):
         arguments.require(array is None or array.aligned(16), name, "rows at multiples of 16 bytes",
