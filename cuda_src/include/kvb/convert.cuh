@@ -91,18 +91,4 @@ __device__ __forceinline__ uint4 pack_chunk<float>(const float* x) {
   return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
 
-// One number of an array whose type is known at run time: 0 float, 1 fp16, 2 bf16.
-__device__ __forceinline__ float load_float(const void* x, int type, u64 index) {
-  if (type == 0) return static_cast<const float*>(x)[index];
-  if (type == 1) return to_float(static_cast<const __half*>(x)[index]);
-  return to_float(static_cast<const __nv_bfloat16*>(x)[index]);
-}
-__device__ __forceinline__ void store_float(void* x, int type, u64 index, float value) {
-  if (type == 0) static_cast<float*>(x)[index] = value;
-  else if (type == 1)
-    static_cast<__half*>(x)[index] = from_float<__half>(value);
-  else
-    static_cast<__nv_bfloat16*>(x)[index] = from_float<__nv_bfloat16>(value);
-}
-
 }  // namespace kvb
