@@ -1,7 +1,8 @@
 """Make the tables and the pictures of README.md again:  make figures
 
-Tables and the pictures beside them come from the results of `kvbench bench --json` in results/<machine>/*.json, the
-picture of keys and attention from the shipped sample.
+The tables come from the results of `kvbench bench --json` in results/<machine>/*.json and of `kvbench eval --json` in
+results/<model>/eval.json, the pictures beside them from the same, the picture of keys and attention from the shipped
+sample.
 """
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 from kvbench import bench, data
 from kvbench.cli import table
 from kvbench.demo import measurement, pictures
+from kvbench.evaluate import driver as eval_driver
+from kvbench.evaluate import results as eval_results
 from kvbench.reference import rotation
 from kvbench.report import contents
 
@@ -22,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 MARKERS = ("o", "s", "^", "D")
 PANELS = 2             # shapes whose speed-up is drawn, those with most results
+EVAL = "eval.json"     # in the folder of a model
+GOALS = (4, 3, 2)      # bits; a cache counts for one if it really takes at most half a bit more
 BEGIN, END = "<!-- results: made by results/figures.py -->\n", "<!-- end of results -->\n"
 
 
@@ -29,7 +34,8 @@ def main() -> None:
     (HERE / "sample.svg").write_text(pictures.standalone(sample_picture(data.sample())[0]), encoding="utf-8")
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    sections = [results_table(folder) for folder in sorted(HERE.iterdir()) if folder.is_dir()]
+    folders = [folder for folder in sorted(HERE.iterdir()) if folder.is_dir()]
+    sections = [model_tables(folder) if (folder / EVAL).exists() else results_table(folder) for folder in folders]
     README.write_text(before + BEGIN + "".join(sections) + END + after, encoding="utf-8")
 
 
@@ -63,6 +69,35 @@ def results_pictures(folder: Path, held: dict):
             svg, _ = draw(rows, look, held["runs"][rows[0]["run"]])
             (folder / f"{name}.svg").write_text(pictures.standalone(svg), encoding="utf-8")
             yield f"![{words}]({folder.relative_to(HERE.parent)}/{name}.svg)\n\n"
+
+
+def model_tables(folder: Path) -> str:
+    """What every evaluated cache costs one model, and the best within 4, 3 and 2 bits; nothing for an unfinished run."""
+    document = eval_results.load(folder / EVAL)
+    if not document["complete"]:
+        return ""
+    cases = {(case["task"], case["cache"]): case for case in eval_results.means(document["cases"])}
+    setup = document["setup"]["perplexity"]
+    decoded = [case for case in cases.values() if case["task"] == "perplexity"]
+
+    def row(case):
+        alone, needle = cases.get(("codecs", case["cache"])), cases.get(("needle", case["cache"]))
+        return [f"`{case['cache']}`" if case["cache"] != eval_driver.MODEL else "the model itself",
+                f"{case['bits_per_element']:.2f}", f"{case['metrics']['perplexity']:.2f}",
+                f"{case['metrics']['loss_percent']:+.1f}", *(
+                    [f"{alone['bits_per_element']:.2f}", f"{alone['metrics']['loss_percent']:+.1f}"] if alone else
+                    ["", ""]), f"{100 * needle['metrics']['found']:.0f}" if needle else ""]
+
+    best = [(bits, eval_results.best_within(decoded, bits + 0.5, "loss_percent")) for bits in GOALS]
+    return (f"{setup['model']}, perplexity of {setup['tokens']} tokens of English prose after a prompt of "
+            f"{setup['prompt']}, each decoded through the cache; bits are all that the cache holds, exact tokens and "
+            "scales included. Codes alone: every key and value encoded, none kept exact. Needles: share found in "
+            f"{'/'.join(map(str, document['setup']['needle']['lengths']))} tokens.\n\n"
+            + table(["cache", "bits", "perplexity", "loss %", "codes alone: bits", "loss %", "needles %"],
+                    [row(case) for case in decoded], "lrrrrrr") + "\n\n"
+            + table(["at most", "best cache", "bits", "loss %"],
+                    [[f"{bits + 0.5:g} bits", *(row(case)[i] for i in (0, 1, 3))] for bits, case in best if case],
+                    "llrr") + "\n\n")
 
 
 def _order(case: dict) -> tuple:
