@@ -72,7 +72,7 @@ def results_pictures(folder: Path, held: dict):
 
 
 def model_tables(folder: Path) -> str:
-    """What every evaluated cache costs one model, and the best within 4, 3 and 2 bits; nothing for an unfinished run."""
+    """What each evaluated cache costs one model, and the best within 4, 3 and 2 bits; nothing for an unfinished run."""
     document = eval_results.load(folder / EVAL)
     if not document["complete"]:
         return ""

@@ -144,6 +144,7 @@ def test_smollm2_captures_are_those_of_the_shipped_sample():
     """Another text, but the same layer: its keys have the same outlier channels as the sample's."""
     model = models.load("smollm2")
     captured, = capture.capture(model, models.read_text(None), 512, [22], "a test")
-    rms = [np.sqrt(np.mean(x[0, 0].astype(np.float64) ** 2, axis=0)) for x in (captured.keys[:, 1:2], data.sample().keys)]
+    rms = [np.sqrt(np.mean(x[0, 0].astype(np.float64) ** 2, axis=0))
+           for x in (captured.keys[:, 1:2], data.sample().keys)]
     assert captured.keys.shape == (1, 3, 512, 64) and captured.queries.shape[1] == 9
     assert set(np.argsort(rms[0])[-3:]) == set(np.argsort(rms[1])[-3:])

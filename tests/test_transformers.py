@@ -139,7 +139,8 @@ def test_a_prompt_in_parts_gives_the_logits_of_stock_transformers(llama, first, 
     llama.set_attn_implementation("sdpa")
     with torch.no_grad():
         expected = llama(input_ids=ids, attention_mask=mask).logits
-    found = logits_of(llama, KVBenchCache(llama, "exact", sinks=2, tail=3), *(p for p in parts if p.shape[1]), mask=mask)
+    cache = KVBenchCache(llama, "exact", sinks=2, tail=3)
+    found = logits_of(llama, cache, *(part for part in parts if part.shape[1]), mask=mask)
     real = slice(None) if mask is None else mask.bool()
     # Two float32 ways of one sum, through two layers.
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-3)
@@ -188,8 +189,10 @@ def test_padding_never_reaches_the_codes(llama):
         logits_of(llama, alone, inputs["input_ids"][i:i + 1, 17 - length:])
         for packed, expected in zip(cache.packed, alone.packed):
             for found, wanted in zip(packed.stored(i), expected.stored()):
-                # Rounding of the projections, seen through the codes: a different code would differ by a quantiser step.
-                np.testing.assert_allclose(found, wanted, rtol=0.02, atol=2e-2 * np.abs(wanted).max())
+                # Keys differ by rounding, and a coordinate next to a decision may then get another code; a mean or a
+                # scale with padding in it would change every vector.
+                same = np.abs(found - wanted).max(axis=2) < 1e-2 * np.abs(wanted).max()
+                assert found.shape == wanted.shape and same.mean() > 0.9
 
 
 def test_every_layer_counts_all_tokens_and_holds_few_bytes(llama):

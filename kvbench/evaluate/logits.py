@@ -53,8 +53,8 @@ def measure(capture: Capture, spec: Spec, queries: int = 64, device: str = "cpu"
         held = len(cache)
         cache.append(keys.narrow(2, held, seen), values.narrow(2, held, seen), q=queries_at([row]))
         query = np.ascontiguousarray(capture.queries[:, :, row])
-        output = cache.attend(arrays.upload(query, device))
-        steps.append((query[0].astype(np.float64), seen, arrays.borrow(output, "output").to_host()[0].astype(np.float64),
+        output = arrays.borrow(cache.attend(arrays.upload(query, device)), "output").to_host()
+        steps.append((query[0].astype(np.float64), seen, output[0].astype(np.float64),
                       _attended(cache, seen, q_heads)))
 
     changed = cache.stored()[0].astype(np.float64)

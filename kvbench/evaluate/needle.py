@@ -1,8 +1,8 @@
 """`kvbench eval --task needle`: does a model still find one sentence in a long text, through a compressed cache?
 
-A text of so many tokens holds, at a given depth, "The secret number of CITY is DIGITS."  It is the prompt: it attends to
-itself exactly and is compressed.  The question and the answer then attend to the compressed cache.  The needle is found
-if every token of the answer is the model's first choice, which is what greedy decoding would have written.
+A text of so many tokens holds, at a given depth, "The secret number of CITY is DIGITS."  It is the prompt: it attends
+to itself exactly and is compressed.  The question and the answer then attend to the compressed cache.  The needle is
+found if every token of the answer is the model's first choice, which is what greedy decoding would have written.
 """
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 
 
 def _refuse_lost_handle(query, key, mask, options) -> None:
-    """A model that changes the keys after `update` drops the handle; attending to them alone would be silently wrong."""
+    """A model that changes keys after `update` drops the handle: attending to them alone would be silently wrong."""
     positions = options.get("position_ids")
     only_new = key.shape[2] == query.shape[2]
     if (mask is not None and mask.shape[-1] > key.shape[2]) \
