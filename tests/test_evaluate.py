@@ -302,14 +302,15 @@ def test_logits_of_the_sample_need_no_model(tmp_path, capsys):
 
 def test_resumed_runs_measure_what_is_missing(folder, tmp_path, capsys, monkeypatch):
     path = tmp_path / "eval.json"
-    run(folder, "--cache", "exact", path=path)
     _, first = run(folder, "--cache", "exact", path=path)
+    _, both = run(folder, "--task", "codecs", "--cache", "exact", "--resume", path=path)
+    assert list(both["setup"]) == ["perplexity", "codecs"] and both["cases"][-2:] == first["cases"]
     monkeypatch.setattr(perplexity, "of_model", lambda *a: pytest.fail("the baseline is known"))
-    _, second = run(folder, "--cache", TINY_CACHE, "--cache", "exact", "--resume", path=path)
-    assert [case["cache"] for case in second["cases"]] == ["model", TINY_CACHE, "exact"]
-    assert second["cases"][0] == first["cases"][0] and second["cases"][2] == first["cases"][1]
-    _, third = run(folder, "--cache", "exact", "--resume", path=path)
-    assert sorted(case["cache"] for case in third["cases"]) == sorted(["model", TINY_CACHE, "exact"]), "nothing is lost"
+    _, third = run(folder, "--cache", TINY_CACHE, "--cache", "exact", "--resume", path=path)
+    assert [case["cache"] for case in third["cases"][:3]] == ["model", TINY_CACHE, "exact"]
+    assert [third["cases"][0], third["cases"][2]] == first["cases"] and third["cases"][3:] == both["cases"][:2]
+    _, fourth = run(folder, "--cache", "exact", "--resume", path=path)
+    assert len(fourth["cases"]) == 5, "caches that this run does not name are kept"
     with pytest.raises(pytest.fail.Exception):
         run(folder, "--cache", "exact", "--resume", "--prompt", "11", path=path)        # another setup
 

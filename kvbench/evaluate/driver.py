@@ -58,32 +58,36 @@ def run(settings: Settings, json_path: Path | None = None, progress: Callable[[s
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "complete": False,
         "command": settings.command, "machine": machine.describe(),
         "versions": machine.versions() | _more_versions(), "source": machine.source(), "setup": {}, "cases": []}
-    before = results.load(json_path) if settings.resume and json_path and json_path.exists() else None
+    before = results.load(json_path) if settings.resume and json_path and json_path.exists() else document
+    planned = {task: getattr(plan, task)() for task in settings.tasks}
+    # What is kept: cases of the same setup, and tasks that this run does not touch.
+    same = [task for task, setup in before["setup"].items() if task not in planned or setup == planned[task][0]]
+    kept = {(case["task"], case["cache"], case["source"]): case for case in before["cases"] if case["task"] in same}
+    document["setup"] = {task: before["setup"][task] for task in same} | {
+        task: setup for task, (setup, _) in planned.items()}
+
+    def write():
+        if json_path:
+            results.write({**document, "cases": document["cases"] + list(kept.values())}, json_path)
+
     done = Run(document)
     try:
-        for task in settings.tasks:
-            setup, cases = getattr(plan, task)()
-            document["setup"][task] = setup
-            kept = {}
-            if before and before["setup"].get(task) == setup:
-                kept = {(case["cache"], case["source"]): case for case in before["cases"] if case["task"] == task}
+        for task, (_, cases) in planned.items():
             for cache, source, measure in cases:
-                found = kept.pop((cache, source), None)
+                found = kept.pop((task, cache, source), None)
                 if found is None:
                     start = time.perf_counter()
                     found = {"task": task, "cache": cache, "source": source, **measure(document["cases"]),
                              "seconds": round(time.perf_counter() - start, 1)}
                 document["cases"].append(found)
-                if json_path:
-                    results.write({**document, "cases": document["cases"] + list(kept.values())}, json_path)
-            document["cases"] += kept.values()
+                write()
         document["complete"] = True
     except KeyboardInterrupt:
         done.interrupted = True
     finally:
         progress("")
-    if json_path:
-        results.write(document, json_path)
+    write()
+    document["cases"] += kept.values()
     return done
 
 
