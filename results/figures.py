@@ -138,7 +138,7 @@ def speedup_picture(rows: list[dict], look: dict[str, dict], run: dict):
         axis.set_xticks(tokens, [f"{count // 1024}K" if count % 1024 == 0 else str(count) for count in tokens])
         axis.minorticks_off()
         axis.grid(True, axis="y")
-    panels[0].set_ylabel("times the best 16-bit")
+    panels[0].set_ylabel("times the best exact")
     _legend(figure, panels)
     return figure, ""
 

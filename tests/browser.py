@@ -75,9 +75,9 @@ class Browser:
                         ".map(e => e.textContent.trim())", selector)
 
     def complaints(self):
-        """Errors and warnings of the page's console."""
+        """Errors in the console of the page."""
         return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})
-                if entry["level"] in ("SEVERE", "WARNING")]
+                if entry["level"] == "SEVERE"]
 
     def screenshot(self):
         """PNG, in base64."""

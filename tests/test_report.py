@@ -179,7 +179,7 @@ def rows_of(*runs):
     return contents.contents([{**one, "file": f"{i}.json"} for i, one in enumerate(runs)], [])["rows"]
 
 
-def test_speedup_is_over_the_best_16_bit_attention_of_the_same_shape():
+def test_speedup_is_over_the_best_exact_attention_of_the_same_shape():
     baselines = [("fast", 30, {}), ("slow", 60, {}), ("eight", 20, {"storage": "fp8"})]
     codes = case("turboquant.decode_attention", 10, baselines, bits=2)
     alone = case("turboquant.decode_attention", 5, bits=3)         # timed in another run, without baselines

@@ -63,7 +63,7 @@ class Live:
                     _number(None if spread is None else 100 * spread, ".1f"), _number(hot and hot["median_us"], ".2f"),
                     _number(rotating and rotating["median_us"], ".2f"), _number(entry["gbps"], ".4g"),
                     _number(entry["percent_of_copy"], ".1f"), _number(entry.get("percent_of_attainable"), ".1f"),
-                    _number(None if used is None else used / 1e6, ".3g"), _number(entry["error"], ".1e"),
+                    _number(None if used is None else used / 1e6, ".2f"), _number(entry["error"], ".1e"),
                     "; ".join(notes + remarks(entry, limits))])
 
     def _line(self, cells: list[str]) -> None:

@@ -108,13 +108,13 @@ function withTip(element, text) {
 
 const spread = (values, factor) => [Math.min(...values) / factor, Math.max(...values) * factor];
 
-// Speed-up over the best 16-bit attention against tokens, a line per method.
+// Speed-up over the best exact attention against tokens, a line per method.
 function drawSpeedup(width, rows, style) {
   const tokens = [...new Set(rows.map((row) => row.tokens))].sort((a, b) => a - b);
   const top = Math.max(1.25, ...rows.map((row) => row.speedup)) * 1.08;
   const plot = frame(width, 330, { domain: tokens.length > 1 ? [tokens[0] / 1.25, tokens.at(-1) * 1.45]
     : [tokens[0] / 2, tokens[0] * 2], log: 2, label: "tokens in the cache", format: number.tokens, ticks: tokens },
-    { domain: [0, top], label: "times as fast as the best 16-bit attention", format: (n) => `${+n.toFixed(2)}` });
+    { domain: [0, top], label: "times as fast as the best exact attention", format: (n) => `${+n.toFixed(2)}` });
   plot.root.append(svg("line", { x1: plot.margin.left, x2: width - plot.margin.right, y1: plot.Y(1), y2: plot.Y(1),
     stroke: "var(--soft)", "stroke-dasharray": "5 4" }));
   const labels = [];

@@ -90,7 +90,7 @@ function drawAll() {
   const rows = DATA.rows.filter((row) => (!row.baseline || row.storage) && row.cold_us && here(row));
   const compared = rows.filter((row) => row.speedup && row.tokens && row.shape === state.shape);
   draw("speedup", (width) => compared.length ? drawSpeedup(width, compared, styleOf) : null,
-    "No method here was timed next to a 16-bit baseline of the same shape.");
+    "No method here was timed next to exact attention of the same shape.");
 
   const measured = rows.filter((row) => row.gbps && row.percent);
   const run = DATA.runs[measured[0]?.run];
@@ -105,7 +105,7 @@ function drawAll() {
     const best = DATA.rows.filter((row) => row.baseline && row.cold_us && row.shape === state.shape && placeOf(row) === state.place
       && row.tokens === state.tokens && !row.storage && compared.some((other) => other.best === row.method))
       .toSorted((a, b) => a.cold_us - b.cold_us)[0];
-    const bars = chosen.map(timeParts).concat(best ? [{ label: `${best.method} (best 16-bit)`, total: best.cold_us, parts:
+    const bars = chosen.map(timeParts).concat(best ? [{ label: `${best.method} (best exact)`, total: best.cold_us, parts:
       [{ value: best.cold_us, colour: "var(--line)" }], tip: `${best.method}: ${number.us(best.cold_us)}` }] : []);
     return chosen.length ? drawBars(width, bars.toSorted((a, b) => a.total - b.total), number.us) : null;
   }, "No method of this shape is shown.");
