@@ -456,6 +456,25 @@ def test_the_picture_of_errors_joins_what_nothing_beats(window):
     assert window.texts("#steps text.strong") == ["worse", "small </script><b>", "exact"]     # by their time
 
 
+@needs_browser
+def test_errors_alone_make_a_page(opened, tmp_path):
+    path = tmp_path / "errors.html"
+    path.write_text(page.render([], [{**EVAL, "file": "e.json"}]), encoding="utf-8")
+    opened[0].open(path)
+    assert opened[0].texts("h3") == ["Bytes per token against error"] and opened[0].texts(".controls") == []
+    assert "codes" in opened[0].texts("#pareto text") and opened[0].complaints() == []
+
+
+@needs_browser
+def test_a_run_without_a_right_kernel_makes_a_page(opened, tmp_path):
+    path = tmp_path / "wrong.html"
+    document = run(case("attention.decode", 1, **WRONG))
+    path.write_text(page.render([{**document, "file": "w.json"}], []), encoding="utf-8")
+    opened[0].open(path)
+    assert methods(opened[0]) == ["attention.decode"] and "WRONG" in opened[0].texts("#cases td.bad")[0]
+    assert opened[0].complaints() == []
+
+
 BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
 
 

@@ -37,6 +37,7 @@ const shapesHere = () => [...new Set(kernels.filter((row) => row.speedup && plac
   .map((row) => row.shape))];
 
 function setUp() {
+  for (const part of document.querySelectorAll("[data-needs-rows]")) part.hidden = !kernels.length;
   const places = [...new Set(kernels.map(placeOf))];
   state.place = mostFrequent(kernels.filter((row) => row.cold_us).map(placeOf)) ?? places[0] ?? null;
   state.shape = mostFrequent(kernels.filter((row) => row.speedup && placeOf(row) === state.place).map((row) => row.shape));

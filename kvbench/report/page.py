@@ -39,21 +39,21 @@ $script</script>
 </html>
 """)
 
-_BENCH = """<div class="controls">
+_BENCH = """<div class="controls" data-needs-rows>
 <label>machine<select id="place"></select></label>
 <label>shape of the attention<select id="shape"></select></label>
 <label>show only<input type="search" id="filter" placeholder="words, such as 128K 32:8"></label>
 <label class="check"><input type="checkbox" id="baselines"> baselines in the table</label>
 </div>
-<div class="legend" id="legend"></div>
+<div class="legend" id="legend" data-needs-rows></div>
 <div class="charts">
-<figure class="large"><h3>Speed-up over the best exact attention</h3><div id="speedup"></div>
+<figure class="large" data-needs-rows><h3>Speed-up over the best exact attention</h3><div id="speedup"></div>
 <figcaption>Cold calls: the caches are flushed before each. The dashed line is the fastest attention on an
 uncompressed cache, of 16 bits (on a CPU also 32), that was timed for the same shape.</figcaption></figure>
-<figure class="large"><h3>Roofline</h3><div id="roofline"></div>
+<figure class="large" data-needs-rows><h3>Roofline</h3><div id="roofline"></div>
 <figcaption>What a call must move, over the time that it takes, below the dashed line: the launch of an empty kernel on
 the left, the measured rate of the memory on the right.</figcaption></figure>
-<figure><h3>Where the time of a call goes</h3><div class="pick" id="pick-tokens"></div>
+<figure data-needs-rows><h3>Where the time of a call goes</h3><div class="pick" id="pick-tokens"></div>
 <div class="keys"><span><i style="background: var(--floor)"></i>launch of an empty kernel</span>
 <span><i style="background: var(--move)"></i>moving the bytes</span>
 <span><i style="background: var(--rest)"></i>the rest: instructions, latency, merge</span></div>
@@ -70,8 +70,8 @@ joins those that no other beats in both.</figcaption></figure>
 <span><i style="background: var(--move)"></i>attend</span></div><div id="steps"></div>
 <figcaption>One small head, where the host's share is large; each part is waited for.</figcaption></figure>
 </div>
-<h2>All times</h2>
-<p class="count" id="count"></p>"""
+<h2 data-needs-rows>All times</h2>
+<p class="count" id="count" data-needs-rows></p>"""
 
 # (title, row -> value, how it is shown); numbers are right-aligned and sort as numbers.  A column without values is
 # left out, and that of machines where there is only one.
@@ -107,8 +107,8 @@ def render(runs: list[dict], accuracy: list[dict], comparison: compare.Compariso
         charts=(files / "charts.js").read_text(encoding="utf-8"),
         script=(files / "page.js").read_text(encoding="utf-8"),
         title="What KV-cache kernels cost",
-        subtitle=escape(f"{cases} cases on {', '.join(held['machines']) or 'no machine'}; each was compared with its "
-                        "reference before it was timed."),
+        subtitle=escape(f"{cases} cases on {', '.join(held['machines'])}; each was compared with its reference before "
+                        "it was timed." if cases else "Whole caches on real keys and values."),
         facts=_facts(held), comparison=_comparison(comparison), bench=_BENCH + _cases(held["rows"]),
         fidelity=_fidelity(held["points"]), sources=_sources(held["runs"], accuracy), version=__version__,
         # "</script>" in a string would end the script; JSON may write the slash with a backslash.
@@ -147,6 +147,8 @@ def _cases(rows: list[dict]) -> str:
         kind = ' class="baseline" hidden' if row["baseline"] else ""
         body.append(f'<tr data-row="{number}"{kind}>{"".join(cells)}</tr>')
     titles = [*(title for title, _, _ in columns), "remarks", "repeat"]
+    if not rows:
+        return ""
     return _table("cases", titles, [title not in (*_TEXT_COLUMNS, "remarks", "repeat") for title in titles], body)
 
 
@@ -224,8 +226,8 @@ def _table(name: str, titles: Sequence[str], numeric: Sequence[bool], body: Sequ
 
 
 def _cell(value, show, text: bool = False) -> str:
-    if text:
-        return f"<td>{escape(str(value if value is not None else ''))}</td>"
+    if text:           # the name of a kernel may be broken where its words end
+        return f"<td>{escape(str(value or '')).replace('.', '.<wbr>').replace('_', '_<wbr>')}</td>"
     if value is None:
         return '<td class="n" data-value=""></td>'
     return f'<td class="n" data-value="{value!r}">{escape(show(value))}</td>'
