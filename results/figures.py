@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvbench import bench, data
+from kvbench import data
 from kvbench.cli import table
 from kvbench.demo import measurement, pictures
 from kvbench.evaluate import driver as eval_driver
@@ -41,9 +41,8 @@ def main() -> None:
 
 def results_table(folder: Path) -> str:
     """Every timed case of one machine as Markdown, with its pictures; nothing for a folder without complete results."""
-    paths = sorted(folder.glob("*.json"))
-    documents = [{**bench.load(path).document, "file": path.name} for path in paths]
-    documents = [document for document in documents if document["complete"] and not document["quick"]]
+    runs, _ = contents.load(sorted(folder.glob("*.json")))
+    documents = [document for document in runs if document["complete"] and not document["quick"]]
     if not documents:
         return ""
     held = contents.contents(documents, [])

@@ -1131,7 +1131,10 @@ def test_csv_has_a_line_for_every_contender(document):
     assert wrong_row["cold_median_us"] == "" and "WRONG" in wrong_row["remarks"]
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: path.stem)
+COMMITTED = [path for path in sorted(RESULTS.glob("*/*.json")) if results.SCHEMA_VERSION in path.read_text()[:200]]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_results_can_be_read_and_shown(path):
     document = bench.load(path).document
     text = tables.as_markdown(document)
