@@ -337,6 +337,27 @@ def test_a_set_of_inputs_with_a_wrong_result_keeps_no_time(fake):
     assert case["checked"]["failure"].startswith("on another set of inputs")
 
 
+def test_sets_of_inputs_that_do_not_fit_the_memory_cost_no_other_time(fake, monkeypatch):
+    def refuses(inputs, device):
+        raise MemoryError("too many sets")
+
+    fake(make_kernel())
+    monkeypatch.setattr(calls, "duplicate", refuses)
+    outcome, text = quiet((), "cpu", {"tokens": [512]})
+    case, = outcome.document["cases"]
+    assert outcome.exit_status == 0 and case["cold"] and case["hot"] and case["rotating"] is case["input_sets"] is None
+    assert case["note"] == "not rotated: MemoryError: too many sets" and case["note"] in text
+
+
+def test_a_duplicate_lies_elsewhere_and_shares_what_is_not_on_the_device():
+    inputs = {"x": np.arange(6.0).reshape(2, 3).T, "pair": (np.ones(2, np.float16), 3), "none": None}
+    for device, shared in (("cpu", False), ("cuda:1", True)):
+        same = calls.duplicate(inputs, arrays.Device.parse(device))
+        assert (same["x"] == inputs["x"]).all() and (same["pair"][0] == 1).all() and same["pair"][1:] == (3,)
+        assert np.shares_memory(same["x"], inputs["x"]) is shared
+        assert same["x"].dtype == np.float64 and same["pair"][0].dtype == np.float16
+
+
 def test_inputs_that_fill_the_cache_are_not_rotated(fake):
     fake(make_kernel())
     case, = quiet((), "cpu", {"tokens": [4096]})[0].document["cases"]      # 128 KiB
@@ -1211,6 +1232,16 @@ def test_graph_replays_are_timed_and_the_flush_is_not():
     device.log.clear()
     assert stopwatch.hot(2) == pytest.approx([20e-6] * 2)
     assert "flush" not in device.log and len(device.log) >= 2 * gpu.HOT_SECONDS / 20e-6
+
+
+def test_several_sets_of_inputs_are_replayed_from_one_graph():
+    device = FakeGpu()
+    stopwatch = gpu.Stopwatch(calls.Rotating([device_call(device) for _ in range(3)]), device, "cupy", graph=True)
+    assert stopwatch.timer == "graph" and stopwatch.hot(2) == pytest.approx([60e-6] * 2)
+    stopwatch.poison()
+    assert all(np.isnan(result).all() for result in stopwatch.result)
+    stopwatch.once()
+    assert [result.tolist() for result in stopwatch.result] == [[0, 2, 4, 6]] * 3
 
 
 def test_what_cannot_be_captured_is_timed_between_events_and_says_so():

@@ -201,12 +201,14 @@ class _Driver:
         sets = calls.input_sets(calls.input_bytes(inputs), self.place.cache_bytes, MOST_INPUT_SETS)
         if verdict.agrees and sets is not None:
             self.progress(f"{self.step}: {name}, {sets} sets of inputs")
-            timed["input_sets"] = sets
-            timed["rotating"], verdict = self._rotating(prepare, call, inputs, sets, framework, agree)
-            when = "on another set of inputs"
+            try:
+                timed["rotating"], verdict = self._rotating(prepare, call, inputs, sets, framework, agree)
+                timed["input_sets"], when = sets, "on another set of inputs"
+            except Exception as error:     # memory for so many sets, most likely: the other times stand
+                timed["note"] = "; ".join(filter(None, [timed["note"], f"not rotated: {_one_line(error)}"]))
         if not verdict.agrees:
             failure = {**verdict.summary(), "failure": f"{when}: {verdict.failure}"}
-            return {**timed, "rotating": None, "checked": failure, "error": verdict.error}
+            return {**timed, "rotating": None, "input_sets": None, "checked": failure, "error": verdict.error}
         speed = None if moved is None else yardsticks.gbps(moved, cold["median_us"])
         attainable = None if moved is None else yardsticks.attainable_us(self.yardsticks, moved)
         return {**timed, "cold": cold, "hot": hot, "gbps": speed, "percent_of_copy": self._percent(speed, "copy"),

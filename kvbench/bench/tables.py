@@ -85,7 +85,7 @@ def remarks(entry: dict, limits: list[str] = ()) -> list[str]:
         notes.append(f"THROTTLED: the clock fell to {clock['sm_mhz']:.0f} MHz, {100 * clock['of_start']:.0f} % of that "
                      f"at the start{why}")
     if entry["note"]:
-        notes.append(f"timed by {entry['timer']}: {entry['note']}")
+        notes.append(f"timed by {entry['timer']}: {entry['note']}" if entry["timer"] == "events" else entry["note"])
     return notes
 
 

@@ -51,7 +51,8 @@ const number = {
 
 // A plot area with axes.  x, y: {domain, log: base or undefined, label, format, ticks: given ones or undefined}.
 function frame(width, height, x, y, margin = { left: 46, right: 16, top: 22, bottom: 38 }) {
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group",
+    "aria-label": `${y.label}, by ${x.label}` });
   const scaled = (axis, range) => axis.log ? logarithmic(axis.domain, range, axis.log) : linear(axis.domain, range);
   const X = scaled(x, [margin.left, width - margin.right]), Y = scaled(y, [height - margin.bottom, margin.top]);
   for (const tick of y.ticks || Y.ticks(5)) {
@@ -181,7 +182,7 @@ function drawPareto(width, points, error, label) {
 // Horizontal bars made of parts: rows of {label, parts: [{value, colour, name}], total, tip}.
 function drawBars(width, bars, format) {
   const line = 42, left = 4, right = 66, height = bars.length * line + 8;
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": "times" });
   const X = linear([0, Math.max(...bars.map((bar) => bar.total))], [0, width - left - right]);
   bars.forEach((bar, i) => {
     const y = i * line, most = Math.floor((width - left) / 6.3);
