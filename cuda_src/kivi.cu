@@ -26,6 +26,7 @@
 #include "kvb/device.cuh"
 #include "kvb/kivi_attention.cuh"
 #include "kvb/kivi_codes.cuh"
+#include "kvb/rows.cuh"
 
 namespace kvb {
 
@@ -130,15 +131,6 @@ __device__ __forceinline__ void store_lane_codes(u32* row, int l, const Code& co
   else *reinterpret_cast<uint2*>(row + 2 * l) = make_uint2(words[0], words[1]);
 }
 
-// Where row r of (batch, kv_heads, tokens) lies.  Fewer than 2^32 rows: codes of more would not fit any memory.
-struct KiviPlace {
-  u32 batch, head, token;
-};
-__device__ __forceinline__ KiviPlace kivi_place_of(u32 row, int kv_heads, int tokens) {
-  const u32 pair = row / tokens;
-  return {pair / kv_heads, pair % kv_heads, row % tokens};
-}
-
 // ---- encode ---------------------------------------------------------------------------------------------------------
 
 template <int BITS, int D>
@@ -188,7 +180,7 @@ __global__ void __launch_bounds__(32 * KeyTile<D>::WARPS, KeyTile<D>::BLOCKS)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, l = lane % Lanes::LANES, r = lane / Lanes::LANES;
   const u32 first = (blockIdx.x * Tile::WARPS + warp) * Tile::WARP_TOKENS;
   const bool present = first < rows;
-  const KiviPlace place = kivi_place_of(present ? first : 0, kv_heads, tokens);
+  const RowPlace place = place_of(present ? first : 0, kv_heads, tokens);
   const u64 source = place.batch * x_batch_stride + place.head * x_head_stride + place.token * x_token_stride;
 
   Quad values[TOKENS][4], low[4], high[4];
@@ -289,7 +281,7 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
 #pragma unroll
   for (int i = 0; i < kValueSteps; ++i) {
     const u32 row = min(first + i * Lanes::ROWS, rows - 1);   // a row beyond the last one counts as the last
-    const KiviPlace place = kivi_place_of(row, kv_heads, tokens);
+    const RowPlace place = place_of(row, kv_heads, tokens);
     const u64 source = place.batch * x_batch_stride + place.head * x_head_stride + place.token * x_token_stride;
 #pragma unroll
     for (int j = 0; j < 4; ++j) values[i][j] = load_quad(x, type, source + kivi_channel<D>(4 * l + j));
@@ -323,7 +315,7 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
         }
     const u32 row = first + i * Lanes::ROWS;
     if (row < rows) {
-      const KiviPlace place = kivi_place_of(row, kv_heads, tokens);
+      const RowPlace place = place_of(row, kv_heads, tokens);
       u32* to = codes + place.batch * batch_stride + place.head * head_stride +
                 static_cast<u64>(place.token) * (D * bits / 32);
       const u64 at = place.batch * scale_batch_stride + place.head * scale_head_stride +
@@ -376,7 +368,7 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
   const u32 stride = gridDim.x * kKiviBlockWarps * Lanes::ROWS;
   u32 row = (blockIdx.x * kKiviBlockWarps + warp) * Lanes::ROWS + lane / Lanes::LANES;
   while (row < rows) {
-    const KiviPlace place = kivi_place_of(row, kv_heads, tokens);
+    const RowPlace place = place_of(row, kv_heads, tokens);
     const u32* from = codes + place.batch * batch_stride + place.head * head_stride +
                       static_cast<u64>(place.token) * (D * bits / 32);
     const u64 at = place.batch * scale_batch_stride + place.head * scale_head_stride +

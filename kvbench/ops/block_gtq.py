@@ -4,7 +4,6 @@ Reference: reference/block_gtq.py (layout, too), problems and agreement: block_g
 """
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +11,8 @@ import numpy as np
 from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import block_gtq as cpu_block_gtq
-from kvbench.ops import attention
-from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
+from kvbench.ops import attention, block_gtq_launch
+from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, round_into
 from kvbench.ops.rotated import check_host_mean, host, in_tokens, take_mean
 from kvbench.ops.turboquant import finish_on_cpu, take_codes
 from kvbench.reference import block_gtq as reference, turboquant
@@ -26,9 +25,8 @@ __all__ = ["Calibration", "Encoded", "Plan", "allocate", "blocks", "calibrate", 
 
 workspace = attention.workspace    # decode attention needs the same scratch
 
-BACKENDS = ("reference", "cpu")
-TILE = 16                          # coordinates: what groups are whole multiples of, on every backend but the reference
-assert set(BACKENDS) <= set(registry.BACKENDS)
+BACKENDS = registry.BACKENDS
+HOST_BACKENDS = ("reference", "cpu")     # of what has no CUDA kernel
 
 
 # ---- calibration and allocation --------------------------------------------------------------------------------------
@@ -57,7 +55,7 @@ def calibrate(keys, query=None, *, pairing: str, rotary_dim: int | None = None, 
     pairs = blocks(head_dim, pairing, rotary_dim)
     if query is not None:
         check_heads(arguments, head_dim)
-    backend = choose(backend, arguments, BACKENDS)
+    backend = choose(backend, arguments, HOST_BACKENDS)
 
     if backend == "reference":
         return reference.calibrate(keys.numpy(), host(query), pairing=pairing, rotary_dim=rotary_dim, centred=centred)
@@ -85,7 +83,7 @@ def allocate(scores, average_bits: float, *, least: int = 1, most: int = referen
     """
     arguments = Arguments("block_gtq.allocate", stream=stream)
     scores = arguments.take("scores", scores, "... blocks", ("float64", "float32"))
-    backend = choose(backend, arguments, BACKENDS)
+    backend = choose(backend, arguments, HOST_BACKENDS)
     greedy = None if backend == "reference" else cpu_block_gtq.greedy
     return reference.allocate(scores.numpy(), average_bits, least=least, most=most, tile=tile, greedy=greedy)
 
@@ -131,9 +129,14 @@ def encode(x, plan: Plan, *, scale_mode: str = "nc", mean=None, check_finite: bo
         for b, part, own in _sequences(plan, x.shape, host(mean)):
             codes.write(b, reference.encode(x.numpy()[b], part, scale_mode=scale_mode, mean=own,
                                             check_finite=check_finite))
-    else:
+    elif backend == "cpu":
         check_host_mean(arguments, mean)
         cpu_block_gtq.encode(x.numpy(), host(mean), _checked_tables(arguments, plan), scale_mode, *codes.numpy())
+    else:
+        _checked_tables(arguments, plan)
+        check_cuda_head_dim(arguments, "plan", plan.head_dim, backend)
+        if x.size:
+            block_gtq_launch.launch_encode(x, plan, codes, scale_mode, mean, backend, arguments)
     return codes.give() if out is None else out
 
 
@@ -153,7 +156,7 @@ def decode(encoded: Encoded, plan: Plan, *, dtype: str = "float16", out=None, ba
     codes = _take_keys(arguments, "encoded", encoded, plan)
     arguments.require(dtype in FLOATS, "dtype", f"one of {', '.join(FLOATS)}", repr(dtype))
     out = arguments.result("out", out, (*codes.scale.shape[:3], plan.head_dim), dtype)
-    backend = choose(backend, arguments, BACKENDS)
+    backend = choose(backend, arguments, HOST_BACKENDS)
 
     if backend == "reference":
         for b, part, _ in _sequences(plan, codes.scale.shape):
@@ -179,7 +182,7 @@ def logits(query, encoded: Encoded, plan: Plan, *, scale: float | None = None, o
     arguments = Arguments("block_gtq.logits", stream=stream)
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
     codes = _take_keys(arguments, "encoded", encoded, plan)
-    check_heads(arguments, plan.head_dim)
+    group = check_heads(arguments, plan.head_dim)
     scale = attention.check_scale(arguments, scale, plan.head_dim)
     out = arguments.result("out", out, (*query.shape[:2], codes.scale.shape[2]), "float32")
     backend = choose(backend, arguments, BACKENDS)
@@ -188,10 +191,16 @@ def logits(query, encoded: Encoded, plan: Plan, *, scale: float | None = None, o
         for b, part, _ in _sequences(plan, codes.scale.shape):
             result = reference.logits(query.numpy()[b], codes.on_host(b), part, scale=scale)
             round_into(out.narrow(0, b.start, b.stop), result)
-    else:
+    elif backend == "cpu":
         checked = _checked_tables(arguments, plan)
         cpu_block_gtq.logits(_folded(query.numpy(), codes.scale.shape[1], plan, scale), *codes.numpy(), checked,
                              out.numpy())
+    else:
+        _checked_tables(arguments, plan)
+        check_cuda_head_dim(arguments, "plan", plan.head_dim, backend)
+        attention.check_cuda_heads(arguments, backend, plan.head_dim, group)
+        if out.size:
+            block_gtq_launch.launch_logits(query, codes, plan, scale, out, backend, arguments)
     return out.give()
 
 
@@ -229,7 +238,7 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
     out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
     wants_lse = return_lse or lse is not None
     lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
-    backend = choose(backend, arguments, BACKENDS)
+    backend = choose(backend, arguments, HOST_BACKENDS)
     batch, tokens = query.shape[0], keys.scale.shape[2]
     host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
 
@@ -356,54 +365,21 @@ def _result_codes(arguments, given, plan, inputs) -> _Codes:
 def _checked_tables(arguments, plan):
     arguments.require(plan.head_dim % 32 == 0, "plan", "head_dim a multiple of 32 on every backend but the reference",
                       plan.head_dim)
-    arguments.require(plan.tile() % TILE == 0, "plan",
-                      f"groups of multiples of {TILE} coordinates on every backend but the reference (allocate with "
-                      f"tile=16 or 32)", f"groups of {sorted({g.size for head in plan.groups for g in head})}")
-    return tables(plan)
+    arguments.require(plan.tile() % block_gtq_launch.TILE == 0, "plan",
+                      f"groups of multiples of {block_gtq_launch.TILE} coordinates on every backend but the reference "
+                      f"(allocate with tile=16 or 32)",
+                      f"groups of {sorted({group.size for head in plan.groups for group in head})}")
+    return block_gtq_launch.tables_of(plan)
 
 
 # ---- cpu -------------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=64)
-def tables(plan: Plan) -> cpu_block_gtq.Tables:
-    """The plan as kernels take it; its groups are multiples of 16 coordinates."""
-    sizes = sorted({group.size for head in plan.groups for group in head})
-    offsets = dict(zip(sizes, np.cumsum([0, *(size**2 for size in sizes)])))
-    books = sorted({(group.bits, group.size) for head in plan.groups for group in head})
-    boundaries, centroids = np.zeros((len(books), 127), np.float32), np.zeros((len(books), 256), np.float32)
-    for i, (bits, size) in enumerate(books):
-        codebook = turboquant.codebook_for(bits, size)
-        boundaries[i, : len(codebook.boundaries)] = codebook.boundaries
-        centroids[i, : 2**bits] = np.concatenate([codebook.centroids, -codebook.centroids])
-    groups = np.zeros((plan.kv_heads, plan.scalars, 5), np.int64)
-    segments = np.zeros((plan.kv_heads, plan.head_dim // TILE, 8), np.int32)
-    for h, (head, words) in enumerate(zip(plan.groups, plan.plane_words())):
-        starts = np.cumsum([0, *words])
-        even = 0                                            # segments before this one with an even number of bits
-        for g, group in enumerate(head):
-            book = books.index((group.bits, group.size))
-            groups[h, g] = group.start, group.size, group.bits, book, offsets[group.size]
-            for k in range(group.start // TILE, (group.start + group.size) // TILE):
-                segments[h, k] = (group.bits, g, book, *(starts[:3] + k), starts[3] + even // 2, even % 2)
-                even += group.bits % 2 == 0
-    rotations = np.concatenate([plan.rotation_of(size).dense().astype(np.float32).ravel() for size in sizes])
-    exponents = np.zeros(plan.kv_heads) if plan.exponents is None else plan.exponents
-    return cpu_block_gtq.Tables(plan.order.astype(np.int32), groups, segments, rotations, boundaries, centroids,
-                                exponents.astype(np.int32))
-
-
-@functools.lru_cache(maxsize=64)
-def _matrices(plan: Plan) -> np.ndarray:
-    """[kv_heads, head_dim, head_dim] float32: what folds a query, q' = q matrix."""
-    return np.stack([plan.matrix(h).T for h in range(plan.kv_heads)]).astype(np.float32)
 
 
 def _folded(query: np.ndarray, kv_heads: int, plan: Plan, scale: float) -> np.ndarray:
     """q', [batch, kv_heads, group, head_dim] float32."""
     batch, q_heads, head_dim = query.shape
     grouped = query.astype(np.float32).reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
-    matrices = _matrices(plan)
+    matrices = block_gtq_launch.matrices_of(plan)
     if plan.kv_heads != kv_heads:
         matrices = matrices.reshape(batch, kv_heads, head_dim, head_dim)
     return grouped @ matrices * np.float32(scale)

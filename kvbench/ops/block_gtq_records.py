@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench.ops.block_gtq import BACKENDS, allocate, calibrate, decode, decode_attention, encode, logits
+from kvbench.ops.block_gtq import (BACKENDS, HOST_BACKENDS, allocate, calibrate, decode, decode_attention, encode,
+                                   logits)
 from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, random_normal, relative_error
 from kvbench.ops.turboquant_records import (assert_codes, itemsize, less_mean, query_bytes, random_codes, random_query,
                                             random_tokens, scale_of_codes, tolerance_of_logits, vector_count)
@@ -266,11 +267,11 @@ def _relative_error(inputs, expected, actual):
 
 SOURCE = "arXiv 2606.24033"
 register(Kernel(
-    name="block_gtq.calibrate", reference=reference.calibrate, operator=calibrate, backends=BACKENDS,
+    name="block_gtq.calibrate", reference=reference.calibrate, operator=calibrate, backends=HOST_BACKENDS,
     axes={**_SIZES, **_GROUP, "batch": (1, 16), "dtype": _DTYPES}, inputs=_calibrate_inputs,
     traffic=_calibrate_traffic, agreement=_calibrate_agreement, error=_calibration_error, source=SOURCE))
 register(Kernel(
-    name="block_gtq.allocate", reference=reference.allocate, operator=allocate, backends=BACKENDS,
+    name="block_gtq.allocate", reference=reference.allocate, operator=allocate, backends=HOST_BACKENDS,
     axes={name: values for name, values in {**_SIZES, **_ALLOCATION}.items() if name not in ("tokens", "scale_bits")},
     inputs=_allocate_inputs, traffic=_allocate_traffic, agreement=_allocate_agreement, error=_relative_error,
     source=f"{SOURCE} Theorem 1"))
@@ -279,7 +280,7 @@ register(Kernel(
     inputs=_encode_inputs, traffic=_encode_traffic, agreement=_encode_agreement, error=_decoded_error,
     source=f"{SOURCE}; arXiv 2504.19874 Algorithm 1"))
 register(Kernel(
-    name="block_gtq.decode", reference=_decode_reference, operator=decode, backends=BACKENDS, axes=_CODE_AXES,
+    name="block_gtq.decode", reference=_decode_reference, operator=decode, backends=HOST_BACKENDS, axes=_CODE_AXES,
     inputs=_decode_inputs, traffic=_decode_traffic, agreement=_decode_agreement, error=_relative_error, source=SOURCE))
 register(Kernel(
     name="block_gtq.logits", reference=reference.logits, operator=logits, backends=BACKENDS,
@@ -287,7 +288,7 @@ register(Kernel(
     error=_relative_error, source=SOURCE))
 register(Kernel(
     name="block_gtq.decode_attention", reference=reference.decode_attention, operator=decode_attention,
-    backends=BACKENDS, axes={**_CODE_AXES, **_GROUP, "value_bits": (3, 2, 4, 1)}, inputs=_attention_inputs,
+    backends=HOST_BACKENDS, axes={**_CODE_AXES, **_GROUP, "value_bits": (3, 2, 4, 1)}, inputs=_attention_inputs,
     traffic=_attention_traffic, agreement=_attention_agreement,
     error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
     source=f"{SOURCE}; arXiv 1805.02867 section 3.1"))

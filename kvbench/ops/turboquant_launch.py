@@ -34,7 +34,7 @@ def launch_encode(x, rotation, codes, scale_mode, mean, backend, arguments):
     function = loaders.get_function("turboquant", f"kvb::turboquant_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}>",
                                     backend, x.device)
     function(*_row_blocks(x.shape, ENCODE_BLOCKS, backend, x.device), (
-        x, *map(np.uint64, x.strides[:3]), *_device_rotation(rotation, x.device), mean, _mean_stride(mean), factors,
+        x, *map(np.uint64, x.strides[:3]), *_device_rotation(rotation, x.device), mean, mean_stride(mean), factors,
         _codebook_on_device(codes.bits, x.device), np.int32(codes.bits), np.int32(SCALE_MODES.index(scale_mode)),
         *codes.arguments(), np.int32(kv_heads), np.int32(tokens), np.uint32(batch * kv_heads * tokens)),
         shared_bytes=_tile_bytes(head_dim, x.itemsize), stream=arguments.stream)
@@ -93,7 +93,7 @@ def launch_attention(query, keys, values, key_rotation, value_rotation, lengths,
     function((splits, kv_heads * parts, batch), (256,), (
         rotated, np.int32(QUERY_TYPE[rotated.dtype]), *_attention_side(keys), *_attention_side(values),
         *_device_rotation(key_rotation, device), *_device_rotation(value_rotation, device), *key_table(keys.bits),
-        *value_table(values.bits), key_mean, _mean_stride(key_mean), lengths, target,
+        *value_table(values.bits), key_mean, mean_stride(key_mean), lengths, target,
         np.int32(QUERY_TYPE[target.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
         np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e))),
         shared_bytes=_attention_shared_bytes(head_dim, heads, keys.bits, values.bits),
@@ -144,7 +144,7 @@ def _device_rotation(rotation, device) -> tuple:
             np.float32(rotation_operator.scaled_signs(rotation)[1]))
 
 
-def _mean_stride(mean):
+def mean_stride(mean):
     """Elements from one sequence's mean to the next: 0 if all share one."""
     return np.uint64(0 if mean is None or len(mean.shape) == 2 else mean.strides[0])
 
@@ -159,7 +159,7 @@ def _prepared(x, mean, backend, arguments) -> tuple[Array, Array]:
                                     x.device)
     rows = batch * kv_heads * tokens
     function((min(-(-rows // 8), 8 * loaders.multiprocessors(backend, x.device)),), (256,), (
-        x, *map(np.uint64, x.strides[:3]), mean, _mean_stride(mean), prepared, factors, np.int32(kv_heads),
+        x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), prepared, factors, np.int32(kv_heads),
         np.int32(tokens), np.int32(head_dim), np.uint32(rows)), stream=arguments.stream)
     return prepared, factors
 

@@ -12,6 +12,7 @@ from strategies.rotation import rotations
 from strategies.turboquant import SCALES, codes, few_tokens, in_a_store, query_for, random_scales, scale_modes, vectors
 
 head_dims = st.sampled_from((32, 64, 96, 128))
+kernel_head_dims = st.sampled_from((64, 128, 256))       # of CUDA kernels
 value_head_dims = st.sampled_from((64, 128))
 
 
@@ -73,7 +74,7 @@ def allocate(draw):
 @st.composite
 def encode(draw):
     heads = draw(kv_heads)
-    plan = draw(plans(heads))
+    plan = draw(plans(heads, kernel_head_dims))
     x = draw(vectors((draw(batches), heads, draw(few_tokens), plan.head_dim), draw(dtypes)))
     arguments = {"x": x, "plan": plan, "scale_mode": draw(scale_modes)}
     mean_shape = draw(st.sampled_from((None, x.shape[1:2], x.shape[:2])))
@@ -95,7 +96,7 @@ def decode(draw):
 @st.composite
 def logits(draw):
     heads, batch = draw(kv_heads), draw(batches)
-    plan = draw(plans(heads))
+    plan = draw(plans(heads, kernel_head_dims))
     return {"query": query_for(draw, batch, heads, plan.head_dim), "plan": plan,
             "encoded": draw(keys(plan, (batch, heads, draw(few_tokens)))),
             "scale": draw(st.sampled_from((None, 0.0, 1.0, -0.05)))}

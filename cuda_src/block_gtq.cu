@@ -1,0 +1,307 @@
+// Block-GTQ: keys to codes with another number of bits for every tile of coordinates, and logits on the codes.
+// Reference: reference/block_gtq.py (layout of a row, too); where a bit lies in a word: reference/planes.py.
+//
+// One kernel serves every allocation: what differs between KV heads lies in tables in memory (`Tables` of
+// kvbench/cpu/block_gtq.py), and is the same for all threads of a block.  A group is a whole number of segments of 16
+// coordinates, so that its mag2 words are its own, and what it shares with others of a sign or mag1 word are whole
+// octets.
+//
+// block_gtq_encode_kernel: permute, rotate by groups, normalise, code, pack.
+//   Work     A block of four warps takes 32 tokens of one head; lane l of each warp has token l.  The vectors stand in
+//            shared memory, one coordinate a row, in rate order.  A warp makes whole octets: eight sums of products
+//            with rows of R_g, which all lanes read at one address, then eight codes, one per nibble.
+//   Codes    Binary search of the boundaries, as many steps as a magnitude has bits.
+//   Words    Warps put their octets into words in shared memory by OR, whose order does not matter; sums over warps are
+//            added in the order of the warps: the result does not depend on which runs first.
+//   Bytes    D sizeof(T) read, and the row of codes and scalars written, once.
+//   Counts   D_g multiply-adds per coordinate of a group: the rotation is bound by arithmetic, not by memory.
+//
+// block_gtq_fold_kernel: the query, permuted and rotated by a dense matrix, times the scale of the logits.
+//
+// block_gtq_logits_kernel: a thread per token, sums of all query heads of a KV head in registers, each code looked up
+//   once; the scalar of a group multiplies its finished sums.
+#include "kvb/convert.cuh"
+#include "kvb/device.cuh"
+#include "kvb/rows.cuh"
+
+namespace kvb {
+
+constexpr int kEncodeWarps = 4, kEncodeTokens = 32, kEncodePitch = kEncodeTokens + 1;
+constexpr int kMostGroups = 8, kMostCodes = 256, kMostBoundaries = 128;
+
+// Rows of the tables.
+struct KeyGroup {
+  i32 start, size, bits, book, rotation;
+  float inverse_size;
+};
+struct KeySegment {
+  i32 bits, group, book, pairs[3], top, top_half;   // words of the row of magnitudes, and the half of the last one
+};
+
+__device__ __forceinline__ float read_number(const void* x, int type, u64 index) {
+  if (type == 0) return static_cast<const float*>(x)[index];
+  if (type == 1) return to_float(static_cast<const __half*>(x)[index]);
+  return to_float(static_cast<const __nv_bfloat16*>(x)[index]);
+}
+
+__device__ __forceinline__ float not_a_number() { return infinity() - infinity(); }
+
+// ---- encode ---------------------------------------------------------------------------------------------------------
+
+// The scalar of a group over |y| / sqrt(size), w = <z, c> / size and e = <c, c> / size.
+__device__ __forceinline__ float scale_factor(int mode, float w, float e) {
+  if (mode == 1) return 1.f;
+  const float root = rsqrtf(mode == 3 ? w : e);
+  return mode == 0 ? root : mode == 2 ? w * root * root : root * root;
+}
+
+// Stores s in float16, at most 65504, or as a byte: 16 steps per octave around 2^exponent, 0 for 0 and 255 for NaN.
+__device__ __forceinline__ void store_scalar(float s, __half* halves, u8* bytes, u64 index, int exponent) {
+  if (halves) {
+    halves[index] = from_float<__half>(s > 65504.f ? 65504.f : s);
+    return;
+  }
+  int code = 255;
+  if (s == s) {
+    const float relative = rintf(16.f * (log2f(s) - static_cast<float>(exponent))) + 128.f;
+    code = s > 0.f && relative >= 1.f ? static_cast<int>(fminf(relative, 254.f)) : 0;
+  }
+  bytes[index] = static_cast<u8>(code);
+}
+
+// x : (batch, kv_heads, tokens, D), rows contiguous, strides in elements
+// mean : (kv_heads, D) every mean_batch_stride elements, subtracted from x, or null
+// order : (heads, D); groups : (heads, scalars); segments : (heads, D / 16): of head h of sequence b in row
+//         b plan_stride + h; plan_stride is 0 where all sequences share one plan, else kv_heads
+// rotations : R_g^T row by row, at multiples of 16 bytes        boundaries : (books, 128)     centroids : (books, 256)
+// exponents : (heads,), of scalars of one byte             scale_mode : 0 nc, 1 plain, 2 mse, 3 unbiased
+// sign, magnitude, and halves or bytes : (batch, kv_heads, tokens, D / 32, magnitude_words, scalars), strides in tokens
+// Grid (ceil(tokens / 32), kv_heads, batch), block 128
+template <class T, int D>
+__global__ void __launch_bounds__(kEncodeWarps * 32, 4)
+    block_gtq_encode_kernel(const T* __restrict__ x, u64 x_batch_stride, u64 x_head_stride, u64 x_token_stride,
+                            const float* __restrict__ mean, u64 mean_batch_stride, const i32* __restrict__ order,
+                            const i32* __restrict__ groups, const i32* __restrict__ segments,
+                            const float* __restrict__ rotations, const float* __restrict__ boundaries,
+                            const float* __restrict__ centroids, const i32* __restrict__ exponents, int plan_stride,
+                            int scale_mode, u32* sign, u32* magnitude, __half* halves, u8* bytes, u64 batch_stride,
+                            u64 head_stride, int magnitude_words, int scalars, int tokens) {
+  constexpr int THREADS = kEncodeWarps * 32, SIGN_WORDS = D / 32;
+  KVB_DYNAMIC_SHARED(float, columns);                                      // (D, pitch), a token a column
+  u32* words = reinterpret_cast<u32*>(columns + D * kEncodePitch);         // (sign and magnitude words, pitch)
+  KVB_SHARED(float, parts, [4][kEncodeWarps][32]);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first = blockIdx.x * kEncodeTokens, count = min(tokens - first, kEncodeTokens);
+  const int head = blockIdx.y, b = blockIdx.z;
+  const int plan = b * plan_stride + head;
+  const u64 token = b * batch_stride + head * head_stride + first;
+
+  // A quarter of x - mean, which cannot overflow.
+  for (int i = threadIdx.x; i < (SIGN_WORDS + magnitude_words) * kEncodePitch; i += THREADS) words[i] = 0;
+  for (int t = warp; t < kEncodeTokens; t += kEncodeWarps) {
+    const T* row = x + b * x_batch_stride + head * x_head_stride + (first + t) * x_token_stride;
+    for (int d = lane; d < D; d += 32) {
+      const int at = order[plan * D + d];
+      float v = t < count ? 0.25f * to_float(row[at]) : 0.f;
+      if (mean) v = fmaf(-0.25f, mean[b * mean_batch_stride + head * D + at], v);
+      columns[d * kEncodePitch + t] = v;
+    }
+  }
+  __syncthreads();
+  bool finite = true;
+  for (int d = warp; d < D; d += kEncodeWarps) finite = finite && fabsf(columns[d * kEncodePitch + lane]) < infinity();
+  parts[0][warp][lane] = finite ? 0.f : 1.f;
+  __syncthreads();
+  finite = parts[0][0][lane] + parts[0][1][lane] + parts[0][2][lane] + parts[0][3][lane] == 0.f;
+  const u32 keep = finite ? 0xffffffffu : 0u;
+  __syncthreads();
+
+  for (int g = 0; g < scalars; ++g) {
+    const KeyGroup group = reinterpret_cast<const KeyGroup*>(groups)[plan * scalars + g];
+    float s = 0.f;
+    if (group.size > 0) {   // the same for the whole block
+      const float* own = columns + group.start * kEncodePitch + lane;
+      float largest = 0.f, multiplier, undo, square = 0.f, inner = 0.f, energy = 0.f;
+      for (int i = warp; i < group.size; i += kEncodeWarps) largest = fmaxf(largest, fabsf(own[i * kEncodePitch]));
+      parts[0][warp][lane] = largest;
+      __syncthreads();
+      for (int other = 0; other < kEncodeWarps; ++other) largest = fmaxf(largest, parts[0][other][lane]);
+      power_of_two(largest, multiplier, undo);
+      for (int i = warp; i < group.size; i += kEncodeWarps) {
+        const float v = own[i * kEncodePitch] * multiplier;
+        square = fmaf(v, v, square);
+      }
+      parts[1][warp][lane] = square;
+      __syncthreads();
+      square = parts[1][0][lane] + parts[1][1][lane] + parts[1][2][lane] + parts[1][3][lane];
+      square *= group.inverse_size;
+      const float inverse = square > 0.f ? rsqrtf(square) : 0.f, unit = square * inverse;
+      const float* decisions = boundaries + group.book * kMostBoundaries;
+      const float* levels = centroids + group.book * kMostCodes;
+      for (int octet = warp; octet < group.size / 8; octet += kEncodeWarps) {
+        const float* row = rotations + group.rotation + 8 * octet;   // of R_g^T: eight neighbouring columns
+        float y[8] = {};
+        for (int i = 0; i < group.size; ++i) {
+          const float v = own[i * kEncodePitch] * multiplier;
+          const float4 low = *reinterpret_cast<const float4*>(row + static_cast<u64>(i) * group.size);
+          const float4 high = *reinterpret_cast<const float4*>(row + static_cast<u64>(i) * group.size + 4);
+          const float r[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+          for (int e = 0; e < 8; ++e) y[e] = fmaf(r[e], v, y[e]);
+        }
+        u32 negative = 0, bits_0_to_3 = 0, bits_4_to_6 = 0;   // nibble e: the sign, and the magnitude
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const float z = fabsf(y[e]) * inverse;
+          int m = 0;
+          for (int step = (1 << (group.bits - 1)) >> 1; step; step >>= 1)
+            if (z > decisions[m + step - 1]) m += step;
+          const float c = levels[m];
+          inner = fmaf(z, c, inner);
+          energy = fmaf(c, c, energy);
+          if (y[e] < 0.f && inverse > 0.f) negative |= 1u << (4 * e);
+          bits_0_to_3 |= static_cast<u32>(m & 15) << (4 * e);
+          bits_4_to_6 |= static_cast<u32>(m >> 4) << (4 * e);
+        }
+        const int j = group.start + 8 * octet, s_of_octet = j / 8 % 4;
+        const KeySegment segment = reinterpret_cast<const KeySegment*>(segments)[plan * (D / 16) + j / 16];
+        atomicOr(words + j / 32 * kEncodePitch + lane, (negative & keep) << s_of_octet);
+        u32* row_of_magnitudes = words + SIGN_WORDS * kEncodePitch + lane;
+        const u32 fields[3] = {bits_0_to_3, bits_0_to_3 >> 2, bits_4_to_6};
+#pragma unroll
+        for (int pair = 0; pair < 3; ++pair)
+          if (group.bits >= 3 + 2 * pair)
+            atomicOr(row_of_magnitudes + segment.pairs[pair] * kEncodePitch,
+                     (fields[pair] & keep & 0x33333333u) << (2 * (s_of_octet & 1)));
+        if (group.bits % 2 == 0) {
+          const u32 top = group.bits < 6 ? bits_0_to_3 >> (group.bits - 2 & 3) : bits_4_to_6 >> (group.bits - 6 & 3);
+          atomicOr(row_of_magnitudes + segment.top * kEncodePitch,
+                   (top & keep & 0x11111111u) << (2 * segment.top_half + (s_of_octet & 1)));
+        }
+      }
+      parts[2][warp][lane] = inner;
+      parts[3][warp][lane] = energy;
+      __syncthreads();
+      inner = (parts[2][0][lane] + parts[2][1][lane] + parts[2][2][lane] + parts[2][3][lane]) * group.inverse_size;
+      energy = (parts[3][0][lane] + parts[3][1][lane] + parts[3][2][lane] + parts[3][3][lane]) * group.inverse_size;
+      if (unit > 0.f) s = unit * scale_factor(scale_mode, inner, energy) * undo * 4.f;
+    }
+    if (warp == 0 && lane < count)
+      store_scalar(finite ? s : not_a_number(), halves, bytes, (token + lane) * scalars + g, exponents[plan]);
+    __syncthreads();
+  }
+
+  for (int t = warp; t < count; t += kEncodeWarps) {
+    if (lane < SIGN_WORDS) sign[(token + t) * SIGN_WORDS + lane] = words[lane * kEncodePitch + t];
+    for (int i = lane; i < magnitude_words; i += 32)
+      magnitude[(token + t) * magnitude_words + i] = words[(SIGN_WORDS + i) * kEncodePitch + t];
+  }
+}
+
+// ---- logits ---------------------------------------------------------------------------------------------------------
+
+// folded[b, h, j] = scale sum_i query[b, h, i] matrices[b plan_stride + KV head, i, j]
+// query : (batch, q_heads, D); query_type : 0 float, 1 fp16, 2 bf16     matrices : (heads, D, D)
+// Grid (q_heads, batch), block D
+template <int D>
+__global__ void __launch_bounds__(D)
+    block_gtq_fold_kernel(const void* __restrict__ query, int query_type, const float* __restrict__ matrices,
+                          int plan_stride, float scale, float* folded, int group) {
+  KVB_SHARED(float, staged, [D]);
+  const int j = threadIdx.x;
+  const u64 row = static_cast<u64>(blockIdx.y) * gridDim.x + blockIdx.x;
+  const u64 plan = blockIdx.y * plan_stride + blockIdx.x / group;
+  staged[j] = read_number(query, query_type, row * D + j);
+  __syncthreads();
+  const float* column = matrices + plan * (D * D) + j;
+  float sum = 0.f;
+  for (int i = 0; i < D; ++i) sum = fmaf(staged[i], column[i * D], sum);
+  folded[row * D + j] = scale * sum;
+}
+
+__device__ __forceinline__ float load_scalar(const __half* halves, const u8* bytes, u64 index, int exponent) {
+  if (halves) return to_float(halves[index]);
+  const int code = bytes[index];
+  if (code == 0 || code == 255) return code ? not_a_number() : 0.f;
+  return exp2f(0.0625f * static_cast<float>(code - 128) + static_cast<float>(exponent));
+}
+
+// out[b, h, t] = sum_g s_tg <folded_hg, c_tg>
+// folded : (batch, kv_heads, group, D), group <= HEADS     out : (batch, kv_heads * group, tokens)
+// Other arguments as for encode.  Grid (blocks, kv_heads, batch), block 256
+template <int D, int HEADS>
+__global__ void __launch_bounds__(256)
+    block_gtq_logits_kernel(const float* __restrict__ folded, const u32* __restrict__ sign,
+                            const u32* __restrict__ magnitude, const __half* __restrict__ halves,
+                            const u8* __restrict__ bytes, u64 batch_stride, u64 head_stride, int magnitude_words,
+                            int scalars, const i32* __restrict__ segments, const float* __restrict__ centroids,
+                            const i32* __restrict__ exponents, int plan_stride, float* out, int tokens, int group) {
+  constexpr int SEGMENTS = D / 16;
+  KVB_SHARED(float, queries, [D][HEADS]);
+  KVB_SHARED(float, tables, [kMostGroups][kMostCodes]);
+  KVB_SHARED(KeySegment, own, [SEGMENTS]);
+  const u64 pair = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const int plan = blockIdx.z * plan_stride + blockIdx.y, exponent = exponents[plan];
+  for (int i = threadIdx.x; i < SEGMENTS; i += 256)
+    own[i] = reinterpret_cast<const KeySegment*>(segments)[plan * SEGMENTS + i];
+  for (int i = threadIdx.x; i < D * HEADS; i += 256)
+    queries[i / HEADS][i % HEADS] = i % HEADS < group ? folded[(pair * group + i % HEADS) * D + i / HEADS] : 0.f;
+  __syncthreads();
+  for (int k = 0; k < SEGMENTS; ++k)
+    if (k == 0 || own[k].group != own[k - 1].group)   // 256 threads, as many as a table has entries
+      tables[own[k].group][threadIdx.x] = centroids[own[k].book * kMostCodes + threadIdx.x];
+  __syncthreads();
+
+  const u64 start = blockIdx.z * batch_stride + blockIdx.y * head_stride;
+  for (int t = blockIdx.x * 256 + threadIdx.x; t < tokens; t += gridDim.x * 256) {
+    const u64 token = start + t;
+    float total[HEADS] = {}, sum[HEADS] = {};
+#pragma unroll 1
+    for (int k = 0; k < SEGMENTS; ++k) {
+      const KeySegment segment = own[k];
+      const u32* row = magnitude + token * magnitude_words;
+      u32 pairs[3] = {}, top = 0;
+      const u32 signs = sign[token * (D / 32) + k / 2] >> (2 * (k & 1));   // s = 0, 1 of this half at bits 4 p + s
+#pragma unroll
+      for (int i = 0; i < 3; ++i)
+        if (segment.bits >= 3 + 2 * i) pairs[i] = row[segment.pairs[i]];
+      if (segment.bits % 2 == 0) top = row[segment.top] >> (2 * segment.top_half);
+      const float* table = tables[segment.group];
+#pragma unroll 4
+      for (int j = 0; j < 16; ++j) {
+        const int place = 4 * (j & 7), s = j >> 3;
+        u32 code = (signs >> (place + s) & 1u) << (segment.bits - 1);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) code |= (pairs[i] >> (place + 2 * s) & 3u) << (2 * i);
+        if (segment.bits % 2 == 0) code |= (top >> (place + s) & 1u) << (segment.bits - 2);
+        const float c = table[code];
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) sum[h] = fmaf(queries[16 * k + j][h], c, sum[h]);
+      }
+      if (k + 1 == SEGMENTS || own[k + 1].group != segment.group) {   // the last one of its group
+        const float s = load_scalar(halves, bytes, token * scalars + segment.group, exponent);
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+          total[h] = fmaf(s, sum[h], total[h]);
+          sum[h] = 0.f;
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h)
+      if (h < group) out[(pair * group + h) * tokens + t] = total[h];
+  }
+}
+
+}  // namespace kvb
+
+#define KVB_EXPORT_BLOCK_GTQ(D)                                         \
+  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<float, D>)               \
+  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__half, D>)              \
+  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__nv_bfloat16, D>)       \
+  KVB_EXPORT(48, kvb::block_gtq_fold_kernel<D>)                         \
+  KVB_EXPORT(64, kvb::block_gtq_logits_kernel<D, 4>)                    \
+  KVB_EXPORT(96, kvb::block_gtq_logits_kernel<D, 16>)
+KVB_EXPORT_BLOCK_GTQ(64)
+KVB_EXPORT_BLOCK_GTQ(128)
+KVB_EXPORT_BLOCK_GTQ(256)

@@ -1,0 +1,120 @@
+"""Block-GTQ: a plan as the tables that kernels take, and launches on CUDA, the same for CuPy, nvcc and the emulator.
+
+Everything here has been validated by kvbench/ops/block_gtq.py.  Kernels: cuda_src/block_gtq.cu.
+"""
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from kvbench import loaders
+from kvbench.arrays import Array, Device, empty, upload
+from kvbench.cpu.block_gtq import Tables
+from kvbench.ops.dispatch import CXX_TYPE
+from kvbench.ops.turboquant_launch import QUERY_TYPE, mean_stride
+from kvbench.reference.block_gtq import Plan
+from kvbench.reference.turboquant import SCALE_MODES, codebook_for
+
+ENCODE_TOKENS = 32       # kEncodeTokens of cuda_src/block_gtq.cu; a row in shared memory has one column more
+TILE = 16                # coordinates: groups are whole multiples of them
+LOGITS_HEADS = (4, 16)   # query heads of a KV head that an instance of the kernel has sums for
+
+
+def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arguments) -> None:
+    batch, kv_heads, tokens, head_dim = x.shape
+    order, groups, segments, rotations, boundaries, centroids, exponents = _tables_on_device(plan, x.device)
+    function = loaders.get_function("block_gtq", f"kvb::block_gtq_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}>",
+                                    backend, x.device)
+    words = head_dim // 32 + plan.magnitude_words
+    function((-(-tokens // ENCODE_TOKENS), kv_heads, batch), (128,), (
+        x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), order, groups, segments, rotations, boundaries,
+        centroids, exponents, _plan_stride(plan, kv_heads), np.int32(SCALE_MODES.index(scale_mode)),
+        *_stored(codes), np.int32(tokens)),
+        shared_bytes=4 * (head_dim + words) * (ENCODE_TOKENS + 1), stream=arguments.stream)
+
+
+def launch_logits(query, codes, plan: Plan, scale: float, out, backend: str, arguments) -> None:
+    batch, kv_heads, tokens = codes.scale.shape[:3]
+    q_heads, head_dim = query.shape[1:]
+    group, device = q_heads // kv_heads, query.device
+    _, _, segments, _, _, centroids, exponents = _tables_on_device(plan, device)
+    folded = empty(query.shape, "float32", device, query.framework, stream=arguments.stream)
+    fold = loaders.get_function("block_gtq", f"kvb::block_gtq_fold_kernel<{head_dim}>", backend, device)
+    fold((q_heads, batch), (head_dim,), (
+        query, np.int32(QUERY_TYPE[query.dtype]), _matrices_on_device(plan, device),
+        _plan_stride(plan, kv_heads), np.float32(scale), folded, np.int32(group)), stream=arguments.stream)
+    heads = next(n for n in LOGITS_HEADS if group <= n)
+    blocks = min(-(-tokens // 256), max(1, 8 * loaders.multiprocessors(backend, device) // (batch * kv_heads)))
+    function = loaders.get_function("block_gtq", f"kvb::block_gtq_logits_kernel<{head_dim}, {heads}>", backend, device)
+    function((blocks, kv_heads, batch), (256,), (
+        folded, *_stored(codes), segments, centroids, exponents, _plan_stride(plan, kv_heads), out, np.int32(tokens),
+        np.int32(group)), stream=arguments.stream)
+
+
+@functools.lru_cache(maxsize=64)
+def tables_of(plan: Plan) -> Tables:
+    """The plan as kernels take it; its groups are multiples of 16 coordinates."""
+    sizes = sorted({group.size for head in plan.groups for group in head})
+    offsets = dict(zip(sizes, np.cumsum([0, *(size**2 for size in sizes)])))
+    books = sorted({(group.bits, group.size) for head in plan.groups for group in head})
+    boundaries, centroids = np.zeros((len(books), 127), np.float32), np.zeros((len(books), 256), np.float32)
+    for i, (bits, size) in enumerate(books):
+        codebook = codebook_for(bits, size)
+        boundaries[i, : len(codebook.boundaries)] = codebook.boundaries
+        centroids[i, : 2**bits] = np.concatenate([codebook.centroids, -codebook.centroids])
+    groups = np.zeros((plan.kv_heads, plan.scalars, 5), np.int64)
+    segments = np.zeros((plan.kv_heads, plan.head_dim // TILE, 8), np.int32)
+    for h, (head, words) in enumerate(zip(plan.groups, plan.plane_words())):
+        starts = np.cumsum([0, *words])
+        even = 0                                            # segments before this one with an even number of bits
+        for g, group in enumerate(head):
+            book = books.index((group.bits, group.size))
+            groups[h, g] = group.start, group.size, group.bits, book, offsets[group.size]
+            for k in range(group.start // TILE, (group.start + group.size) // TILE):
+                segments[h, k] = (group.bits, g, book, *(starts[:3] + k), starts[3] + even // 2, even % 2)
+                even += group.bits % 2 == 0
+    rotations = np.concatenate([plan.rotation_of(size).dense().astype(np.float32).ravel() for size in sizes])
+    exponents = np.zeros(plan.kv_heads) if plan.exponents is None else plan.exponents
+    return Tables(plan.order.astype(np.int32), groups, segments, rotations, boundaries, centroids,
+                  exponents.astype(np.int32))
+
+
+@functools.lru_cache(maxsize=64)
+def matrices_of(plan: Plan) -> np.ndarray:
+    """[kv_heads, head_dim, head_dim] float32: what folds a query, q' = q matrix."""
+    return np.stack([plan.matrix(h).T for h in range(plan.kv_heads)]).astype(np.float32)
+
+
+def _plan_stride(plan: Plan, kv_heads: int) -> np.int32:
+    """Rows of the tables from one sequence to the next: 0 if all share one plan."""
+    return np.int32(0 if plan.kv_heads == kv_heads else kv_heads)
+
+
+def _stored(codes) -> tuple:
+    """sign, magnitude, scalars in float16 or in bytes, strides of sequences and heads in tokens, words, scalars."""
+    in_bytes = codes.scale.dtype == "uint8"
+    count = codes.scale.shape[3]
+    return (codes.sign, codes.magnitude, None if in_bytes else codes.scale, codes.scale if in_bytes else None,
+            *(np.uint64(stride // count) for stride in codes.scale.strides[:2]), np.int32(codes.magnitude.shape[3]),
+            np.int32(count))
+
+
+@functools.lru_cache(maxsize=64)
+def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
+    """What `tables_of` gives, as CUDA kernels take it: groups as six words of 32 bits, the last one 1 / size in float,
+    rotations transposed, 128 boundaries a codebook."""
+    tables = tables_of(plan)
+    rotations = np.concatenate([plan.rotation_of(size).dense().T.astype(np.float32).ravel()
+                                for size in sorted({group.size for head in plan.groups for group in head})])
+    sizes = np.maximum(tables.groups[..., 1:2], 1)
+    groups = np.concatenate([tables.groups.astype(np.int32), (1 / sizes).astype(np.float32).view(np.int32)], axis=-1)
+    boundaries = np.pad(tables.boundaries, [(0, 0), (0, 1)])
+    return tuple(upload(np.ascontiguousarray(array), device) for array in (
+        tables.order, groups, tables.segments, rotations, boundaries, tables.centroids,
+        tables.exponents))
+
+
+@functools.lru_cache(maxsize=64)
+def _matrices_on_device(plan: Plan, device: Device) -> Array:
+    return upload(matrices_of(plan), device)
