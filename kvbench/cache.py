@@ -97,8 +97,9 @@ class KVCache:
     batch, kv_heads, q_heads, head_dim, capacity : sizes; q_heads is 1 to 16 times kv_heads
     keys, values : codecs; a pair without an operator is refused
     index, selector : rank the tokens of the store and choose those to attend to (default: all).  An index is a
-        `codecs.Store` of keys with `score(query, storage, keys, lengths=, scale=, stream=, backend=)`; `keys` is the
-        packed store of keys, for an index that reads the codec's own planes.  A selector is a `selectors.Selector`.
+        `codecs.Store` of keys with `allocate_scores` and `score(query, storage, keys, lengths=, scale=, out=, stream=,
+        backend=)`, see `indexes.Index`; `keys` is the packed store of keys, for an index that reads the codec's own
+        planes.  A selector is a `selectors.Selector`.
         Sinks and recent tokens are the cache's own, here and in `tail`: they lie outside the store, are attended in
         any case, and the selector, which sees the slots of the store alone, must have none
     sinks : the first tokens, kept exact forever and always attended
@@ -156,8 +157,9 @@ class KVCache:
             self._owned_scratch["outputs"] = arrays.empty((2, batch, q_heads, head_dim), "float32", self.device)
             self._owned_scratch["lses"] = arrays.empty((2, batch, q_heads), "float32", self.device)
             self._owned_scratch["lse"] = arrays.empty((batch, q_heads), "float32", self.device)
-            if selector is not None:
-                self._owned_scratch["selection"] = selector.allocate(batch, q_heads, kv_heads, store_slots, self.device)
+        if index is not None and store_slots:
+            self._owned_scratch["scores"] = index.allocate_scores(batch, q_heads, store_slots, self.device)
+            self._owned_scratch["selection"] = selector.allocate(batch, q_heads, kv_heads, store_slots, self.device)
         self._owned_workspace = attention.workspace(batch, q_heads, head_dim, self.device)
         self._stores, self._scratch, self._workspace = self._owned, self._owned_scratch, self._owned_workspace
         self._stream = self._scratch["counts"].stream
@@ -390,7 +392,7 @@ class KVCache:
         selection = None
         if part == "store" and self.index is not None:
             scores = self.index.score(query, self._stores["store.index"][1], keys, lengths=lengths, scale=scale,
-                                      **options)
+                                      out=self._scratch["scores"], **options)
             chosen, scratch = self._scratch["selection"]
             selection = self.selector(scores, kv_heads=self.kv_heads, lengths=lengths, out=chosen, workspace=scratch,
                                       **options)

@@ -4,10 +4,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvbench import codecs
+from kvbench import codecs, indexes, selectors
 from kvbench.cache import KVCache, Tail, load
 
-__all__ = ["PRESETS", "KVCache", "Preset", "Tail", "block_gtq", "exact", "kivi", "load", "turboquant"]
+__all__ = ["PRESETS", "KVCache", "Preset", "Tail", "block_gtq", "exact", "kivi", "load", "quest", "rabitq",
+           "turboquant", "twilight"]
 
 
 class Preset(NamedTuple):
@@ -103,6 +104,56 @@ def block_gtq(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: 
                    tail=Tail(recent=tail), dtype=dtype, device=device, backend=backend)
 
 
+def rabitq(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, top_p: float = 0.85,
+           calibrated: bool | str = False, query_bits: int = 4, query_centred: bool = False, seed: int = 0,
+           maximum: int | None = None, tail: int = 128, block: int = 128, sinks: int = 4, dtype: str = "float16",
+           device="cpu", backend: str | None = None) -> KVCache:
+    """RaBitQCache: 16-bit keys and values, of which a step reads those of the tokens that a 1-bit index chooses.
+
+    top_p, maximum : of `selectors.TopP`: the share of the proxy mass, and the most tokens of one query head
+    calibrated     : False, "shrink" or "shift" (True): correct the mass for the noise of the index.  Without it the true
+                     mass falls far short of top_p; see `selectors.TopP.fitted` for a correction by the prompt's queries
+    query_bits     : 4 or 8        query_centred : centre queries, by those given to the first append, too
+    seed           : of the rotation
+    tail, block    : the newest `tail` to `tail + block - 1` tokens are exact, attended in any case, and encoded in blocks
+
+    The index takes head_dim / 8 + 2 bytes a token and KV head (18 for 128), 2 more if queries are centred.
+    """
+    index = indexes.RaBitQ(head_dim, query_bits=query_bits, seed=seed, query_centred=query_centred,
+                           noise=bool(calibrated))
+    return _sparse(batch, kv_heads, q_heads, head_dim, capacity, index, Tail(tail, block=block), sinks, dtype, device,
+                   backend, selectors.TopP(top_p, calibrated=calibrated, maximum=maximum))
+
+
+def quest(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, budget: int = 1024, page: int = 16,
+          tail: int = 16, sinks: int = 0, dtype: str = "float16", device="cpu", backend: str | None = None) -> KVCache:
+    """Quest: 16-bit keys and values, of which a step reads the pages with the largest bounds of their logits.
+
+    budget : tokens of the pages that each query head chooses; the heads of a KV head attend to the union
+    tail   : the newest tokens, exact and attended in any case; a page is encoded when it has left them
+    """
+    return _sparse(batch, kv_heads, q_heads, head_dim, capacity, indexes.Quest(head_dim, page, dtype),
+                   Tail(tail, block=page), sinks, dtype, device, backend, selectors.TopK(budget))
+
+
+def twilight(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, top_p: float = 0.85, bits: int = 4,
+             seed: int = 0, tail: int = 128, block: int = 128, sinks: int = 4, dtype: str = "float16", device="cpu",
+             backend: str | None = None) -> KVCache:
+    """Twilight: 16-bit keys and values, of which a step reads those in the Top-p of logits on keys of 4 bits.
+
+    All tokens are candidates.  The 4-bit keys are those of `indexes.TurboQuant`, where the publication has a scale and
+    a zero point for each token: the same bytes within 3 %, and less noise.
+    """
+    return _sparse(batch, kv_heads, q_heads, head_dim, capacity, indexes.TurboQuant(head_dim, bits, seed),
+                   Tail(tail, block=block), sinks, dtype, device, backend, selectors.TopP(top_p))
+
+
+def _sparse(batch, kv_heads, q_heads, head_dim, capacity, index, tail, sinks, dtype, device, backend, selector):
+    codec = codecs.Float16(head_dim, dtype)
+    return KVCache(batch, kv_heads, q_heads, head_dim, capacity, keys=codec, values=codec, index=index,
+                   selector=selector, sinks=sinks, tail=tail, dtype=dtype, device=device, backend=backend)
+
+
 PRESETS: dict[str, Preset] = {
     "exact": Preset(exact, "16-bit keys and values, dense attention",
                     "arXiv 1706.03762, section 3.2.1; grouped query heads: arXiv 2305.13245"),
@@ -112,4 +163,10 @@ PRESETS: dict[str, Preset] = {
                          "arXiv 2504.19874, Algorithm 1; scales: arXiv 2604.18555"),
     "block_gtq": Preset(block_gtq, "keys of 3 bits on average by Block-GTQ, values of 3 bits by TurboQuant",
                         "arXiv 2606.24033"),
+    "rabitq": Preset(rabitq, "16-bit cache, attended where a 1-bit index has 85 % of the proxy mass (Top-p)",
+                     "arXiv 2606.31519; estimator: arXiv 2405.12497"),
+    "quest": Preset(quest, "16-bit cache, attended in the pages with the largest bounds of logits (1024 tokens)",
+                    "arXiv 2406.10774"),
+    "twilight": Preset(twilight, "16-bit cache, attended where logits on 4-bit keys have 85 % of the mass (Top-p)",
+                       "arXiv 2502.02770"),
 }

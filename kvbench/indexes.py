@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench import arrays
+from kvbench import arrays, codecs
 from kvbench.codecs.base import Packed, Store, part
-from kvbench.ops import quest, rabitq
+from kvbench.ops import quest, rabitq, turboquant
 from kvbench.reference import rabitq as reference
 from kvbench.reference.quest import PAGE, Pages
 from kvbench.reference.rabitq import BLOCK, Encoded
 from kvbench.reference.rotation import Rotation, haar, hadamard
 from kvbench.scores import Scores
 
-__all__ = ["Index", "Quest", "QuestPages", "RaBitQ", "RaBitQTokens", "Scores"]
+__all__ = ["Index", "Quest", "QuestPages", "RaBitQ", "RaBitQTokens", "Scores", "TurboQuant"]
 
 ROTATIONS = {"hadamard": hadamard, "haar": haar}
 
@@ -33,6 +33,13 @@ class Index(Store):
     """A way to rank tokens.  Subclasses are frozen dataclasses with a field `head_dim`."""
 
     head_dim: int
+    noise: bool = False         # whether scores come with sigma
+
+    def allocate_scores(self, batch: int, q_heads: int, tokens: int, device) -> Scores:
+        """`out` of `score` for storage of so many tokens: with it a step allocates nothing for scores."""
+        logits, sigma = (arrays.empty((batch, q_heads, tokens), "float32", device) if wanted else None
+                         for wanted in (True, self.noise))
+        return Scores(logits, sigma)
 
     @abstractmethod
     def encode(self, keys) -> Packed:
@@ -293,3 +300,58 @@ class Quest(Index):
     def used(self, storage: QuestPages, sequence: int, tokens: int) -> QuestPages:
         return QuestPages(*(array.narrow(0, sequence, sequence + 1).narrow(2, 0, -(-tokens // self.page))
                             for array in (storage.low, storage.high)))
+
+
+# --- Keys of a few bits ----------------------------------------------------------------------------------------------
+
+
+@part
+@dataclass(frozen=True)
+class TurboQuant(Index):
+    """Logits on keys of `bits` bits: bits head_dim / 8 + 2 bytes a token (66 for 4 bits of 128), and little noise.
+
+    What Twilight estimates by, with a random rotation and a codebook in place of a scale and a zero point.
+    `score` leaves logits beyond `lengths` undefined, which a selector is told, too.
+
+    head_dim, bits, seed, centred : of `codecs.TurboQuantMSE`; what a mean adds to all logits of a head is left out
+
+    Source: Twilight, arXiv 2502.02770; the code: TurboQuant, arXiv 2504.19874.
+    """
+
+    head_dim: int
+    bits: int = 4
+    seed: int = 0
+    centred: bool = True
+
+    def __post_init__(self):
+        self.codec      # noqa: B018  (checks the parameters)
+
+    @property
+    def codec(self) -> codecs.TurboQuantMSE:
+        return codecs.TurboQuantMSE(self.head_dim, self.bits, self.seed, centred=self.centred)
+
+    def encode(self, keys) -> codecs.TurboQuantTokens:
+        return self.codec.encode(keys)
+
+    def score(self, q, coded: codecs.TurboQuantTokens, keys=None, *, lengths=None, scale=None, out=None, stream=None,
+              backend=None) -> Scores:
+        if out is not None:             # the storage may have a few slots more
+            tokens = arrays.borrow(out.logits, "out.logits").shape[2]
+            coded = codecs.TurboQuantTokens(**{
+                name: array if name == "mean" else arrays.borrow(array, name).narrow(2, 0, tokens)
+                for name, array in coded.arrays().items()})
+        logits = turboquant.logits(q, self.codec.encoded(coded), self.codec.turn, scale=scale,
+                                   out=None if out is None else out.logits, stream=stream, backend=backend)
+        return Scores(logits) if out is None else out
+
+    def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> codecs.TurboQuantTokens:
+        return self.codec.allocate(batch, kv_heads, capacity, device)
+
+    def prepare(self, storage, sequences: slice, x, queries, *, stream=None, backend=None) -> None:
+        self.codec.prepare(storage, sequences, x, queries, stream=stream, backend=backend)
+
+    def write(self, storage, sequences: slice, start: int, x: arrays.Array, *, stream=None, backend=None) -> None:
+        self.codec.write(storage, sequences, start, x, stream=stream, backend=backend)
+
+    def used(self, storage, sequence: int, tokens: int) -> codecs.TurboQuantTokens:
+        return self.codec.used(storage, sequence, tokens)

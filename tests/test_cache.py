@@ -126,7 +126,10 @@ class BlockIndex(codecs.Store):
     def write(self, storage, sequences, start, x, *, stream=None, backend=None):
         storage.tokens.numpy()[sequences, :, start:start + x.shape[2]] = x.numpy()[..., :1]
 
-    def score(self, query, storage, keys, *, lengths, scale, stream, backend):
+    def allocate_scores(self, batch, q_heads, tokens, device):
+        return None
+
+    def score(self, query, storage, keys, *, lengths, scale, out, stream, backend):
         # The first channel of every key, which the index and the codec both saw.
         return np.where(np.arange(storage.tokens.shape[2]) < lengths.numpy()[:, None],
                         storage.tokens.numpy()[:, 0, :, 0].astype(np.float64), -np.inf)

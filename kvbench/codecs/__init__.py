@@ -11,10 +11,10 @@ The same codec lays out the storage of a cache (`Store`): packed arrays of fixed
 from __future__ import annotations
 
 from kvbench.codecs.base import FUSED, Codec, Fused, Packed, Part, Store, attend, fused, part, rebuild
+from kvbench.codecs.block_gtq import BlockGTQ, BlockGTQTokens, load_calibration, save_calibration
 from kvbench.codecs.exact import Float16, Float16Tokens
 from kvbench.codecs.kivi import KiviKeys, KiviTokens, KiviValues, TokenInt
 from kvbench.codecs.turboquant import TurboQuantMSE, TurboQuantProd, TurboQuantProdTokens, TurboQuantTokens
-from kvbench.codecs.block_gtq import BlockGTQ, BlockGTQTokens, load_calibration, save_calibration
 
 __all__ = ["FUSED", "BlockGTQ", "BlockGTQTokens", "Codec", "Float16", "Float16Tokens", "Fused", "KiviKeys",
            "KiviTokens", "KiviValues", "Packed", "Part", "Store", "TokenInt", "TurboQuantMSE", "TurboQuantProd",
