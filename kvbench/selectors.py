@@ -7,12 +7,15 @@ A selector is a frozen dataclass of plain parameters; `config()` gives them as J
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvbench import arrays, codecs
+import numpy as np
+
+from kvbench import arrays, codecs, trees
 from kvbench.codecs import part
 from kvbench.ops import selection
 from kvbench.ops.selection import Selection
+from kvbench.reference import selection as reference
 from kvbench.scores import Scores
 
 __all__ = ["Selection", "Selector", "TopK", "TopP"]
@@ -81,6 +84,49 @@ class TopP(Selector):
         return selection.select_top_p(scores, self.p, min_tokens=self.minimum, max_tokens=self.maximum,
                                       normalise=self.normalise, calibrated=self.calibrated, lengths=lengths, out=out,
                                       workspace=workspace, backend=backend, stream=stream, **self._options(kv_heads))
+
+    def fitted(self, index, coded, keys, queries, *, sinks: int = 4, recent: int = 128, block: int = 128,
+               scale: float | None = None, backend: str | None = None) -> TopP:
+        """The same selector with the p at which, for these queries, it achieves the true mass that `p` now means.
+
+        A nominal p is a share of estimated mass, and estimates have noise.  This measures what it leads to on queries
+        whose exact logits are known, those of the end of a prompt; see `reference.selection.fitted_p`.  A few are
+        enough, 16 say.  All is computed once, on the host where logits are concerned.
+
+        index, coded  : the index, and what it made of the keys
+        keys          : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32
+        queries       : [batch, q_heads, queries, head_dim], keys' dtype, of the last `queries` of these tokens: each
+                        sees the keys up to its own
+        sinks, recent, block : of the cache: `sinks` and `Tail(recent, block=block)`
+        """
+        arguments = arrays.Arguments("TopP.fitted")
+        keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", arrays.FLOATS, strided=True)
+        queries = arguments.take("queries", queries, "batch q_heads queries head_dim", (keys.dtype,), strided=True)
+        tokens, count, head_dim = keys.shape[2], queries.shape[2], keys.shape[3]
+        arguments.require(1 <= count <= tokens, "queries", f"1 to {tokens} queries for {tokens} tokens", count)
+        codec, batch, known = codecs.Float16(head_dim, keys.dtype), keys.shape[0], []
+        window = dict(sinks=sinks, recent=recent, block=block)
+        for i in range(count):
+            query = arrays.upload(np.ascontiguousarray(queries.narrow(2, i, i + 1).to_host()[:, :, 0]), keys.device)
+            lengths = np.full(batch, tokens - count + i + 1, np.int32)
+            scores = index.score(query, coded, lengths=arrays.upload(lengths, keys.device), scale=scale, backend=backend)
+            exact = arrays.borrow(codec.logits(query, codecs.Float16Tokens(keys), scale), "logits").to_host()
+            known.append((scores, exact, lengths))
+
+        def achieved(share):
+            made = ((selection.select_top_p(
+                scores, share / 2**reference.SHARE_BITS, lengths=arrays.upload(lengths, keys.device),
+                min_tokens=self.minimum, max_tokens=self.maximum, normalise=self.normalise, calibrated=self.calibrated,
+                backend=backend, **window), exact, lengths) for scores, exact, lengths in known)
+            return np.mean([reference.achieved(trees.apply(lambda _, x: arrays.borrow(x, "made").to_host(), chosen),
+                                               exact[..., :chosen.indices.shape[2]], lengths=lengths, **window)
+                            for chosen, exact, lengths in made])
+
+        low, high = 1, 2**reference.SHARE_BITS
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if achieved(middle) >= self.p else (middle + 1, high)
+        return replace(self, p=low / 2**reference.SHARE_BITS)
 
 
 @part

@@ -29,6 +29,9 @@ y achieves the true mass Phi(Phi^-1(p) - sigma^2 / sqrt(tau^2 + sigma^2)).  `cal
                E exp(y - sigma^2 / 2) 1[y - sigma^2 >= theta] = E exp(s) 1[y >= theta]     (exponential tilting)
 
 `calibrated=True` is "shift".
+
+Both lean on a model of the noise.  `fitted_p` does not: it asks the prompt's last queries, whose exact logits are known,
+for the nominal p at which a rule achieves the true mass that is wanted, and trusts that the next queries are like them.
 """
 from __future__ import annotations
 
@@ -118,6 +121,46 @@ def top_k(scores: Scores, k: int, *, lengths=None, sinks: int = 4, recent: int =
     _check_count("k", k, 0)
     return _select(scores, lengths, (sinks, recent, block), partial(
         _row_top_p, share=0, least=k, most=k, total=False, calibrated=False))
+
+
+def achieved(selection: Selection, exact, *, lengths=None, sinks: int = 4, recent: int = 128,
+             block: int = 1) -> np.ndarray:
+    """The true mass of a selection: the share [batch, heads] of sum_M exp(exact) that it holds; 1 without candidates.
+
+    exact : [batch, heads, tokens], the logits of which scores are estimates        others as they made the selection
+    """
+    exact = np.asarray(exact).astype(np.float64)
+    batch, heads, tokens = exact.shape
+    start, stop = middle(_lengths(lengths, batch, tokens), sinks, recent, block)
+    mask, shares = _mask(selection, tokens), np.ones((batch, heads))
+    for b, h in np.ndindex(batch, heads):
+        inside = np.arange(start[b], stop[b])
+        if len(inside):
+            weights = special.softmax(exact[b, h, inside])
+            shares[b, h] = weights[mask[b, h, inside]].sum()
+    return shares
+
+
+def fitted_p(scores: Scores, exact, p: float, *, lengths=None, sinks: int = 4, recent: int = 128, block: int = 1,
+             **options) -> float:
+    """The least multiple of 2^-16 at which Top-p achieves the true mass p on average over these queries and heads.
+
+    scores, exact : [queries, q_heads, tokens], proxy and exact logits of a prompt's last queries; lengths : [queries]
+    options       : of `top_p`
+
+    A larger p selects more tokens, so the mean of what is achieved grows with it and bisection finds where it passes p.
+    1 if even all candidates of finite score hold less.
+    """
+    window = dict(lengths=lengths, sinks=sinks, recent=recent, block=block)
+    low, high = 1, 2**SHARE_BITS
+    while low < high:
+        tried = (low + high) // 2
+        made = top_p(scores, tried / 2**SHARE_BITS, **window, **options)
+        if achieved(made, exact, **window).mean() >= p:
+            high = tried
+        else:
+            low = tried + 1
+    return low / 2**SHARE_BITS
 
 
 def union(selection: Selection, kv_heads: int) -> Selection:
@@ -604,6 +647,37 @@ def _calibrated(rng, samples, calibrated):
     return weakest(cases)
 
 
+def _noisy_rows(rng, queries):
+    """(scores, exact) [queries, 2, 400]: a heavy tail, and noise of which sigma knows too little."""
+    exact = 1.5 * rng.standard_t(5, (queries, 2, 400))
+    sigma = np.full(exact.shape, 0.7)
+    return Scores(exact + 1.2 * rng.standard_normal(exact.shape), sigma), exact
+
+
+def _fitted(rng, samples):
+    """The mean of what is achieved reaches p, and with 2^-16 less it does not."""
+    wrong = []
+    for case in range(samples):
+        scores, exact = _noisy_rows(rng, 2)
+        calibrated, p = CALIBRATIONS[case % 3], float(rng.uniform(0.3, 0.99))
+        q = fitted_p(scores, exact, p, calibrated=calibrated, **_PLAIN)
+        wrong.append(achieved(top_p(scores, q, calibrated=calibrated, **_PLAIN), exact, **_PLAIN).mean() < p)
+        if q > 2.0**-SHARE_BITS:
+            less = top_p(scores, q - 2.0**-SHARE_BITS, calibrated=calibrated, **_PLAIN)
+            wrong.append(achieved(less, exact, **_PLAIN).mean() >= p)
+    return identity(np.array(wrong, float), samples=samples)
+
+
+def _fitted_to_others(rng, samples):
+    """64 queries fit p within about 0.01, as 64 * 2 masses whose spread is 0.1 allow."""
+    fitted, masses_of_others = fitted_p(*_noisy_rows(rng, 64), 0.85, calibrated="shrink", **_PLAIN), []
+    for _ in range(0, samples, 100):
+        scores, exact = _noisy_rows(rng, 100)
+        made = top_p(scores, fitted, calibrated="shrink", **_PLAIN)
+        masses_of_others.append(achieved(made, exact, **_PLAIN).mean(axis=1))
+    return expectation(np.concatenate(masses_of_others), 0.85, allowance=6 * 0.01)
+
+
 def _tilting(rng, samples):
     """The two sides of the identity over noise alone, their difference summed over tokens of one row; any logits."""
     exact = 2 * np.random.default_rng(5).standard_t(4, 40)
@@ -649,6 +723,11 @@ CLAIMS = (
           "derived: E[exp(s) | y] under the prior", "expectation", partial(_calibrated, calibrated="shrink")),
     Claim("shift is calibrated", "for logits N(0, tau^2), shift achieves p, with equal and unequal sigma",
           "derived: exponential tilting", "expectation", partial(_calibrated, calibrated="shift")),
+    Claim("fitted p", "on the queries that it was fitted to, the true mass is at least the p that is wanted, and with "
+          "2^-16 less it is not", "definition; what is achieved grows with p", "identity", _fitted, samples=30),
+    Claim("fitted p holds for other queries", "on new rows of the same law, heavy-tailed and with sigma 40 % too small, "
+          "the fitted p achieves what is wanted", "derived in reference/selection.py: a mean of many queries",
+          "expectation", _fitted_to_others, samples=1000),
     Claim("shift identity",
           "E sum exp(y - sigma^2 / 2) 1[y - sigma^2 >= theta] = E sum exp(s) 1[y >= theta] for y = s + N(0, sigma^2)",
           "derived: exponential tilting", "expectation", _tilting, samples=20000),

@@ -168,7 +168,7 @@ def test_measured_numbers_mean_what_they_say(monkeypatch):
 # ---- pictures and page
 
 def outcome(preset, nbytes, error):
-    return measurement.Outcome(preset, nbytes, 100, 12800, error, 0.1, 1.0, 10.0, 3.0, 8.0)
+    return measurement.Outcome(preset, nbytes, 100, 12800, error, 1.0, 1.0, 0.1, 1.0, 10.0, 3.0, 8.0)
 
 
 def test_pictures_are_well_formed_and_take_their_colours_from_the_page():

@@ -257,7 +257,7 @@ def test_wrong_arguments_are_refused(call, message):
 # --- Defects that the claims find ------------------------------------------------------------------------------------
 
 CORRECTED, PREFIX, RADIX = selection._corrected, selection.prefix_length, selection.radix_threshold
-MIDDLE, ATTEND = selection.middle, selection.attend
+MIDDLE, ATTEND, FITTED = selection.middle, selection.attend, selection.fitted_p
 
 
 def prefix_without_the_crossing_token(ordered, target, least, most):
@@ -337,7 +337,17 @@ def masses_of_all(logits, largest):
     return np.full(len(np.asarray(logits)), selection.ONE, np.uint64)
 
 
+def fitted_a_little_less(*arguments, **options):
+    return FITTED(*arguments, **options) - 2.0**-16
+
+
+def fitted_to_the_nominal_p(scores, exact, p, **options):
+    return p
+
+
 DEFECTS = [
+    ("fitted_p", fitted_a_little_less, ["fitted p"]),
+    ("fitted_p", fitted_to_the_nominal_p, ["fitted p", "fitted p holds for other queries"]),
     ("prefix_length", prefix_without_the_crossing_token, ["mass reached", "real mass"]),
     ("prefix_length", prefix_with_one_more, ["minimal"]),
     ("prefix_length", prefix_without_least, ["order"]),

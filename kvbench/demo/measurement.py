@@ -30,6 +30,8 @@ class Outcome:
     tokens         tokens in it
     elements       numbers that it stands for: keys and values of all tokens
     output_error   ||output - exact|| / ||exact|| over all steps and query heads, exact in float64 on the float16 sample
+    attended       share of the tokens that a step attends to, mean over steps (1: all)
+    mass           share of the exact attention weights that these have, mean over steps and query heads
     logit_error    max |logit - exact| of the last step's queries, all keys encoded by the preset's codec
     prompt_ms      time to append the prompt
     step_us        median time of one decode step: append a token, attend, wait for the result
@@ -43,6 +45,8 @@ class Outcome:
     tokens: int
     elements: int
     output_error: float
+    attended: float
+    mass: float
     logit_error: float
     prompt_ms: float
     step_us: float
@@ -78,15 +82,18 @@ def exact_outputs(sample: Sample) -> np.ndarray:
 
 def attention_mass(sample: Sample) -> np.ndarray:
     """Softmax weights of the decode steps' queries, mean over the steps: [q_heads, tokens] float64."""
-    keys = sample.keys[0, 0].astype(np.float64)
-    steps = decode_steps(sample)
-    total = 0.0
-    for step, position in steps:
+    return np.mean(_attention_weights(sample), axis=0)
+
+
+def _attention_weights(sample: Sample) -> list[np.ndarray]:
+    """Of each decode step: [q_heads, tokens] float64."""
+    keys, found = sample.keys[0, 0].astype(np.float64), []
+    for step, position in decode_steps(sample):
         logits = sample.queries[0, :, step].astype(np.float64) @ keys.T * keys.shape[-1] ** -0.5
         logits[:, position + 1:] = -np.inf
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        total = total + weights / weights.sum(axis=1, keepdims=True)
-    return total / len(steps)
+        found.append(weights / weights.sum(axis=1, keepdims=True))
+    return found
 
 
 def measure(sample: Sample, backend: str, progress: Callable[[str], None]) -> list[Outcome]:
@@ -105,6 +112,7 @@ def _measure_preset(preset, sample, exact, backend) -> Outcome:
     device = arrays.Device("cuda" if backend == "cuda" else "cpu")
     keys, values = arrays.upload(sample.keys, device), arrays.upload(sample.values, device)
     steps = decode_steps(sample)
+    weights = _attention_weights(sample)
     queries = [arrays.upload(np.ascontiguousarray(sample.queries[:, :, step]), device) for step, _ in steps]
     prompt = steps[0][1]
     prompt_times, step_times, part_times = [], [], []
@@ -120,7 +128,7 @@ def _measure_preset(preset, sample, exact, backend) -> Outcome:
         cache.append(keys.narrow(2, 0, prompt), values.narrow(2, 0, prompt))
         wait()
         prompt_times.append(time.perf_counter() - start)
-        outputs, times = [], []
+        outputs, times, kept = [], [], []
         for step, position in steps:
             start = time.perf_counter()
             cache.append(keys.narrow(2, position, position + 1), values.narrow(2, position, position + 1))
@@ -130,15 +138,29 @@ def _measure_preset(preset, sample, exact, backend) -> Outcome:
             output = cache.attend(queries[step])
             outputs.append(arrays.borrow(output, "output").to_host()[0])
             times.append((middle - start, time.perf_counter() - middle))
+            kept.append(_attended(cache, tokens))
         (part_times if parts_apart else step_times).append(np.array(times))
     difference = np.stack(outputs).astype(np.float64) - exact
     logits = arrays.borrow(cache.keys.logits(queries[-1], cache.keys.encode(keys)), "logits").to_host()[0]
     logit_difference = logits - sample.queries[0, :, -1].astype(np.float64) @ sample.keys[0, 0].T * head_dim**-0.5
     return Outcome(preset, cache.nbytes, len(cache), 2 * kv_heads * len(cache) * head_dim,
                    float(np.linalg.norm(difference) / np.linalg.norm(exact)),
+                   float(np.mean([mask.sum() / (position + 1) for mask, (_, position) in zip(kept, steps)])),
+                   float(np.mean([(weight * mask).sum(axis=1) for mask, weight in zip(kept, weights)])),
                    float(np.abs(logit_difference).max()), 1e3 * min(prompt_times),
                    1e6 * min(float(np.median(times.sum(axis=1))) for times in step_times),
                    *(1e6 * np.median(part_times[0], axis=0)).tolist())
+
+
+def _attended(cache: caches.KVCache, tokens: int) -> np.ndarray:
+    """[tokens] bool: what the last step of one sequence with one KV head attended to."""
+    mask = np.arange(tokens) < len(cache)
+    if cache.last_selection is not None:
+        selected, counts = (arrays.borrow(x, "selection").to_host()
+                            for x in (cache.last_selection.indices, cache.last_selection.counts))
+        mask[cache.sinks:cache.sinks + int(cache.tail.encoded(len(cache) - cache.sinks))] = False
+        mask[cache.sinks + selected[0, 0, :counts[0, 0]]] = True
+    return mask
 
 
 def decode_steps(sample: Sample) -> list[tuple[int, int]]:
