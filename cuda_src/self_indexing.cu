@@ -352,7 +352,8 @@ constexpr float kSparseGap = 8.f;
 // query : (batch, kv_heads * group, D), of query_type; exact keys and values too     output : likewise, of output_type
 // sign, codes, scale, minimum : keys, as above; value_* : values of BITS bits, likewise; strides in tokens
 // channel_scale, mean : (batch, kv_heads, D), mean may be null
-// indices : (batch, kv_heads, slots), strides in elements     counts : (batch, kv_heads)     lengths : (batch,) or null
+// indices : (batch, kv_heads, slots), strides in elements, and counts : (batch, kv_heads), or null: all tokens
+// lengths : (batch,) or null for `tokens`
 // exact_keys, exact_values : (batch, kv_heads, exact, D), strides in elements; exact_lengths : (batch,) or null
 // lse : (batch, kv_heads * group) or null     scale_log2 = softmax scale * log2(e)
 // partial_output, partial_statistics, tickets : kvb/splits.cuh
@@ -378,7 +379,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads) self_indexing_attention_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane % 8;
   const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * all_heads + part * HEADS;
   const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
-  const int count = min(max(counts[pair], 0), slots);
+  const int count = counts ? min(max(counts[pair], 0), slots) : length;
   const int entries = count + (exact_lengths ? min(max(exact_lengths[b], 0), exact) : exact);
   const int tiles = (entries + TILE - 1) / TILE, active = active_splits(tiles, 1, splits);
   if (split >= active) return;
@@ -404,7 +405,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads) self_indexing_attention_
   }
   __syncthreads();
 
-  const int* list = indices + b * index_batch_stride + kv_head * index_head_stride;
+  const int* list = indices ? indices + b * index_batch_stride + kv_head * index_head_stride : nullptr;
   const u64 key_place = b * key_batch_stride + kv_head * key_head_stride;
   const u64 value_place = b * value_batch_stride + kv_head * value_head_stride;
   const u64 exact_key_place = b * exact_key_batch_stride + kv_head * exact_key_head_stride + 4 * g;
@@ -416,7 +417,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads) self_indexing_attention_
   for (int tile = split; tile < tiles; tile += active) {
     const int entry = tile * TILE + warp * 4 + lane / 8;
     const bool listed = entry < count;
-    int token = listed ? list[entry] : entry - count;
+    int token = !listed ? entry - count : list ? list[entry] : entry;
     const bool present = listed ? token >= 0 && token < length : entry < entries;
     if (!present) token = 0;
     float x[U][4] = {};

@@ -158,8 +158,9 @@ class KVCache:
             self._owned_scratch["lses"] = arrays.empty((2, batch, q_heads), "float32", self.device)
             self._owned_scratch["lse"] = arrays.empty((batch, q_heads), "float32", self.device)
         if index is not None and store_slots:
-            self._owned_scratch["scores"] = index.allocate_scores(batch, q_heads, store_slots, self.device)
-            self._owned_scratch["selection"] = selector.allocate(batch, q_heads, kv_heads, store_slots, self.device)
+            ranked = kv_heads if index.per_kv_head else q_heads
+            self._owned_scratch["scores"] = index.allocate_scores(batch, ranked, store_slots, self.device)
+            self._owned_scratch["selection"] = selector.allocate(batch, ranked, kv_heads, store_slots, self.device)
         self._owned_workspace = attention.workspace(batch, q_heads, head_dim, self.device)
         self._stores, self._scratch, self._workspace = self._owned, self._owned_scratch, self._owned_workspace
         self._stream = self._scratch["counts"].stream

@@ -8,7 +8,7 @@ from kvbench import codecs, indexes, selectors
 from kvbench.cache import KVCache, Tail, load
 
 __all__ = ["PRESETS", "KVCache", "Preset", "Tail", "block_gtq", "exact", "kivi", "load", "quest", "rabitq",
-           "turboquant", "twilight"]
+           "self_indexing", "turboquant", "twilight"]
 
 
 class Preset(NamedTuple):
@@ -154,6 +154,28 @@ def _sparse(batch, kv_heads, q_heads, head_dim, capacity, index, tail, sinks, dt
                    selector=selector, sinks=sinks, tail=tail, dtype=dtype, device=device, backend=backend)
 
 
+def self_indexing(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, budget: int = 160,
+                  sinks: int = 64, tail: int = 128, value_bits: int = 2, centre: str = "mean", dtype: str = "float16",
+                  device="cpu", backend: str | None = None) -> KVCache:
+    """Keys as signs and 2-bit magnitudes whose signs are the index, values as integers; each step attends to few tokens.
+
+    budget     : tokens of the prompt that a KV head attends to, the sinks among them
+    sinks      : the first tokens, exact, always attended        tail : so many of the newest tokens, likewise
+    value_bits : 2 (the authors') or 4, which takes most of the error away
+    centre     : keys are encoded less the "mean" or "median" of those in the first append, which should be a prompt
+
+    **Where this differs from the authors' method.**  Their sinks are the tokens that the last prompt query weighs most;
+    here a cache keeps the first ones (`reference.self_indexing.find_sinks` has both).  Their generated tokens are
+    codes from birth and always attended; here the newest `tail` tokens are exact, and older ones must be selected.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+        raise ValueError(f"self_indexing: budget: expected an integer of at least 0, got {budget!r}")
+    return KVCache(batch, kv_heads, q_heads, head_dim, capacity, keys=codecs.SignVQ(head_dim, centre, sinks),
+                   values=codecs.TokenInt(head_dim, value_bits), index=indexes.SignVQ(head_dim, centre, sinks),
+                   selector=selectors.TopK(max(budget - sinks, 0)), sinks=sinks, tail=Tail(recent=tail), dtype=dtype,
+                   device=device, backend=backend)
+
+
 PRESETS: dict[str, Preset] = {
     "exact": Preset(exact, "16-bit keys and values, dense attention",
                     "arXiv 1706.03762, section 3.2.1; grouped query heads: arXiv 2305.13245"),
@@ -169,4 +191,6 @@ PRESETS: dict[str, Preset] = {
                     "arXiv 2406.10774"),
     "twilight": Preset(twilight, "16-bit cache, attended where logits on 4-bit keys have 85 % of the mass (Top-p)",
                        "arXiv 2502.02770"),
+    "self_indexing": Preset(self_indexing, "signs and 2-bit magnitudes; 160 tokens attended, the first 64 and the last "
+                            "128 exact", "arXiv 2603.14224"),
 }

@@ -17,27 +17,35 @@ import numpy as np
 
 from kvbench import arrays, codecs
 from kvbench.codecs.base import Packed, Store, part
-from kvbench.ops import quest, rabitq, turboquant
+from kvbench.codecs.self_indexing import SignVQTokens, freeze
+from kvbench.ops import quest, rabitq, self_indexing, turboquant
+from kvbench.ops.attention import check_scale
 from kvbench.reference import rabitq as reference
 from kvbench.reference.quest import PAGE, Pages
 from kvbench.reference.rabitq import BLOCK, Encoded
 from kvbench.reference.rotation import Rotation, haar, hadamard
+from kvbench.reference.self_indexing import CENTRES, CODES, SUBVECTOR
 from kvbench.scores import Scores
 
-__all__ = ["Index", "Quest", "QuestPages", "RaBitQ", "RaBitQTokens", "Scores", "TurboQuant"]
+__all__ = ["Index", "Quest", "QuestPages", "RaBitQ", "RaBitQTokens", "Scores", "SignVQ", "SignVQCodebook", "TurboQuant"]
 
 ROTATIONS = {"hadamard": hadamard, "haar": haar}
 
 
 class Index(Store):
-    """A way to rank tokens.  Subclasses are frozen dataclasses with a field `head_dim`."""
+    """A way to rank tokens.  Subclasses are frozen dataclasses with a field `head_dim`.
+
+    per_kv_head   whether logits are [batch, kv_heads, tokens], one for all query heads of a KV head
+    """
 
     head_dim: int
     noise: bool = False         # whether scores come with sigma
+    per_kv_head = False
 
-    def allocate_scores(self, batch: int, q_heads: int, tokens: int, device) -> Scores:
-        """`out` of `score` for storage of so many tokens: with it a step allocates nothing for scores."""
-        logits, sigma = (arrays.empty((batch, q_heads, tokens), "float32", device) if wanted else None
+    def allocate_scores(self, batch: int, heads: int, tokens: int, device) -> Scores:
+        """`out` of `score` for storage of so many tokens: with it a step allocates nothing for scores.  heads : query
+        heads, or KV heads if `per_kv_head`"""
+        logits, sigma = (arrays.empty((batch, heads, tokens), "float32", device) if wanted else None
                          for wanted in (True, self.noise))
         return Scores(logits, sigma)
 
@@ -57,7 +65,8 @@ class Index(Store):
                   there on
         scale   : default head_dim ** -0.5        out : Scores to write into (default: new)
 
-        Returns Scores(logits, sigma), [batch, q_heads, tokens] float32 in q's framework; sigma may be None.
+        Returns Scores(logits, sigma), [batch, q_heads, tokens] float32 (or per KV head) in q's framework; sigma may be
+        None.
         """
 
 
@@ -355,3 +364,81 @@ class TurboQuant(Index):
 
     def used(self, storage, sequence: int, tokens: int) -> codecs.TurboQuantTokens:
         return self.codec.used(storage, sequence, tokens)
+
+
+# --- Self-Indexing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class SignVQCodebook(Packed):
+    """codebook : [batch, kv_heads, head_dim / 4, 16, 4] float32, of a prompt
+    sign        : [batch, kv_heads, tokens, head_dim / 32] uint32; None in a cache, whose keys have the signs already
+    """
+
+    codebook: object
+    sign: object = None
+
+
+@part
+@dataclass(frozen=True)
+class SignVQ(Index):
+    """The signs of the codec `codecs.SignVQ`, looked up in tables of the mean query of a KV head: no byte a token more.
+
+    centre, sinks   as of the codec, and equal to those: a cache whose keys are other codes is refused when it scores
+
+    One score serves all query heads of a KV head.  What centring takes from all logits of a head alike is not added.
+    Source: arXiv 2603.14224.
+    """
+
+    head_dim: int
+    centre: str = "mean"
+    sinks: int = 0
+
+    part_name = "SignVQIndex"
+    per_kv_head = True
+
+    def __post_init__(self):
+        arguments = arrays.Arguments("SignVQ")
+        arguments.require(_is_integer(self.head_dim) and self.head_dim > 0 and self.head_dim % 32 == 0, "head_dim",
+                          "a positive multiple of 32", repr(self.head_dim))
+        arguments.require(self.centre in CENTRES, "centre", f"one of {', '.join(CENTRES)}", repr(self.centre))
+        arguments.require(_is_integer(self.sinks) and self.sinks >= 0, "sinks", "an integer of at least 0",
+                          repr(self.sinks))
+
+    def encode(self, keys) -> SignVQCodebook:
+        """As `Index.encode`, with the statistics of these keys; the signs come with the codebook."""
+        arguments = arrays.Arguments("SignVQ.encode")
+        keys = arguments.take("keys", keys, f"batch kv_heads tokens {self.head_dim}", arrays.FLOATS, strided=True)
+        mean, scale, codebook = (arrays.upload(array, keys.device, keys.framework, stream=arguments.stream)
+                                 for array in freeze(keys, self.centre, self.sinks))
+        coded = self_indexing.encode(keys, mean, scale, stream=arguments.stream)
+        return SignVQCodebook(codebook.give(), coded.sign)
+
+    def score(self, q, coded: SignVQCodebook, keys: SignVQTokens | None = None, *, lengths=None, scale=None, out=None,
+              stream=None, backend=None) -> Scores:
+        sign = coded.sign
+        if sign is None:
+            if not isinstance(keys, SignVQTokens):
+                raise TypeError("SignVQ.score: keys: expected keys stored by codecs.SignVQ, whose signs are the index, "
+                                f"got {type(keys).__name__}")
+            sign = keys.sign
+        logits = self_indexing.score(q, sign, coded.codebook, lengths=lengths,
+                                     scale=check_scale(arrays.Arguments("SignVQ.score"), scale, self.head_dim),
+                                     out=None if out is None else out.logits, stream=stream, backend=backend)
+        return Scores(logits)
+
+    def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> SignVQCodebook:
+        shape = (batch, kv_heads, self.head_dim // SUBVECTOR, CODES, SUBVECTOR)
+        return SignVQCodebook(arrays.zeros(shape, "float32", device))
+
+    def prepare(self, storage: SignVQCodebook, sequences: slice, x: arrays.Array, queries: arrays.Array | None, *,
+                stream=None, backend=None) -> None:
+        codebook = freeze(x, self.centre, self.sinks)[2]
+        storage.codebook.narrow(0, sequences.start, sequences.stop).copy_from(codebook, stream)
+
+    def write(self, storage: SignVQCodebook, sequences: slice, start: int, x: arrays.Array, *, stream=None,
+              backend=None) -> None:
+        """Nothing: the codec of the keys writes the signs."""
+
+    def used(self, storage: SignVQCodebook, sequence: int, tokens: int) -> SignVQCodebook:
+        return SignVQCodebook(storage.codebook.narrow(0, sequence, sequence + 1))

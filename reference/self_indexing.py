@@ -394,14 +394,14 @@ def selected_tokens(budget: int | float, tokens: int, exact: int) -> int:
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
-def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_scale, indices, counts, *, lengths=None,
-                            mean=None, exact_keys=None, exact_values=None, exact_lengths=None, scale=None,
+def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_scale, indices=None, counts=None, *,
+                            lengths=None, mean=None, exact_keys=None, exact_values=None, exact_lengths=None, scale=None,
                             return_lse: bool = True):
     """Attention to the selected tokens, dequantised, and to the exact ones: one softmax over both.
 
     query         : [batch, q_heads, head_dim]
     keys, values  : of [batch, kv_heads, tokens, head_dim]        channel_scale : alpha, [batch, kv_heads, head_dim]
-    indices       : [batch, kv_heads, slots] int32, positions of the selected tokens, none twice
+    indices       : [batch, kv_heads, slots] int32, positions of the selected tokens, none twice (default: all tokens)
     counts        : [batch, kv_heads] int32, how many of `indices` are meant
     lengths       : [batch] int, tokens of each store (default: all); positions outside 0 ... length - 1 are left out
     mean          : mu, [batch, kv_heads, head_dim] (default 0): exact keys are not centred, k_hat' + mu is the selected
@@ -420,7 +420,7 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
         held_keys = held_keys + np.asarray(mean, np.float64)[..., None, :]
     output, lse = np.zeros(query.shape), np.full((batch, q_heads), -np.inf)
     for b, h in np.ndindex(batch, kv_heads):
-        chosen = np.asarray(indices)[b, h, : max(int(counts[b, h]), 0)]
+        chosen = np.arange(keys.tokens) if indices is None else np.asarray(indices)[b, h, : max(int(counts[b, h]), 0)]
         chosen = chosen[(chosen >= 0) & (chosen < lengths[b])]
         parts = [(held_keys[b, h, chosen], held_values[b, h, chosen])]
         if exact_keys is not None:

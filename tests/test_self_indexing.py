@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import needs
-from kvbench import data, loaders, trees
+from kvbench import arrays, caches, codecs, data, indexes, loaders, trees
 from kvbench.ops import attention, self_indexing
 from kvbench.ops.dispatch import NUMPY_TYPE
 from kvbench.ops.self_indexing_records import _attention_agreement
+from kvbench.reference import attention as exact_attention
 from kvbench.reference import kivi, selection
 from kvbench.reference import self_indexing as reference
 from kvbench.reference.self_indexing import Encoded
@@ -197,6 +198,112 @@ def test_other_frameworks_get_their_own_arrays():
     assert all(isinstance(array, torch.Tensor) for array in trees.arrays_of(coded).values())
     query, codebook = torch.from_numpy(normal(10, (1, 4, 64))), torch.from_numpy(prompt.codebook)
     assert isinstance(self_indexing.score(query, coded.sign, codebook), torch.Tensor)
+
+
+# ---- codec, index, cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centre", reference.CENTRES)
+def test_the_codec_holds_four_bits(centre):
+    codec, x = codecs.SignVQ(128, centre, sinks=4), normal(0, (2, 2, 50, 128), "float32")
+    packed = codec.encode(x)
+    prompt = frozen(x, np.zeros((2, 2, 128)), centre=centre, sinks="first", sink_count=4)
+    assert (packed.mean[:, :, 0] == prompt.mean).all() and (packed.channel_scale[:, :, 0] == prompt.channel_scale).all()
+    per_token = sum(getattr(packed, name).nbytes for name in ("sign", "codes", "scale", "minimum"))
+    assert codec.bits_per_element == 4 == 8 * per_token / x.size
+    decoded = codec.decode(packed, "float32")
+    bound = reference.error_bound(x, prompt.mean, codec.encoded(packed), prompt.channel_scale)
+    assert (np.abs(decoded - x) <= bound + 1e-6 * (1 + np.abs(x))).all()
+    query = normal(1, (2, 4, 128), "float32")
+    expected = np.einsum("bhd,bhtd->bht", query, np.repeat(decoded.astype(float), 2, axis=1)) / 128**0.5
+    np.testing.assert_allclose(codec.logits(query, packed), expected, atol=1e-5)
+    assert codecs.rebuild(codec.config()) == codec
+    index = indexes.SignVQ(128, centre, 4)
+    assert codecs.rebuild(index.config()) == index and type(codecs.rebuild(index.config())) is indexes.SignVQ
+
+
+def test_index_and_codec_have_one_sign_plane():
+    """The index alone scores as the one of a cache, which holds a codebook and no signs."""
+    codec, index, keys = codecs.SignVQ(64, sinks=3), indexes.SignVQ(64, sinks=3), normal(0, (1, 2, 40, 64))
+    coded, packed, query = index.encode(keys), codec.encode(keys), normal(1, (1, 4, 64))
+    scores = index.score(query, coded).logits
+    assert scores.shape == (1, 2, 40) and (coded.sign == packed.sign).all()
+    shared = indexes.SignVQCodebook(coded.codebook)
+    assert (index.score(query, shared, packed).logits == scores).all()
+    expected = reference.score(query, packed.sign, coded.codebook, scale=64**-0.5)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    with pytest.raises(TypeError, match="keys: expected keys stored by codecs.SignVQ, .* got NoneType"):
+        index.score(query, shared)
+    assert [*index.allocate(1, 2, 1000, "cpu").arrays()] == ["codebook"]
+
+
+def held(cache):
+    """Bytes of all that a cache holds, by name."""
+    return {name: view.to_host().tobytes() for name, view in cache._views()}
+
+
+@pytest.mark.parametrize("value_bits", [2, 4])
+def test_a_cache_that_selects_all_attends_to_all(value_bits, tmp_path):
+    """The same as exact attention to sinks, decoded store and tail; one by one or at once; and saved."""
+    keys, values, query = normal(0, (2, 2, 60, 64)), normal(1, (2, 2, 60, 64)), normal(2, (2, 4, 64))
+    options = {"batch": 2, "kv_heads": 2, "q_heads": 4, "head_dim": 64, "capacity": 70, "sinks": 4, "tail": 8,
+               "value_bits": value_bits}
+    cache = caches.self_indexing(**options, budget=70)
+    cache.append(keys[:, :, :50], values[:, :, :50])
+    for t in range(50, 60):
+        cache.append(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+    at_once = caches.self_indexing(**options, budget=70)
+    at_once.append(keys[:, :, :50], values[:, :, :50])
+    at_once.append(keys[:, :, 50:], values[:, :, 50:])
+    assert held(cache) == held(at_once)
+    prompt = frozen(keys[:, :, :50], np.zeros((2, 2, 64)), sinks="first", sink_count=4)
+    coded = reference.decode(reference.encode(keys, prompt.mean, prompt.channel_scale), prompt.channel_scale)
+    whole = [coded + prompt.mean[:, :, None].astype(float), kivi.decode(kivi.encode_values(values, value_bits, 32))]
+    for side, exact in zip(whole, (keys, values)):
+        side[:, :, :4], side[:, :, 52:] = exact[:, :, :4], exact[:, :, 52:]
+    expected, _ = exact_attention.decode(query, *whole)
+    np.testing.assert_allclose(cache.attend(query).astype(float), expected, atol=2e-3)
+    cache.save(tmp_path / "cache")
+    again = caches.load(tmp_path / "cache")
+    assert held(again) == held(cache) and (again.attend(query) == cache.attend(query)).all()
+
+
+def test_a_cache_attends_to_its_budget():
+    """One list for a KV head, of the best scores of the store; short sequences attend to all they have."""
+    keys, values, query = normal(0, (2, 2, 300, 64)), normal(1, (2, 2, 300, 64)), normal(2, (2, 8, 64))
+    cache = caches.self_indexing(2, 2, 8, 64, 400, budget=24, sinks=4, tail=16)
+    cache.append(keys, values, lengths=[300, 30])
+    output = cache.attend(query)
+    chosen = cache.last_selection
+    counts = arrays.borrow(chosen.counts, "counts").to_host()
+    assert counts.tolist() == [[20, 20], [10, 10]]
+    indices = arrays.borrow(chosen.indices, "indices").to_host()
+    for b, length in enumerate((300, 30)):
+        own, own_values = keys[b : b + 1, :, :length], values[b : b + 1, :, :length]
+        prompt = frozen(own, np.zeros((1, 2, 64)), sinks="first", sink_count=4)
+        coded = reference.encode(own[:, :, 4 : length - 16], prompt.mean, prompt.channel_scale)
+        scores = reference.score(query[b : b + 1], coded.sign, prompt.codebook)
+        for h in range(2):
+            listed = indices[b, h, : counts[b, h]]
+            assert set(listed) == set(np.argsort(-scores[0, h], kind="stable")[: counts[b, h]])
+        near = [np.r_[0:4, length - 16 : length]]
+        expected = reference.sparse_attention_packed(
+            query[b : b + 1], coded, kivi.encode_values(own_values[:, :, 4 : length - 16], 2, 32), prompt.channel_scale,
+            indices[b : b + 1], counts[b : b + 1], mean=prompt.mean, exact_keys=own[:, :, near[0]],
+            exact_values=own_values[:, :, near[0]], return_lse=False)
+        np.testing.assert_allclose(output[b].astype(float), expected[0], atol=2e-3)
+
+
+def test_pairs_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match="SignVQ x TokenInt: values: expected 2 or 4 bits .* got 8 bits"):
+        caches.self_indexing(1, 1, 1, 64, 10, value_bits=8)
+    with pytest.raises(ValueError, match="self_indexing: budget: expected an integer of at least 0, got 0.5"):
+        caches.self_indexing(1, 1, 1, 64, 10, budget=0.5)
+    for make in (codecs.SignVQ, indexes.SignVQ):
+        with pytest.raises(ValueError, match="SignVQ: centre: expected one of mean, median, none, got 'mode'"):
+            make(64, "mode")
+        with pytest.raises(ValueError, match="SignVQ: head_dim: expected a .*multiple of 32, got 40"):
+            make(40)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

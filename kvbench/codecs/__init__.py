@@ -14,9 +14,10 @@ from kvbench.codecs.base import FUSED, Codec, Fused, Packed, Part, Store, attend
 from kvbench.codecs.block_gtq import BlockGTQ, BlockGTQTokens, load_calibration, save_calibration
 from kvbench.codecs.exact import Float16, Float16Tokens
 from kvbench.codecs.kivi import KiviKeys, KiviTokens, KiviValues, TokenInt
+from kvbench.codecs.self_indexing import SignVQ, SignVQTokens
 from kvbench.codecs.turboquant import TurboQuantMSE, TurboQuantProd, TurboQuantProdTokens, TurboQuantTokens
 
 __all__ = ["FUSED", "BlockGTQ", "BlockGTQTokens", "Codec", "Float16", "Float16Tokens", "Fused", "KiviKeys",
-           "KiviTokens", "KiviValues", "Packed", "Part", "Store", "TokenInt", "TurboQuantMSE", "TurboQuantProd",
-           "TurboQuantProdTokens", "TurboQuantTokens", "attend", "fused", "load_calibration", "part", "rebuild",
-           "save_calibration"]
+           "KiviTokens", "KiviValues", "Packed", "Part", "SignVQ", "SignVQTokens", "Store", "TokenInt", "TurboQuantMSE",
+           "TurboQuantProd", "TurboQuantProdTokens", "TurboQuantTokens", "attend", "fused", "load_calibration", "part",
+           "rebuild", "save_calibration"]

@@ -16,16 +16,21 @@ _PARTS: dict[str, type] = {}
 
 def part(cls: type) -> type:
     """Class decorator: what `config()` of its instances returns, `rebuild` turns into an equal instance."""
-    _PARTS[cls.__name__] = cls
+    _PARTS[cls.part_name or cls.__name__] = cls
     return cls
 
 
 class Part:
-    """A frozen dataclass with JSON-able fields that a saved cache names: a codec, an index or a selector."""
+    """A frozen dataclass with JSON-able fields that a saved cache names: a codec, an index or a selector.
+
+    part_name   of the class, where another part has the same class name (an index that goes with a codec); else None
+    """
+
+    part_name = None
 
     def config(self) -> dict:
-        """The class name under "part", and the fields."""
-        return {"part": type(self).__name__, **dataclasses.asdict(self)}
+        """The name of the class under "part", and the fields."""
+        return {"part": self.part_name or type(self).__name__, **dataclasses.asdict(self)}
 
 
 def rebuild(config: dict) -> Part:

@@ -197,8 +197,8 @@ def score(query, sign, codebook, *, heads: str = "mean", lengths=None, excluded=
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_scale, indices, counts, *, lengths=None,
-                            mean=None, exact_keys=None, exact_values=None, exact_lengths=None,
+def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_scale, indices=None, counts=None, *,
+                            lengths=None, mean=None, exact_keys=None, exact_values=None, exact_lengths=None,
                             scale: float | None = None, splits: int | None = None, return_lse: bool = False, out=None,
                             lse=None, workspace: attention.Workspace | None = None, backend: str | None = None,
                             stream=None):
@@ -209,6 +209,7 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     values        : a `kivi.Values` of 2 or 4 bits in groups of 32 channels, or slices of a store
     channel_scale : [batch, kv_heads, head_dim] float32, alpha
     indices       : [batch, kv_heads, slots] int32, positions of the selected tokens, none twice; any order is right
+                    (default: all tokens)
     counts        : [batch, kv_heads] int32, entries of each list, clamped to 0 ... slots; what lies beyond is not read
     lengths       : [batch] int32, tokens of each store (default: all), clamped; entries outside 0 ... length - 1 are
                     left out, since checking them would wait for the device
@@ -236,8 +237,9 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     values = _take_values(arguments, values)
     group = check_heads(arguments, query.shape[2])
     channel_scale = arguments.take("channel_scale", channel_scale, "batch kv_heads head_dim", ("float32",))
-    indices = arguments.take("indices", indices, "batch kv_heads slots", ("int32",), strided=True)
-    counts = arguments.take("counts", counts, "batch kv_heads", ("int32",))
+    arguments.require((indices is None) == (counts is None), "counts", "indices and counts, or neither", "one of them")
+    indices = arguments.take("indices", indices, "batch kv_heads slots", ("int32",), strided=True, optional=True)
+    counts = arguments.take("counts", counts, "batch kv_heads", ("int32",), optional=True)
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
     mean = arguments.take("mean", mean, "batch kv_heads head_dim", ("float32",), optional=True)
     arguments.require((exact_keys is None) == (exact_values is None), "exact_values", "keys and values, or neither",
@@ -259,11 +261,15 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     if backend in HOST_BACKENDS:
         none = np.empty((batch, kv_heads, 0, query.shape[2]), query.numpy().dtype)
         host_exact = [none if x is None else x.numpy() for x in exact]
-        listed = (indices.numpy(), np.clip(counts.numpy(), 0, indices.shape[2]), _host_lengths(lengths, batch, tokens))
+        stored = _host_lengths(lengths, batch, tokens)
+        listed = (np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, kv_heads, tokens)),
+                  np.repeat(stored[:, None], kv_heads, axis=1))
+        if indices is not None:
+            listed = indices.numpy(), np.clip(counts.numpy(), 0, indices.shape[2])
         exact_counts = _host_lengths(exact_lengths, batch, host_exact[0].shape[2])
     if backend == "reference":
         output, log_sum = reference.sparse_attention_packed(
-            query.numpy(), keys.on_host(), values.on_host(), channel_scale.numpy(), *listed[:2], lengths=listed[2],
+            query.numpy(), keys.on_host(), values.on_host(), channel_scale.numpy(), *listed, lengths=stored,
             mean=_host(mean), exact_keys=host_exact[0], exact_values=host_exact[1], exact_lengths=exact_counts,
             scale=scale)
         round_into(out, output)
@@ -272,7 +278,7 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     elif backend == "cpu":
         cpu_self_indexing.sparse_attention_packed(
             query.numpy(), *keys.on_host_arrays(), channel_scale.numpy(), *values.on_host_arrays(), values.bits,
-            *listed, _host(mean), *host_exact, exact_counts, scale, out.numpy(), None if lse is None else lse.numpy())
+            *listed, stored, _host(mean), *host_exact, exact_counts, scale, out.numpy(), None if lse is None else lse.numpy())
     else:
         attention.check_cuda_heads(arguments, backend, query.shape[2], group)
         wide = {"exact_keys": exact[0], "exact_values": exact[1], **keys.by_name("keys"), **values.by_name("values")}

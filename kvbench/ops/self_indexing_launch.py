@@ -58,8 +58,9 @@ def launch_attention(query, keys, values, channel_scale, indices, counts, length
     head_dim, device, group = query.shape[2], query.device, query.shape[1] // kv_heads
     heads = SPARSE_HEADS[head_dim]
     parts, exact = -(-group // heads), 0 if exact_keys is None else exact_keys.shape[2]
+    slots = tokens if indices is None else indices.shape[2]
     if splits is None:
-        splits = attention.choose_splits(-(-(indices.shape[2] + exact) // 32), batch * kv_heads * parts, 1,
+        splits = attention.choose_splits(-(-(slots + exact) // 32), batch * kv_heads * parts, 1,
                                          loaders.multiprocessors(backend, device))
     scratch = attention.take_workspace(arguments, workspace, splits, device, out.framework)
     shared_bytes = (2 * heads * head_dim + 8) * 4 + attention.split_shared_bytes(WARPS, heads, head_dim, THREADS)
@@ -67,9 +68,9 @@ def launch_attention(query, keys, values, channel_scale, indices, counts, length
         "self_indexing", f"kvb::self_indexing_attention_kernel<{head_dim}, {values.bits}>", backend, device)
     function((splits, kv_heads * parts, batch), (THREADS,), (
         query, np.int32(QUERY_TYPE[query.dtype]), *_keys(keys), values.codes, values.scale, values.minimum,
-        *map(np.uint64, values.strides), channel_scale, mean, indices, *map(np.uint64, indices.strides[:2]), counts,
-        np.int32(indices.shape[2]), lengths, np.int32(tokens), *_exact(exact_keys), *_exact(exact_values),
-        exact_lengths, np.int32(exact), out,
+        *map(np.uint64, values.strides), channel_scale, mean, indices,
+        *map(np.uint64, (0, 0) if indices is None else indices.strides[:2]), counts, np.int32(slots), lengths,
+        np.int32(tokens), *_exact(exact_keys), *_exact(exact_values), exact_lengths, np.int32(exact), out,
         np.int32(QUERY_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
         np.int32(group), np.float32(scale * math.log2(math.e))), shared_bytes=shared_bytes, stream=arguments.stream)
 

@@ -237,7 +237,9 @@ def _attention_agreement(inputs, expected, actual):
     lengths = np.full(batch, tokens) if inputs.get("lengths") is None else np.clip(inputs["lengths"], 0, tokens)
     stored = np.asarray(actual[0]).dtype.name
     for b, h in np.ndindex(batch, kv_heads):
-        chosen = inputs["indices"][b, h, : max(int(inputs["counts"][b, h]), 0)]
+        chosen = np.arange(tokens)
+        if inputs.get("indices") is not None:
+            chosen = inputs["indices"][b, h, : max(int(inputs["counts"][b, h]), 0)]
         chosen = chosen[(chosen >= 0) & (chosen < lengths[b])]
         own_keys = np.concatenate([held[b, h, chosen], np.broadcast_to(mean[b, h], (len(chosen), head_dim))], axis=1)
         own_values = sizes[b, h, chosen]

@@ -123,6 +123,8 @@ def sparse_attention_packed(draw):
                  "channel_scale": rng.uniform(0.5, 2, (batch, heads, head_dim)).astype(np.float32), "indices": indices,
                  "counts": rng.integers(0, slots + 1, (batch, heads)).astype(np.int32), "return_lse": True,
                  "scale": draw(st.sampled_from((None, 0.0, 1.0, -0.05)))}
+    if draw(st.integers(0, 3)) == 0:            # all tokens
+        del arguments["indices"], arguments["counts"]
     if draw(st.booleans()):
         arguments["mean"] = rng.standard_normal((batch, heads, head_dim)).astype(np.float32)
     if draw(st.booleans()):
