@@ -1,4 +1,5 @@
 """The benchmark driver: is its time to be trusted?  Clocks and devices are faked wherever the truth must be known."""
+import contextlib
 import copy
 import csv
 import ctypes
@@ -752,6 +753,37 @@ def test_baselines_of_exact_attention_serve_every_kernel_with_decoded_keys():
     assert on_host["query"].dtype == np.float32 and on_host["scale"] == 0.5 and on_host["lengths"] is None
     assert baselines.inputs_of(record, kernel, inputs, "cuda")["query"] is inputs["query"]
     assert given == ["float32", "float16"]
+
+
+def test_decoding_for_a_baseline_is_on_the_stream_that_reads_it(fake, monkeypatch):
+    """On a GPU the timer's stream is ordered after no other: all work on the inputs of a call must be queued on it."""
+    depth, seen = [0], []
+
+    @contextlib.contextmanager
+    def current(self, framework):
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    def exact(inputs, dtype):
+        seen.append(("decode", depth[0]))
+        return {"keys": inputs["x"][None, None], "values": inputs["x"][None, None]}
+
+    def prepare(inputs):
+        seen.append(("prepare", depth[0]))
+        return lambda: np.full((64, 8), 2, np.float32)
+
+    def attend(x, query, *, out=None, backend=None):
+        return doubled(x, out=out)
+
+    fake(make_kernel(operator=attend, reference=lambda x, query: reference_doubled(x), exact=exact, inputs=lambda *_: {
+        "x": np.ones((64, 8), np.float32), "query": np.ones((1, 1, 8), np.float32)}))
+    monkeypatch.setattr(cpu.Cpu, "current", current)
+    monkeypatch.setattr(baselines, "BASELINES", (
+        baselines.Baseline("good", baselines.EXACT, ("cpu",), "numpy", prepare, ""),))
+    case, = quiet((), "cpu", baselines=["good"])[0].document["cases"]
+    assert case["baselines"][0]["cold"], case["baselines"]
+    assert {name for name, _ in seen} == {"decode", "prepare"} and all(inside for _, inside in seen)
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "kvbench-exact"])

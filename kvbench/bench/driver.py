@@ -162,7 +162,8 @@ class _Driver:
         moved = baseline_records.bytes_moved(record, kernel, problem, self.place.kind)
         entry = {"name": record.name, "storage": record.storage, "bytes_moved": moved, "missing": None, **_untimed()}
         try:
-            given = baseline_records.inputs_of(record, kernel, inputs, self.place.kind)
+            with self.place.current(record.framework):     # decoding is ordered before what reads it
+                given = baseline_records.inputs_of(record, kernel, inputs, self.place.kind)
             limit = baseline_records.allowed_error(given, record.storage)
             entry |= self._time(record.name, record.prepare, given, record.framework,
                                 lambda result: check.closeness(result, limit), moved)
