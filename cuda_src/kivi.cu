@@ -44,33 +44,52 @@ struct KiviLanes {
 template <int D>
 struct KeyTile {
   static constexpr int TOKENS = D == 64 ? 4 : 8, WARP_TOKENS = TOKENS * KiviLanes<D>::ROWS, WARPS = 128 / WARP_TOKENS;
-  static constexpr int BLOCKS = D == 64 ? 4 : D == 128 ? 3 : 1;
+  static constexpr int BLOCKS = D == 64 ? 3 : D == 128 ? 2 : 1;
 };
 // Four channels as two pairs of fp16.
 struct Quad {
   u32 pair[2];
 };
 
+template <class T>
+constexpr bool kHasFloat16 = false;
+template <>
+constexpr bool kHasFloat16<__half> = true;
+
 // Finite numbers saturate; NaN and Inf stay.
 __device__ __forceinline__ float saturated(float x) {
   return fabsf(x) < infinity() ? fminf(fmaxf(x, -65504.f), 65504.f) : x;
 }
-// Channels index ... index + 3 of x, of type 0 float, 1 fp16, 2 bf16, as fp16.
-__device__ __forceinline__ Quad load_quad(const void* x, int type, u64 index) {
-  if (type == 1) {
-    const uint2 both = load_once(reinterpret_cast<const uint2*>(static_cast<const __half*>(x) + index));
-    return {{both.x, both.y}};
+// Four channels of x, as fp16.
+template <class T>
+__device__ __forceinline__ Quad load_quad(const T* x) {
+  const uint2 both = load_once(reinterpret_cast<const uint2*>(x));
+  if constexpr (kHasFloat16<T>) return {{both.x, both.y}};
+  const float2 first = unpack_pair<__nv_bfloat16>(both.x), second = unpack_pair<__nv_bfloat16>(both.y);
+  return {{pack_pair<__half>(saturated(first.x), saturated(first.y)),
+           pack_pair<__half>(saturated(second.x), saturated(second.y))}};
+}
+template <>
+__device__ __forceinline__ Quad load_quad<float>(const float* x) {
+  const float4 all = *reinterpret_cast<const float4*>(x);
+  return {{pack_pair<__half>(saturated(all.x), saturated(all.y)), pack_pair<__half>(saturated(all.z), saturated(all.w))}};
+}
+// The quads of lane l in COUNT rows; row(i) is where row i begins, in elements.
+template <class T, int D, int COUNT, class Row>
+__device__ __forceinline__ void load_rows(Quad (&values)[COUNT][4], const void* x, int l, const Row& row) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const T* from = static_cast<const T*>(x) + row(i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) values[i][j] = load_quad<T>(from + kivi_channel<D>(4 * l + j));
+    if (sizeof(T) == 4 && i % 2) __syncwarp();   // numbers of 32 bits: not more at a time than registers hold
   }
-  float4 v;
-  if (type == 0) {
-    const uint4 all = load_once(reinterpret_cast<const uint4*>(static_cast<const float*>(x) + index));
-    v = make_float4(__uint_as_float(all.x), __uint_as_float(all.y), __uint_as_float(all.z), __uint_as_float(all.w));
-  } else {
-    const uint2 both = load_once(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(x) + index));
-    const float2 first = unpack_pair<__nv_bfloat16>(both.x), second = unpack_pair<__nv_bfloat16>(both.y);
-    v = make_float4(first.x, first.y, second.x, second.y);
-  }
-  return {{pack_pair<__half>(saturated(v.x), saturated(v.y)), pack_pair<__half>(saturated(v.z), saturated(v.w))}};
+}
+template <int D, int COUNT, class Row>
+__device__ __forceinline__ void load_rows(Quad (&values)[COUNT][4], const void* x, int type, int l, const Row& row) {
+  if (type == 0) load_rows<float, D>(values, x, l, row);
+  else if (type == 1) load_rows<__half, D>(values, x, l, row);
+  else load_rows<__nv_bfloat16, D>(values, x, l, row);
 }
 
 // Least and greatest of pairs of fp16, which leave NaN out; NaN without a number.
@@ -96,7 +115,11 @@ struct KiviGroup {
 template <int BITS>
 __device__ __forceinline__ KiviGroup group_of(float low, float high) {
   if (!(low <= high)) return {0.f, 0.f};
-  const __half scale = __float2half_rn((high - low) / ((1 << BITS) - 1));
+  // The quotient by qmax, correctly rounded: Markstein's correction of a product with the rounded inverse.  (Tried for
+  // every fp32 of four binades.  A division calls a subroutine for what does not occur here, and spills registers.)
+  constexpr float QMAX = (1 << BITS) - 1, INVERSE = 1.f / QMAX;
+  const float x = high - low, quotient = x * INVERSE;
+  const __half scale = __float2half_rn(fmaf(fmaf(-quotient, QMAX, x), INVERSE, quotient));
   return {low + 0.f, __half2float(scale) + 0.f};
 }
 
@@ -119,48 +142,57 @@ __device__ __forceinline__ u32 code_of(float x, float minimum, float step, int l
 }
 __device__ __forceinline__ float step_of(float scale) { return scale > 0.f ? scale : infinity() - infinity(); }
 
-// Stores the words of a lane's 16 numbers, of which code(j, v, low) gives pair v of quad j with its first code `low` bits
-// up and its second one 16 further.
-template <int BITS, class Code>
-__device__ __forceinline__ void store_lane_codes(u32* row, int l, const Code& code) {
-  constexpr int FIELDS = kKiviFields<BITS>, WORDS = 8 / FIELDS;
-  u32 words[WORDS] = {};
-#pragma unroll
-  for (int n = 0; n < 8; ++n) words[n / FIELDS] |= code(n / 2, n % 2, BITS * (n % FIELDS));
+// Stores the words of a lane's 16 numbers of one row.
+template <int WORDS>
+__device__ __forceinline__ void store_lane_words(u32* row, int l, const u32 (&words)[WORDS]) {
   if constexpr (WORDS == 1) row[l] = words[0];
   else *reinterpret_cast<uint2*>(row + 2 * l) = make_uint2(words[0], words[1]);
 }
 
 // ---- encode ---------------------------------------------------------------------------------------------------------
 
+// Quad by quad, from the last one on, in a loop that is not unrolled: then few s and m are held at a time, and the code is
+// short.  The quads move up in their registers meanwhile, and so do the fields in their words.
 template <int BITS, int D>
-__device__ __forceinline__ void encode_key_tile(const Quad (&x)[KeyTile<D>::TOKENS][4], const Quad (&low)[4], const Quad (&high)[4],
+__device__ __forceinline__ void encode_key_tile(Quad (&x)[KeyTile<D>::TOKENS][4], Quad (&low)[4], Quad (&high)[4],
                                                 u32* codes, __half* scale, __half* minimum, int l, int r) {
-  using Lanes = KiviLanes<D>;
-  float minima[4][4], steps[4][4];
+  constexpr int TOKENS = KeyTile<D>::TOKENS, WORDS = BITS / 2;
+  u32 words[TOKENS][WORDS] = {};
+#pragma unroll 1
+  for (int j = 3; j >= 0; --j) {
+    if (WORDS == 2 && j == 1)   // the second word is complete
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    u32 scales[2], least[2];
+      for (int i = 0; i < TOKENS; ++i) words[i][WORDS - 1] = words[i][0], words[i][0] = 0;
+    u32 scales[2], minima[2];
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i) words[i][0] <<= 2 * BITS;
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
-      const float2 from = unpack_pair<__half>(low[j].pair[v]), to = unpack_pair<__half>(high[j].pair[v]);
+      const float2 from = unpack_pair<__half>(low[3].pair[v]), to = unpack_pair<__half>(high[3].pair[v]);
       const KiviGroup first = group_of<BITS>(from.x, to.x), second = group_of<BITS>(from.y, to.y);
       scales[v] = pack_pair<__half>(first.scale, second.scale);
-      least[v] = pack_pair<__half>(first.minimum, second.minimum);
-      minima[j][2 * v] = first.minimum, minima[j][2 * v + 1] = second.minimum;
-      steps[j][2 * v] = step_of(first.scale), steps[j][2 * v + 1] = step_of(second.scale);
+      minima[v] = pack_pair<__half>(first.minimum, second.minimum);
+      const float first_step = step_of(first.scale), second_step = step_of(second.scale);
+#pragma unroll
+      for (int i = 0; i < TOKENS; ++i) {
+        const float2 pair = unpack_pair<__half>(x[i][3].pair[v]);
+        words[i][0] |= code_of<BITS>(pair.x, first.minimum, first_step, BITS * v) |
+                       code_of<BITS>(pair.y, second.minimum, second_step, BITS * v + 16);
+      }
     }
     const int channel = kivi_channel<D>(4 * l + j);
     if (scale && r == 0) *reinterpret_cast<uint2*>(scale + channel) = make_uint2(scales[0], scales[1]);
-    if (minimum && r == 1) *reinterpret_cast<uint2*>(minimum + channel) = make_uint2(least[0], least[1]);
+    if (minimum && r == 1) *reinterpret_cast<uint2*>(minimum + channel) = make_uint2(minima[0], minima[1]);
+#pragma unroll
+    for (int k = 3; k > 0; --k) {
+      low[k] = low[k - 1], high[k] = high[k - 1];
+#pragma unroll
+      for (int i = 0; i < TOKENS; ++i) x[i][k] = x[i][k - 1];
+    }
   }
 #pragma unroll
-  for (int i = 0; i < KeyTile<D>::TOKENS; ++i)
-    store_lane_codes<BITS>(codes + (i * Lanes::ROWS + r) * (D * BITS / 32), l, [&](int j, int v, int at) {
-      const float2 pair = unpack_pair<__half>(x[i][j].pair[v]);
-      return code_of<BITS>(pair.x, minima[j][2 * v], steps[j][2 * v], at) |
-             code_of<BITS>(pair.y, minima[j][2 * v + 1], steps[j][2 * v + 1], at + 16);
-    });
+  for (int i = 0; i < TOKENS; ++i)
+    store_lane_words(codes + (i * KiviLanes<D>::ROWS + r) * (D * BITS / 32), l, words[i]);
 }
 
 // x : (batch, kv_heads, tokens, D) of type 0 float, 1 fp16, 2 bf16; rows contiguous and at multiples of 16 bytes, strides
@@ -184,11 +216,7 @@ __global__ void __launch_bounds__(32 * KeyTile<D>::WARPS, KeyTile<D>::BLOCKS)
   const u64 source = place.batch * x_batch_stride + place.head * x_head_stride + place.token * x_token_stride;
 
   Quad values[TOKENS][4], low[4], high[4];
-#pragma unroll
-  for (int i = 0; i < TOKENS; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      values[i][j] = load_quad(x, type, source + (i * Lanes::ROWS + r) * x_token_stride + kivi_channel<D>(4 * l + j));
+  load_rows<D>(values, x, type, l, [&](int i) { return source + (i * Lanes::ROWS + r) * x_token_stride; });
 #pragma unroll
   for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -258,11 +286,16 @@ __device__ __forceinline__ void encode_value_row(const Quad (&x)[4], const u32 (
     minima[a] = own.minimum;
     steps[a] = step_of(own.scale);
   }
-  store_lane_codes<BITS>(codes, l, [&](int j, int v, int at) {
-    const float2 pair = unpack_pair<__half>(x[j].pair[v]);
-    return code_of<BITS>(pair.x, minima[j % UL], steps[j % UL], at) |
-           code_of<BITS>(pair.y, minima[j % UL], steps[j % UL], at + 16);
-  });
+  constexpr int FIELDS = kKiviFields<BITS>;
+  u32 words[8 / FIELDS] = {};
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {   // pair n % 2 of quad n / 2
+    const float2 pair = unpack_pair<__half>(x[n / 2].pair[n % 2]);
+    const int a = n / 2 % UL, at = BITS * (n % FIELDS);
+    words[n / FIELDS] |= code_of<BITS>(pair.x, minima[a], steps[a], at) |
+                         code_of<BITS>(pair.y, minima[a], steps[a], at + 16);
+  }
+  store_lane_words(codes, l, words);
 }
 
 // As for keys, but scale, minimum : (batch, kv_heads, tokens, D / group), any number of tokens.
@@ -278,14 +311,10 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, l = lane % Lanes::LANES, r = lane / Lanes::LANES;
   const u32 first = (blockIdx.x * kKiviBlockWarps + warp) * (kValueSteps * Lanes::ROWS) + r;
   Quad values[kValueSteps][4];
-#pragma unroll
-  for (int i = 0; i < kValueSteps; ++i) {
-    const u32 row = min(first + i * Lanes::ROWS, rows - 1);   // a row beyond the last one counts as the last
-    const RowPlace place = place_of(row, kv_heads, tokens);
-    const u64 source = place.batch * x_batch_stride + place.head * x_head_stride + place.token * x_token_stride;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) values[i][j] = load_quad(x, type, source + kivi_channel<D>(4 * l + j));
-  }
+  load_rows<D>(values, x, type, l, [&](int i) {
+    const RowPlace place = place_of(min(first + i * Lanes::ROWS, rows - 1), kv_heads, tokens);   // the last again
+    return place.batch * x_batch_stride + place.head * x_head_stride + place.token * x_token_stride;
+  });
 #pragma unroll
   for (int i = 0; i < kValueSteps; ++i) {
     u32 extremes[4];   // (least, -greatest) of 32 channels
@@ -438,8 +467,8 @@ __global__ void __launch_bounds__(256)
   KVB_EXPORT(128, kvb::kivi_encode_values_kernel<D>)      \
   KVB_EXPORT(64, kvb::kivi_decode_kernel<D>)              \
   KVB_EXPORT(96, kvb::kivi_logits_kernel<D>)
-KVB_EXPORT_CODES(64, 128)
-KVB_EXPORT_CODES(128, 168)
+KVB_EXPORT_CODES(64, 168)
+KVB_EXPORT_CODES(128, 255)
 KVB_EXPORT_CODES(256, 255)
 
 #define KVB_EXPORT_ATTENTION(D, HEADS, REGISTERS)                        \

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench import arrays, codecs
-from kvbench.ops import turboquant
+from kvbench.ops import kivi, turboquant
 from kvbench.ops.dispatch import EPSILON
 from kvbench.reference import attention as exact_attention
 from kvbench.reference import turboquant as reference
@@ -138,6 +138,86 @@ def test_write_touches_its_slots_alone_and_used_shows_them(batch, kv_heads, capa
     used = codec.used(storage, sequence, tokens)
     assert same_bytes(used.tokens.to_host(), shadow[sequence:sequence + 1, :, :tokens])
     assert used.nbytes == kv_heads * tokens * 4 * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- KIVI
+
+kivi_codecs = st.one_of(
+    st.builds(codecs.KiviKeys, st.sampled_from((32, 64, 128)), st.sampled_from((2, 4, 8)), st.sampled_from((32, 64))),
+    st.builds(lambda kind, size, bits: kind(size[0], bits, size[1]),
+              st.sampled_from((codecs.KiviValues, codecs.TokenInt)), st.sampled_from(((32, 32), (64, 32), (128, 64))),
+              st.sampled_from((2, 4, 8))))
+
+
+def kivi_tokens(codec, granules, extra):
+    """Whole groups of keys, any number of values."""
+    return granules * codec.granule + (extra if codec.granule == 1 else 0)
+
+
+@settings(max_examples=25)
+@given(kivi_codecs, st.integers(0, 2), st.integers(0, 9), dtypes, st.sampled_from((None, 0.25, -3.0)), seeds)
+def test_kivi_is_its_operators(codec, granules, extra, dtype, scale, seed):
+    x = normal(seed, (2, 2, kivi_tokens(codec, granules, extra), codec.head_dim), dtype)
+    packed = codec.encode(x)
+    encode = kivi.encode_keys if isinstance(codec, codecs.KiviKeys) else kivi.encode_values
+    expected = encode(x, codec.bits, codec.group)
+    assert all(same_bytes(packed.arrays()[name], array) for name, array in expected.arrays().items())
+    decoded = kivi.decode(expected, dtype="float32")
+    assert same_bytes(codec.decode(packed, "float32"), decoded)
+    assert codec.bits_per_element * x.size == 8 * packed.nbytes
+    query = normal(seed + 1, (2, 6, codec.head_dim), dtype)
+    factor = codec.head_dim**-0.5 if scale is None else scale
+    wide, keys = query.astype(np.float64), np.repeat(decoded.astype(np.float64), 3, axis=1)
+    products = factor * np.einsum("bhd,bhtd->bht", wide, keys)
+    allowed = (codec.head_dim + 8) * 2.0**-23 * abs(factor) * np.einsum("bhd,bhtd->bht", abs(wide), abs(keys) + 1)
+    assert np.all(abs(codec.logits(query, packed, scale) - products) <= allowed)
+
+
+@settings(max_examples=25)
+@given(kivi_codecs, st.integers(1, 2), st.integers(1, 3), st.data())
+def test_kivi_writes_its_slots_in_place_and_used_shows_them(codec, batch, kv_heads, data):
+    step = codec.granule
+    capacity = step * data.draw(st.integers(1, 4))
+    storage = codec.allocate(batch, kv_heads, capacity, "cpu")
+    shadow = {}
+    for name, array in storage.arrays().items():
+        array.numpy()[...] = 7
+        shadow[name] = array.numpy().copy()
+        assert all(stride * array.itemsize % 16 == 0 for stride in array.strides[:2]), name
+    start, count = (step * n for n in (data.draw(st.integers(0, capacity // step)), 0))
+    count = step * data.draw(st.integers(0, (capacity - start) // step))
+    sequences = slice(data.draw(st.integers(0, batch - 1)), batch)
+    x = normal(data.draw(seeds), (batch - sequences.start, kv_heads, count, codec.head_dim), "float16")
+    whole = codec.encode(x).arrays()
+    codec.write(storage, sequences, start, arrays.borrow(x, "x"))
+    tokens = step * data.draw(st.integers(0, capacity // step))
+    used = codec.used(storage, batch - 1, tokens).arrays()
+    for name, content in shadow.items():
+        rows = 1 if name == "codes" else step
+        content[sequences, :, start // rows:(start + count) // rows] = whole[name]
+        assert same_bytes(storage.arrays()[name].numpy(), content), name
+        assert same_bytes(used[name].to_host(), content[-1:, :, :tokens // rows])
+    assert codecs.rebuild(json.loads(json.dumps(codec.config()))) == codec
+
+
+@pytest.mark.parametrize(("make", "arguments", "message"), [
+    (codecs.KiviKeys, dict(head_dim=48), "KiviKeys: head_dim: expected a positive multiple of 32, got 48"),
+    (codecs.KiviKeys, dict(head_dim=64, bits=3), "KiviKeys: bits: expected 2, 4 or 8, got 3"),
+    (codecs.KiviKeys, dict(head_dim=64, bits=True), "KiviKeys: bits: expected 2, 4 or 8, got True"),
+    (codecs.TokenInt, dict(head_dim=64, group=48), "TokenInt: group: expected a positive multiple of 32, got 48"),
+    (codecs.KiviValues, dict(head_dim=64, group=128), "KiviValues: group: expected a divisor of head_dim 64, got 128"),
+])
+def test_kivi_refuses_bad_parameters(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_kivi_pairs_that_go_together():
+    keys = codecs.KiviKeys(64)
+    for values in (codecs.KiviValues(64, 4), codecs.TokenInt(64)):
+        assert codecs.fused(keys, values).sparse is None
+    with pytest.raises(ValueError, match="no decode attention for keys KiviValues x values KiviValues"):
+        codecs.fused(codecs.KiviValues(64), codecs.KiviValues(64))
 
 
 # ---------------------------------------------------------------------------------------------------------- TurboQuant
