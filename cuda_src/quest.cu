@@ -23,7 +23,7 @@ namespace kvb {
 // lengths : (batch), or null        low, high : (batch, kv_heads, pages, D), likewise, one set of strides
 // units = batch * kv_heads * pages * D sizeof(T) / 16
 template <class T, int D>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 4)
     quest_encode_kernel(const T* __restrict__ keys, u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride,
                         const int* __restrict__ lengths, T* low, T* high, u64 batch_stride, u64 head_stride,
                         u64 page_stride, int kv_heads, int tokens, int pages, int page, u64 units) {
@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(256)
       least[e] = infinity();
       largest[e] = -infinity();
     }
-#pragma unroll 8
-    for (u32 t = 0; t < count; ++t) {
+#pragma unroll 4
+    for (u32 t = 0; t < count; ++t, from += key_token_stride) {
       float x[WIDTH];
-      unpack_chunk<T>(load_once(reinterpret_cast<const uint4*>(from + t * key_token_stride)), x);
+      unpack_chunk<T>(load_once(reinterpret_cast<const uint4*>(from)), x);
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) {   // fminf and fmaxf ignore NaN
         least[e] = fminf(least[e], x[e] + 0.f);
@@ -131,11 +131,11 @@ __global__ void __launch_bounds__(256)
 }  // namespace kvb
 
 #define KVB_EXPORT_SIZES(T)                               \
-  KVB_EXPORT(96, kvb::quest_encode_kernel<T, 64>)         \
-  KVB_EXPORT(96, kvb::quest_encode_kernel<T, 128>)        \
-  KVB_EXPORT(96, kvb::quest_encode_kernel<T, 256>)        \
-  KVB_EXPORT(96, kvb::quest_score_kernel<T, 64>)          \
-  KVB_EXPORT(96, kvb::quest_score_kernel<T, 128>)         \
+  KVB_EXPORT(64, kvb::quest_encode_kernel<T, 64>)         \
+  KVB_EXPORT(64, kvb::quest_encode_kernel<T, 128>)        \
+  KVB_EXPORT(64, kvb::quest_encode_kernel<T, 256>)        \
+  KVB_EXPORT(64, kvb::quest_score_kernel<T, 64>)          \
+  KVB_EXPORT(64, kvb::quest_score_kernel<T, 128>)         \
   KVB_EXPORT(96, kvb::quest_score_kernel<T, 256>)
 KVB_EXPORT_SIZES(float)
 KVB_EXPORT_SIZES(__half)

@@ -14,7 +14,7 @@
 //            instructions, 270 issue cycles of an SM.  Memory takes 163 for them at 3 TB/s on 132 SMs at 1.7 GHz: bound
 //            by issue slots, at 60 % of that bandwidth at most.
 //
-// rabitq_quantize_kernel: the integers of queries, for those who want them alone; eight lanes share a query.
+// rabitq_quantize_kernel: the integers of queries, for those who want them alone; a warp has a query.
 //
 // rabitq_score_kernel: the same, once per block, and then logits of all query heads of a group from one read of the code.
 //   Operands A word of signs becomes operands of mma_m16n8k32 by masks: bits s = 0 ... 3 of every byte of the word, and of
@@ -31,9 +31,13 @@
 //            bytes, without shared memory.
 //   Bytes    D / 8 + 2 read per token and KV head, 4 written per token and query head: at 8 KV heads of 128 with 4 query
 //            heads each and 128K tokens 18.9 and 16.8 MB, 12 us at 3 TB/s; what is written may stay in the L2 cache.
-//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads: 72 for operands, 16 products and as many sums
-//            moved, 16 loads and 24 for their addresses, 8 * 8 for results and stores: 210.  There are 124 times 64
-//            tokens per SM: 26000 instructions, 6500 issue cycles, 3.8 us at 1.7 GHz.
+//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads, in the machine code for sm_90: 72 for operands,
+//            16 products, 16 loads, 8 * 8 for results, 16 to store, 40 for addresses and what is carried over: 224.
+//            There are 124 times 64 tokens per SM: 28000 instructions, 7000 issue cycles, 4.1 us at 1.7 GHz.
+//            Rounding the query comes before that, once per block, while the first codes are on their way.
+//   Tried    Eight lanes per query head: one warp of a block does four heads, and the others wait several times as long
+//            as for a warp per head.  A second path for whole tiles, without what only ends of sequences, offsets and
+//            sigma need: half of the instructions for results and stores.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/hadamard.cuh"
@@ -195,41 +199,38 @@ struct QueryScalars {
   float square, constant;   // |q - c_q|^2 and <q, c_k>
 };
 
-// Eight lanes of a warp, `part` of them, round query `row` (zeros if it is not `present`): codes[c][e] is that of
-// coordinate 8 (8 c + part) + e.  All lanes of the warp take part.  Float arithmetic as in the reference.
+// A warp rounds query `row` (zeros if it is not `present`): codes[e] is that of coordinate D / 32 lane + e.  Float
+// arithmetic as in the reference.
 template <int D>
-__device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 64][8], const QuerySource& from, u64 row,
-                                                    bool present, int part, const Rounding& rounding) {
-  constexpr int LANES = 8, CHUNKS = D / 64;
-  float v[CHUNKS][8], square = 0.f, constant = 0.f;
+__device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 32], const QuerySource& from, u64 row,
+                                                    bool present, int lane, const Rounding& rounding) {
+  constexpr int N = D / 32;
+  const int first = lane * N;
+  float v[1][N] = {}, square = 0.f, constant = 0.f;
+  if (present) load_floats(v[0], from.query, from.type, row * D + first);
+  if (from.key_mean)
 #pragma unroll
-  for (int c = 0; c < CHUNKS; ++c)
+    for (int e = 0; e < N; ++e) constant = fmaf(v[0][e], from.key_mean[first + e], constant);
+  if (from.rotated && present) load_floats(v[0], from.rotated, 0, row * D + first);
+  if (from.mean)
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int i = (c * LANES + part) * 8 + e;
-      const float q = present ? load_float(from.query, from.type, row * D + i) : 0.f;
-      if (from.key_mean) constant = fmaf(q, from.key_mean[i], constant);
-      v[c][e] = from.rotated ? (present ? from.rotated[row * D + i] : 0.f) : q;
-      if (from.mean) v[c][e] -= from.mean[i];
-      square = fmaf(v[c][e], v[c][e], square);
-    }
-  hadamard_rounds<LANES>(v, from.signs, from.rounds, part, 0);
+    for (int e = 0; e < N; ++e) v[0][e] -= from.mean[first + e];
+#pragma unroll
+  for (int e = 0; e < N; ++e) square = fmaf(v[0][e], v[0][e], square);
+  hadamard_rounds<32>(v, from.signs, from.rounds, lane, 0);
   float low = infinity(), high = -infinity();
   int usable = 1;
 #pragma unroll
-  for (int c = 0; c < CHUNKS; ++c)
+  for (int e = 0; e < N; ++e) {
+    v[0][e] = __fmul_rn(v[0][e], from.remaining_scale);
+    low = fminf(low, v[0][e]);
+    high = fmaxf(high, v[0][e]);
+    usable &= fabsf(v[0][e]) < infinity();
+  }
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      v[c][e] = __fmul_rn(v[c][e], from.remaining_scale);
-      low = fminf(low, v[c][e]);
-      high = fmaxf(high, v[c][e]);
-      usable &= fabsf(v[c][e]) < infinity();
-    }
-#pragma unroll
-  for (int distance = 1; distance < LANES; distance *= 2) {
+  for (int distance = 1; distance < 32; distance *= 2) {
     low = fminf(low, __shfl_xor_sync(0xffffffffu, low, distance));
     high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, distance));
-    usable &= __shfl_xor_sync(0xffffffffu, usable, distance);
     square += __shfl_xor_sync(0xffffffffu, square, distance);
     constant += __shfl_xor_sync(0xffffffffu, constant, distance);
   }
@@ -237,17 +238,23 @@ __device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 64][8], con
   const float step = wide ? __fdiv_rn(fmaxf(high, -low), 127.f) : __fdiv_rn(__fsub_rn(high, low), 15.f);
   float inverse = __fdiv_rn(15.f, __fsub_rn(high, low));
   if (!(inverse < infinity())) inverse = 0.f;       // equal coordinates, or nearly so: all codes are 0
-  usable = usable && step < infinity();
+  usable = __all_sync(0xffffffffu, usable) && step < infinity();
+  // v / step, rounded correctly, from the rounded inverse and the remainder of a first quotient (Markstein).
+  const float reciprocal = __fdiv_rn(1.f, step);
 #pragma unroll
-  for (int c = 0; c < CHUNKS; ++c)
+  for (int e = 0; e < N; ++e) {
+    const float quotient = __fmul_rn(v[0][e], reciprocal);
+    const float t = wide ? fmaf(fmaf(-quotient, step, v[0][e]), reciprocal, quotient)
+                         : __fmul_rn(__fsub_rn(v[0][e], low), inverse);
+    v[0][e] = usable && fabsf(t) < infinity() ? t : 0.f;
+  }
+  if (rounding.random)
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      float t = wide ? __fdiv_rn(v[c][e], step) : __fmul_rn(__fsub_rn(v[c][e], low), inverse);
-      if (!(usable && fabsf(t) < infinity())) t = 0.f;
-      const u32 i = static_cast<u32>(row) * D + (c * LANES + part) * 8 + e;
-      const int code = rounding.random ? __float2int_rd(__fadd_rn(t, dither(rounding, i))) : __float2int_rn(t);
-      codes[c][e] = min(max(code, wide ? -127 : 0), wide ? 127 : 15);
-    }
+    for (int e = 0; e < N; ++e)   // floor, by rounding down to a whole number
+      v[0][e] = static_cast<float>(
+          __float2int_rd(__fadd_rn(v[0][e], dither(rounding, static_cast<u32>(row) * D + first + e))));
+#pragma unroll
+  for (int e = 0; e < N; ++e) codes[e] = min(max(__float2int_rn(v[0][e]), wide ? -127 : 0), wide ? 127 : 15);
   const float nan = __int_as_float(0x7fc00000);
   return {usable ? step : nan, usable ? (wide ? 0.f : low) : nan, square, constant};
 }
@@ -267,21 +274,20 @@ __global__ void __launch_bounds__(128)
   KVB_SHARED(float, staged_signs, [kMostRounds * D]);
   stage_signs<D>(staged_signs, signs, rounds);
   __syncthreads();
-  const int part = threadIdx.x % 8, h = threadIdx.x / 8;
-  const u64 row = (static_cast<u64>(blockIdx.y) * gridDim.x + blockIdx.x) * group + h;
+  const int lane = threadIdx.x % 32;
   const float* mean = query_mean ? query_mean + blockIdx.y * query_mean_stride + blockIdx.x * D : nullptr;
-  int made[D / 64][8];
-  const QueryScalars scalars = round_query<D>(
-      made, {query, query_type, rotated, mean, nullptr, staged_signs, rounds, remaining_scale}, row, h < group, part,
-      {bits, random, seed, counter});
-  if (h >= group) return;
+  for (int h = threadIdx.x / 32; h < group; h += 4) {
+    const u64 row = (static_cast<u64>(blockIdx.y) * gridDim.x + blockIdx.x) * group + h;
+    int made[D / 32];
+    const QueryScalars scalars = round_query<D>(
+        made, {query, query_type, rotated, mean, nullptr, staged_signs, rounds, remaining_scale}, row, true, lane,
+        {bits, random, seed, counter});
 #pragma unroll
-  for (int c = 0; c < D / 64; ++c)
-#pragma unroll
-    for (int e = 0; e < 8; ++e) codes[row * D + (c * 8 + part) * 8 + e] = static_cast<u8>(made[c][e]);
-  if (part == 0) {
-    step[row] = scalars.step;
-    low[row] = scalars.low;
+    for (int e = 0; e < D / 32; ++e) codes[row * D + lane * (D / 32) + e] = static_cast<u8>(made[e]);
+    if (lane == 0) {
+      step[row] = scalars.step;
+      low[row] = scalars.low;
+    }
   }
 }
 
@@ -298,7 +304,7 @@ __device__ __forceinline__ int quarter_number(int word, int odd) { return D == 6
 // What a block keeps of its query heads, of which four make a tile.
 template <int D, int TILES>
 struct StagedQueries {
-  u32 operands[TILES][D / 32][2][32];               // b[i] of product k of a tile, by lane
+  i8 operands[TILES][D / 32][2][32][4];             // bytes of b[i] of product k of a tile, by lane
   int sums[TILES * 4][2];                           // 4 sum(digits)
   float step[TILES * 4], low[TILES * 4];            // scale / 4 times those of the query
   float constant[TILES * 4], kappa[TILES * 4];
@@ -311,7 +317,7 @@ struct StagedQueries {
 // logits, sigma : (batch, kv_heads * group, tokens); sigma may be null
 // Grid (blocks, kv_heads, batch); TILES * 4 >= group.
 template <int D, int TILES>
-__global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2 : 1)
+__global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
     rabitq_score_kernel(const void* __restrict__ query, int query_type, const float* __restrict__ rotated,
                         const float* __restrict__ key_mean, u64 key_mean_stride, const float* __restrict__ query_mean,
                         u64 query_mean_stride, const float* __restrict__ signs, int rounds, float remaining_scale,
@@ -332,16 +338,23 @@ __global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2
   u32 code[UNITS][2][PARTS];
   __half r[UNITS][2];
   auto load = [&](u32 first) {
+    const u32 left = length - first;                 // at least 1
+    const u32* own_code = sign + (base + first) * WORDS + (D == 64 ? t % 2 : t);
+    const __half* own_r = rescale + base + first;
+    auto load_unit = [&](int u, int half, u32 token) {
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u)
+      for (int i = 0; i < PARTS; ++i) code[u][half][i] = load_once(own_code + token * WORDS + i * 4);
+      r[u][half] = own_r[token];
+    };
+    if (left >= TOKENS) {                            // addresses that differ by constants
+      own_code += g * WORDS;
+      own_r += g;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const u64 token = base + min(first + u * 16 + half * 8 + g, length - 1);     // what is beyond is not used
+      for (int u = 0; u < 2 * UNITS; ++u) load_unit(u / 2, u % 2, u * 8);
+    } else {                                         // the last token stands for those that are not there
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i)
-          code[u][half][i] = load_once(sign + token * WORDS + (D == 64 ? t % 2 : i * 4 + t));
-        r[u][half] = rescale[token];
-      }
+      for (int u = 0; u < 2 * UNITS; ++u) load_unit(u / 2, u % 2, min(static_cast<u32>(u * 8 + g), left - 1));
+    }
   };
   const u32 stride = gridDim.x * 8 * TOKENS;
   u32 first = (blockIdx.x * 8 + warp) * TOKENS;
@@ -349,41 +362,33 @@ __global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2
 
   stage_signs<D>(staged_signs, signs, rounds);
   __syncthreads();
-  if (warp < TILES) {                // eight lanes round a query head, or zeros
-    const int part = lane % 8, h = warp * 4 + lane / 8;
+  for (int h = warp; h < TILES * 4; h += 8) {        // a warp rounds a query head, or zeros
     const float* mean = query_mean ? query_mean + blockIdx.z * query_mean_stride + blockIdx.y * D : nullptr;
     const float* centre = key_mean ? key_mean + blockIdx.z * key_mean_stride + blockIdx.y * D : nullptr;
-    int codes[D / 64][8], sums[2] = {};
+    int codes[D / 32], total[2] = {};
     const QueryScalars scalars = round_query<D>(
         codes, {query, query_type, rotated, mean, centre, staged_signs, rounds, remaining_scale}, pair * group + h,
-        h < group, part, {bits, random, seed, counter});
+        h < group, lane, {bits, random, seed, counter});
 #pragma unroll
-    for (int c = 0; c < D / 64; ++c) {
-      // An octet is s of its word; product 2 c + s / 2 has it in operand s % 2, as digits times -8 / 2^s.
-      const int octet = c * 8 + part, s = octet % 4;
+    for (int e = 0; e < D / 32; ++e) {
+      // Coordinate 8 s + p of a word: product 2 c + s / 2 has it in operand s % 2, as digit times -8 / 2^s.
+      const int d = lane * (D / 32) + e, word = d / 32, s = d / 8 % 4, p = d % 8;
+      const int k = 2 * quarter_number<D>(word, p % 2) + s / 2;
+      const int digits[2] = {bits == 8 ? codes[e] & 15 : codes[e], bits == 8 ? codes[e] >> 4 : 1};
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          u32 bytes = 0;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int code = codes[c][2 * j + odd];
-            const int digit = i ? (bits == 8 ? code >> 4 : 1) : bits == 8 ? code & 15 : code;
-            sums[i] += digit;
-            bytes |= (static_cast<u32>(-digit * (8 >> s)) & 255u) << (8 * j);
-          }
-          const int k = 2 * quarter_number<D>(octet / 4, odd) + s / 2;
-          staged.operands[warp][k][s % 2][(lane / 8 * 2 + i) * 4 + quarter_lane<D>(octet / 4, odd)] = bytes;
-        }
+      for (int i = 0; i < 2; ++i) {
+        const int owner = (h % 4 * 2 + i) * 4 + quarter_lane<D>(word, p % 2);
+        staged.operands[h / 4][k][s % 2][owner][p / 2] = static_cast<i8>(-digits[i] * (8 >> s));
+        total[i] += digits[i];
+      }
     }
 #pragma unroll
-    for (int distance = 1; distance < 8; distance *= 2)
+    for (int distance = 1; distance < 32; distance *= 2)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
-    if (part == 0) {
-      staged.sums[h][0] = 4 * sums[0];
-      staged.sums[h][1] = 4 * sums[1];
+      for (int i = 0; i < 2; ++i) total[i] += __shfl_xor_sync(0xffffffffu, total[i], distance);
+    if (lane == 0) {
+      staged.sums[h][0] = 4 * total[0];
+      staged.sums[h][1] = 4 * total[1];
       staged.step[h] = 0.25f * scale * scalars.step;
       staged.low[h] = 0.25f * scale * scalars.low;
       staged.constant[h] = scale * scalars.constant;
@@ -396,12 +401,13 @@ __global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2
   u32 b[TILES][2 * QUARTERS][2];
   int sums[TILES][2];
   float step[TILES], low[TILES], constant[TILES];
+  float* own_logits = logits + (pair * group + t) * tokens + g;     // of head t of the first tile
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
 #pragma unroll
     for (int k = 0; k < 2 * QUARTERS; ++k)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) b[n][k][i] = staged.operands[n][k][i][lane];
+      for (int i = 0; i < 2; ++i) b[n][k][i] = *reinterpret_cast<const u32*>(staged.operands[n][k][i][lane]);
     const int own = n * 4 + t;                       // of the result
     sums[n][0] = staged.sums[own][0];
     sums[n][1] = staged.sums[own][1];
@@ -413,16 +419,17 @@ __global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2
 
   for (; first < static_cast<u32>(tokens); first += stride) {
     u32 own[UNITS][2][PARTS];
-    float factor[UNITS][2];
+    __half2 factors[UNITS];                          // two to a register
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u)
+    for (int u = 0; u < UNITS; ++u) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) own[u][half][i] = code[u][half][i];
-        factor[u][half] = __half2float(r[u][half]);
-      }
+      factors[u] = __halves2half2(r[u][0], r[u][1]);
+    }
     if (first + stride < length) load(first + stride);
+    const bool plain = first + TOKENS <= length && !offset && !sigma;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
       int sum[TILES][4];
@@ -444,23 +451,39 @@ __global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2
           for (int n = 0; n < TILES; ++n) mma_m16n8k32<i8>(sum[n], a, b[n][2 * c + m]);
         }
       }
+      const float2 both = __half22float2(factors[u]);
+      const float factor[2] = {both.x, both.y};
+      float result[TILES][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const u32 token = first + u * 16 + half * 8 + g;
-        if (token < static_cast<u32>(tokens)) {
+      for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int digit = sum[n][2 * half], other = sum[n][2 * half + 1];
+          const float z = fmaf(step[n], static_cast<float>(digit + high_weight * other),
+                               low[n] * static_cast<float>(other));
+          result[n][half] = fmaf(factor[half], z, constant[n]);
+        }
+      if (plain) {
+#pragma unroll
+        for (int n = 0; n < TILES; ++n)
+          if (n * 4 + t < group)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              own_logits[static_cast<u64>(n * 4) * tokens + first + u * 16 + half * 8] = result[n][half];
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const u32 token = first + u * 16 + half * 8 + g;
+          if (token >= static_cast<u32>(tokens)) continue;
           const bool present = token < length;
           const float additive = offset && present ? scale * __half2float(offset[base + token]) : 0.f;
 #pragma unroll
           for (int n = 0; n < TILES; ++n) {
             const int h = n * 4 + t;
-            if (h < group) {
-              const int digit = sum[n][2 * half], other = sum[n][2 * half + 1];
-              const float z = fmaf(step[n], static_cast<float>(digit + high_weight * other),
-                                   low[n] * static_cast<float>(other));
-              const u64 to = (pair * group + h) * tokens + token;
-              logits[to] = present ? fmaf(factor[u][half], z, constant[n] + additive) : -infinity();
-              if (sigma) sigma[to] = present ? factor[u][half] * staged.kappa[h] : 0.f;
-            }
+            if (h >= group) continue;
+            own_logits[static_cast<u64>(n * 4) * tokens + token - g] = present ? result[n][half] + additive
+                                                                              : -infinity();
+            if (sigma) sigma[(pair * group + h) * tokens + token] = present ? factor[half] * staged.kappa[h] : 0.f;
           }
         }
       }
@@ -472,16 +495,16 @@ __global__ void __launch_bounds__(256, TILES == 1 && D < 256 ? 3 : TILES < 4 ? 2
 
 #define KVB_EXPORT_TYPE(T)                                \
   KVB_EXPORT(64, kvb::rabitq_encode_kernel<T, 64>)        \
-  KVB_EXPORT(96, kvb::rabitq_encode_kernel<T, 128>)       \
-  KVB_EXPORT(168, kvb::rabitq_encode_kernel<T, 256>)
+  KVB_EXPORT(80, kvb::rabitq_encode_kernel<T, 128>)       \
+  KVB_EXPORT(144, kvb::rabitq_encode_kernel<T, 256>)
 KVB_EXPORT_TYPE(float)
 KVB_EXPORT_TYPE(__half)
 KVB_EXPORT_TYPE(__nv_bfloat16)
 #define KVB_EXPORT_SIZE(D, ONE, TWO, FOUR)                \
-  KVB_EXPORT(128, kvb::rabitq_quantize_kernel<D>)         \
+  KVB_EXPORT(64, kvb::rabitq_quantize_kernel<D>)          \
   KVB_EXPORT(ONE, kvb::rabitq_score_kernel<D, 1>)         \
   KVB_EXPORT(TWO, kvb::rabitq_score_kernel<D, 2>)         \
   KVB_EXPORT(FOUR, kvb::rabitq_score_kernel<D, 4>)
-KVB_EXPORT_SIZE(64, 80, 128, 160)
-KVB_EXPORT_SIZE(128, 80, 128, 168)
-KVB_EXPORT_SIZE(256, 128, 128, 255)
+KVB_EXPORT_SIZE(64, 96, 128, 168)
+KVB_EXPORT_SIZE(128, 96, 128, 184)
+KVB_EXPORT_SIZE(256, 96, 128, 216)

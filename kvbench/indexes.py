@@ -69,6 +69,10 @@ class Index(Store):
         None.
         """
 
+    def allocate_scores(self, batch: int, q_heads: int, tokens: int, device) -> Scores:
+        """Undefined `out` of `score`, for storage with room for so many tokens: with it scoring allocates nothing."""
+        return Scores(arrays.empty((batch, q_heads, tokens), "float32", device))
+
 
 # --- RaBitQ ----------------------------------------------------------------------------------------------------------
 
@@ -169,6 +173,10 @@ class RaBitQ(Index):
               backend=None) -> Scores:
         return rabitq.score(q, self.encoded(coded), self.turn, query_bits=self.query_bits, lengths=lengths, scale=scale,
                             return_sigma=self.noise, out=out, stream=stream, backend=backend)
+
+    def allocate_scores(self, batch: int, q_heads: int, tokens: int, device) -> Scores:
+        shape = batch, q_heads, tokens
+        return Scores(*(arrays.empty(shape, "float32", device) for _ in range(1 + self.noise)))
 
     def encoded(self, coded: RaBitQTokens) -> Encoded:
         """The same arrays as the operators of `ops.rabitq` take them."""
@@ -292,8 +300,9 @@ class Quest(Index):
               backend=None) -> Scores:
         """As `Index.score`, an upper bound; without lengths the last page counts as full."""
         tokens = coded.low.shape[2] * self.page
-        return quest.score(q, Pages(coded.low, coded.high, lengths, self.page), scale=scale, tokens=tokens,
-                           out=None if out is None else out.logits, stream=stream, backend=backend)
+        scores = quest.score(q, Pages(coded.low, coded.high, lengths, self.page), scale=scale, tokens=tokens,
+                             out=None if out is None else out.logits, stream=stream, backend=backend)
+        return scores if out is None else out
 
     def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> QuestPages:
         shape = (batch, kv_heads, -(-capacity // self.page), self.head_dim)

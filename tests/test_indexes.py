@@ -59,7 +59,9 @@ def test_blocks_written_one_by_one_are_the_bytes_of_all_at_once(index, seed, dat
         assert_same(index.used(storage, b, tokens), index.used(type(coded)(**{
             name: borrowed(array) for name, array in coded.arrays().items()}), b, tokens))
     q, lengths = normal(seed + 2, (3, 4, 64)), np.array([tokens, 100, 0], np.int32)
-    ours = index.score(q, storage, lengths=lengths)
+    ours = index.allocate_scores(3, 4, capacity, "cpu")
+    assert index.score(q, storage, lengths=lengths, out=ours) is ours
+    ours = Scores(*(None if array is None else array.numpy() for array in ours))
     theirs = index.score(q, coded, lengths=lengths)
     assert ours.logits.shape == (3, 4, capacity) and (ours.sigma is None) == (theirs.sigma is None)
     assert ours.logits[..., :tokens].tobytes() == theirs.logits.tobytes()

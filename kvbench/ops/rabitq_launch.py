@@ -65,7 +65,7 @@ def launch_score(query, code, rotation, lengths, scale, logits, sigma, backend, 
 def score_blocks(tokens: int, pairs: int, head_dim: int, tiles: int, multiprocessors: int) -> int:
     """Blocks per sequence and KV head: as many as fit at once, but all with the same number of steps."""
     per_block = 8 * (32 if head_dim == 256 else 64)                  # tokens of a step of 8 warps
-    at_once = (3 if tiles == 1 and head_dim < 256 else 2 if tiles < 4 else 1) * multiprocessors
+    at_once = (3 if tiles == 1 else 2 if tiles == 2 else 1) * multiprocessors      # what registers allow
     most = max(1, at_once // pairs)
     steps = -(-tokens // (per_block * most))
     return max(1, -(-tokens // (per_block * steps)))

@@ -27,6 +27,20 @@ __device__ __forceinline__ float load_float(const void* x, int type, u64 index) 
   if (type == 1) return to_float(static_cast<const __half*>(x)[index]);
   return to_float(static_cast<const __nv_bfloat16*>(x)[index]);
 }
+// The same of N elements from `index` on.
+template <int N>
+__device__ __forceinline__ void load_floats(float (&v)[N], const void* x, int type, u64 index) {
+  if (type == 0) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) v[e] = static_cast<const float*>(x)[index + e];
+  } else if (type == 1) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) v[e] = to_float(static_cast<const __half*>(x)[index + e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) v[e] = to_float(static_cast<const __nv_bfloat16*>(x)[index + e]);
+  }
+}
 __device__ __forceinline__ void store_float(void* x, int type, u64 index, float value) {
   if (type == 0) static_cast<float*>(x)[index] = value;
   else if (type == 1)
