@@ -111,16 +111,18 @@ class TopP(Selector):
             lengths = np.full(batch, tokens - count + i + 1, np.int32)
             scores = index.score(query, coded, lengths=arrays.upload(lengths, keys.device), scale=scale, backend=backend)
             exact = arrays.borrow(codec.logits(query, codecs.Float16Tokens(keys), scale), "logits").to_host()
-            known.append((scores, exact, lengths))
+            known.append((scores, lengths, reference.true_weights(exact, lengths=lengths, **window)))
 
         def achieved(share):
-            made = ((selection.select_top_p(
-                scores, share / 2**reference.SHARE_BITS, lengths=arrays.upload(lengths, keys.device),
-                min_tokens=self.minimum, max_tokens=self.maximum, normalise=self.normalise, calibrated=self.calibrated,
-                backend=backend, **window), exact, lengths) for scores, exact, lengths in known)
-            return np.mean([reference.achieved(trees.apply(lambda _, x: arrays.borrow(x, "made").to_host(), chosen),
-                                               exact[..., :chosen.indices.shape[2]], lengths=lengths, **window)
-                            for chosen, exact, lengths in made])
+            masses = []
+            for scores, lengths, weights in known:
+                made = selection.select_top_p(
+                    scores, share / 2**reference.SHARE_BITS, lengths=arrays.upload(lengths, keys.device),
+                    min_tokens=self.minimum, max_tokens=self.maximum, normalise=self.normalise,
+                    calibrated=self.calibrated, backend=backend, **window)
+                made = trees.apply(lambda _, x: arrays.borrow(x, "made").to_host(), made)
+                masses.append(reference.listed_weight(made, weights))
+            return np.mean(masses)
 
         low, high = 1, 2**reference.SHARE_BITS
         while low < high:

@@ -129,15 +129,28 @@ def achieved(selection: Selection, exact, *, lengths=None, sinks: int = 4, recen
 
     exact : [batch, heads, tokens], the logits of which scores are estimates        others as they made the selection
     """
+    weights = true_weights(exact, lengths=lengths, sinks=sinks, recent=recent, block=block)
+    return listed_weight(selection, weights)
+
+
+def true_weights(exact, *, lengths=None, sinks: int = 4, recent: int = 128, block: int = 1) -> np.ndarray:
+    """[batch, heads, tokens] float64: exp(exact) over its sum over M, and 0 outside M."""
     exact = np.asarray(exact).astype(np.float64)
     batch, heads, tokens = exact.shape
     start, stop = middle(_lengths(lengths, batch, tokens), sinks, recent, block)
-    mask, shares = _mask(selection, tokens), np.ones((batch, heads))
-    for b, h in np.ndindex(batch, heads):
-        inside = np.arange(start[b], stop[b])
-        if len(inside):
-            weights = special.softmax(exact[b, h, inside])
-            shares[b, h] = weights[mask[b, h, inside]].sum()
+    weights = np.zeros(exact.shape)
+    for b in range(batch):
+        if stop[b] > start[b]:
+            weights[b, :, start[b] : stop[b]] = special.softmax(exact[b, :, start[b] : stop[b]], axis=-1)
+    return weights
+
+
+def listed_weight(selection: Selection, weights) -> np.ndarray:
+    """[batch, heads]: the sum of the weights [batch, heads, tokens] that are listed; 1 where all of them are 0."""
+    shares = np.ones(selection.counts.shape)
+    for row in np.ndindex(shares.shape):
+        if weights[row].any():
+            shares[row] = weights[row][selection.indices[row][: selection.counts[row]]].sum()
     return shares
 
 
@@ -152,11 +165,11 @@ def fitted_p(scores: Scores, exact, p: float, *, lengths=None, sinks: int = 4, r
     1 if even all candidates of finite score hold less.
     """
     window = dict(lengths=lengths, sinks=sinks, recent=recent, block=block)
-    low, high = 1, 2**SHARE_BITS
+    low, high, weights = 1, 2**SHARE_BITS, true_weights(exact, **window)
     while low < high:
         tried = (low + high) // 2
         made = top_p(scores, tried / 2**SHARE_BITS, **window, **options)
-        if achieved(made, exact, **window).mean() >= p:
+        if listed_weight(made, weights).mean() >= p:
             high = tried
         else:
             low = tried + 1

@@ -160,6 +160,95 @@ def test_compares_with_torch():
     torch.testing.assert_close(actual, expected[:, :, 0])
 
 
+# --- Listed tokens ---------------------------------------------------------------------------------------------------
+
+
+def some_lists(seed, batch, lists, tokens, counts, slots=None):
+    """Ascending positions, and what is no position beyond the counts."""
+    rng, slots = np.random.default_rng(seed), tokens if slots is None else slots
+    indices = np.full((batch, lists, slots), 2**31 - 1, np.int32)
+    counts = np.broadcast_to(np.asarray(counts, np.int32), (batch, lists)).copy()
+    for row in np.ndindex(batch, lists):
+        indices[row][: counts[row]] = np.sort(rng.permutation(tokens)[: counts[row]])
+    return indices, counts
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("lists", [2, 6])
+def test_a_full_list_is_dense_attention(backend, dtype, lists):
+    inputs = case(tokens=90, dtype=dtype)
+    indices, counts = some_lists(0, 2, lists, 90, 90)
+    actual = run(registry.get("attention.sparse_attention"),
+                 {**inputs, "indices": indices, "counts": counts, "return_lse": True}, backend)
+    registry.get("attention.decode").agreement(inputs, reference.decode(**inputs), actual)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@given(count=st.integers(0, 300), splits=st.integers(1, 6), group=groups, head_dim=head_dims, seed=seeds,
+       schedule=schedules, dtype=st.sampled_from(("float16", "bfloat16", "float32")), per_head=st.booleans())
+def test_lists_of_any_length_in_any_number_of_splits(backend, count, splits, group, head_dim, seed, schedule, dtype,
+                                                     per_head):
+    kernel, inputs = registry.get("attention.sparse_attention"), case(seed, 1, 2, group, 300, head_dim, dtype)
+    indices, counts = some_lists(seed, 1, 2 * group if per_head and group < 4 else 2, 300, count)
+    inputs |= {"indices": indices, "counts": counts, "return_lse": True}
+    with loaders.simt_schedule(schedule):
+        actual = attention.sparse_attention(**{name: x if name == "return_lse" else on(backend, x)
+                                               for name, x in inputs.items()}, splits=splits, backend=backend)
+    kernel.agreement(inputs, kernel.reference(**inputs), to_host(actual))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_r4_rows_that_are_not_listed_are_not_read(backend, dtype):
+    """The release masked logits and read all of the cache, NaN included."""
+    inputs = case(tokens=200, dtype=dtype)
+    indices, counts = some_lists(1, 2, 2, 200, [[0, 1], [17, 64]])
+    clean = run(registry.get("attention.sparse_attention"), {**inputs, "indices": indices, "counts": counts}, backend)
+    for pair in np.ndindex(2, 2):
+        unlisted = np.setdiff1d(np.arange(200), indices[pair][: counts[pair]])
+        inputs["keys"][pair][unlisted], inputs["values"][pair][unlisted] = np.nan, np.inf
+    poisoned = run(registry.get("attention.sparse_attention"), {**inputs, "indices": indices, "counts": counts},
+                   backend)
+    assert poisoned.tobytes() == clean.tobytes() and np.isfinite(poisoned).all() and not poisoned[0, :3].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_outside_the_sequence_are_left_out(backend):
+    inputs, kernel = case(tokens=50), registry.get("attention.sparse_attention")
+    indices, counts = some_lists(2, 2, 2, 50, 50)
+    strange = {**inputs, "indices": indices.copy(), "counts": counts + 9, "lengths": np.array([30, 60], np.int32)}
+    strange["indices"][:, :, 40:] = [-1, 50, 2**31 - 1, -2**31, 51, 77, -9, 1000, 50, -5]
+    plain = {**inputs, "indices": indices, "counts": np.array([[30, 30], [40, 40]], np.int32)}
+    plain["indices"][0, :, :30], plain["indices"][1, :, :40] = np.arange(30), np.arange(40)
+    strange["indices"][:, :, :40] = np.arange(40)
+    expected = kernel.reference(**plain)
+    kernel.agreement(plain, expected, run(kernel, {**strange, "return_lse": True}, backend))
+
+
+def test_the_bytes_of_sparse_attention_are_those_of_the_listed_rows():
+    kernel = registry.get("attention.sparse_attention")
+    problem = kernel.problem(tokens=1000, percent=5, kv_heads=2, group=3, head_dim=64)
+    inputs = kernel.inputs(problem, np.random.default_rng(0))
+    listed = 2 * 50 * (2 * 64 * 2 + 4)
+    assert kernel.traffic(problem).bytes_read == listed + inputs["counts"].nbytes + inputs["query"].nbytes
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    (dict(indices=np.zeros((1, 3, 4), np.int32), counts=np.zeros((1, 3), np.int32)), ValueError,
+     "indices: expected lists for the 2 KV heads or the 6 query heads, got 3"),
+    (dict(indices=np.zeros((1, 2, 4), np.int64)), TypeError, "indices: expected dtype int32, got int64"),
+    (dict(counts=np.zeros((1, 6), np.int32)), ValueError, "counts: expected shape .* with lists = 2 as in indices"),
+    (dict(counts=None), TypeError, "counts: expected an array"),
+    (dict(splits=0), ValueError, "splits: expected an integer from 1 to 256, got 0"),
+])
+def test_sparse_errors_name_the_argument(changes, error, message):
+    good = {**GOOD, "indices": np.zeros((1, 2, 4), np.int32), "counts": np.ones((1, 2), np.int32)}
+    attention.sparse_attention(**good)
+    with pytest.raises(error, match=f"attention.sparse_attention: {message}"):
+        attention.sparse_attention(**{**good, **changes})
+
+
 GOOD = case(batch=1, tokens=4)
 
 
