@@ -338,7 +338,7 @@ def masses_of_all(logits, largest):
 
 
 def fitted_a_little_less(*arguments, **options):
-    return FITTED(*arguments, **options) - 2.0**-16
+    return max(FITTED(*arguments, **options) - 2.0**-16, 2.0**-16)
 
 
 def fitted_to_the_nominal_p(scores, exact, p, **options):
