@@ -17,7 +17,8 @@ import safetensors.numpy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvbench import arrays, caches, codecs, loaders, storage
+from conftest import needs
+from kvbench import arrays, caches, codecs, loaders, storage, trees
 from kvbench import data as data_of_the_package
 from kvbench.cache import KVCache, Tail
 from kvbench.errors import CapacityError
@@ -548,6 +549,134 @@ def test_a_prompt_may_come_with_its_last_queries_alone():
     x, q = np.ones((3, 1, 12, 4), np.float16), np.ones((3, 2, 4, 4), np.float16)
     made.append(x, x, q=q, lengths=[12, 9, 8])      # queries of tokens 8 to 11: of the last sequence, all are padding
     assert [shape for _, _, shape in BlockIndex.seen] == [(1, 2, 4, 4), (1, 2, 1, 4), None]
+
+
+# ------------------------------------------------------------------------------------------------------ sparse presets
+
+SPARSE = {"rabitq": functools.partial(caches.rabitq, tail=16, block=16),
+          "rabitq, shift": functools.partial(caches.rabitq, tail=20, block=16, calibrated=True, query_centred=True),
+          "quest": functools.partial(caches.quest, budget=48, sinks=3),
+          "twilight": functools.partial(caches.twilight, tail=16, block=16)}
+SPARSE_BACKENDS = [needs(backend) for backend in ("cpu", "simt", "cuda", "native")]
+
+
+def spread_out(seed, batch=2, kv_heads=2, q_heads=4, tokens=150, head_dim=64):
+    """(keys, values, query) float16: logits of standard deviation 3, so that few tokens have most of the weight."""
+    rng = np.random.default_rng(seed)
+    keys, values = (normal(rng, (batch, kv_heads, tokens, head_dim)) for _ in range(2))
+    return keys, values, (3 * rng.standard_normal((batch, q_heads, head_dim))).astype(np.float16)
+
+
+def sparse_cache(name, backend="cpu", capacity=160):
+    device = "cuda" if backend in ("cuda", "native") else "cpu"
+    return SPARSE[name](2, 2, 4, 64, capacity, device=device, backend=backend)
+
+
+def kept_tokens(made, b, h):
+    """Token numbers that the last step attended to, in order: sinks, those selected, and the tail."""
+    chosen = trees.apply(lambda _, x: arrays.borrow(x, "selection").to_host(), made.last_selection)
+    length = int(made.lengths[b])
+    encoded = int(made.tail.encoded(max(length - made.sinks, 0)))
+    selected = chosen.indices[b, h, :chosen.counts[b, h]]
+    assert (np.diff(selected) > 0).all() and (selected >= 0).all() and (selected < encoded).all()
+    return [*range(min(made.sinks, length)), *(selected + made.sinks), *range(made.sinks + encoded, length)]
+
+
+def on(backend, array):
+    return arrays.upload(array, "cuda").give() if backend in ("cuda", "native") else array
+
+
+def step(made, query, backend):
+    output, lse = made.attend(on(backend, query), return_lse=True)
+    return tuple(arrays.borrow(x, "result").to_host() for x in (output, lse))
+
+
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_sparse_step_is_exact_attention_to_what_it_selected(name, backend):
+    """A full sequence and one without a token in the store; the others are nowhere read (R4: poisoned)."""
+    keys, values, query = spread_out(0)
+    made = sparse_cache(name, backend)
+    made.append(on(backend, keys), on(backend, values), lengths=[150, 12])
+    output, lse = step(made, query, backend)
+    for b, length in enumerate((150, 12)):
+        for h in range(2):
+            kept, heads = kept_tokens(made, b, h), slice(2 * h, 2 * h + 2)
+            assert len(kept) == length if length == 12 else len(kept) < 140
+            x = (array[b:b + 1, h:h + 1, kept].astype(np.float64) for array in (keys, values))
+            assert_is_attention(output[b:b + 1, heads], lse[b:b + 1, heads], query[b:b + 1, heads], *x, None)
+            for side in ("keys", "values"):
+                tokens = made._owned[f"store.{side}"][1].tokens.narrow(0, b, b + 1).narrow(1, h, h + 1)
+                for slot in set(range(tokens.shape[2])) - {t - made.sinks for t in kept}:
+                    row = tokens.narrow(2, slot, slot + 1)
+                    row.copy_from(np.full(row.shape, np.nan, np.float16))
+    again = step(made, query, backend)
+    assert again[0].tobytes() == output.tobytes() and again[1].tobytes() == lse.tobytes()
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_r15_tokens_one_by_one_give_the_bytes_of_one_append(name):
+    """The release encoded 512 tokens inside one step, and grew its buffers by copies."""
+    keys, values, query = spread_out(1)
+    at_once, one_by_one = sparse_cache(name), sparse_cache(name)
+    for made in (at_once, one_by_one):
+        made.append(keys[:, :, :70], values[:, :, :70], q=query[:, :, None])        # statistics are frozen here
+    addresses = {path: x.pointer for path, x in trees.arrays_of([packed for _, packed in one_by_one._owned.values()]
+                                                                 ).items()}
+    at_once.append(keys[:, :, 70:], values[:, :, 70:])
+    written = []
+    one_by_one._write_store = lambda *given: (written.append(given[2]["keys"].shape[2]),
+                                              KVCache._write_store(one_by_one, *given))
+    for t in range(70, 150):
+        one_by_one.append(keys[:, :, t:t + 1], values[:, :, t:t + 1])
+    assert set(written) == {16}                         # a block at a time, and no step has more than one
+    for (first, x), (second, y) in zip(at_once._views(), one_by_one._views(), strict=True):
+        assert first == second and x.to_host().tobytes() == y.to_host().tobytes()
+    assert step(at_once, query, "cpu")[0].tobytes() == step(one_by_one, query, "cpu")[0].tobytes()
+    assert addresses == {path: x.pointer for path, x in trees.arrays_of(
+        [packed for _, packed in one_by_one._owned.values()]).items()}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_sparse_cache_is_saved_and_copied_with_its_parts(name, tmp_path):
+    keys, values, query = spread_out(2)
+    made = sparse_cache(name)
+    made.append(keys, values, q=query[:, :, None], lengths=[150, 90])
+    expected = step(made, query, "cpu")
+    made.save(tmp_path / "kv.safetensors")
+    for other in (caches.load(tmp_path / "kv.safetensors"), copy.deepcopy(made)):
+        assert (other.index, other.selector) == (made.index, made.selector)
+        for one, again in zip(expected, step(other, query, "cpu")):
+            assert one.tobytes() == again.tobytes()
+
+
+def test_all_of_the_mass_is_dense_attention():
+    keys, values, query = spread_out(3)
+    made = caches.rabitq(2, 2, 4, 64, 160, top_p=1.0, tail=16, block=16)
+    made.append(keys, values)
+    output, lse = step(made, query, "cpu")
+    assert (made.last_selection.counts.to_host() == 128).all()
+    assert_is_attention(output, lse, query, keys.astype(np.float64), values.astype(np.float64), None)
+
+
+def test_steps_write_into_the_same_selection():
+    keys, values, query = spread_out(4)
+    made = sparse_cache("rabitq")
+    made.append(keys, values)
+    made.attend(query)
+    pointers = {path: x.pointer for path, x in trees.arrays_of(made.last_selection).items()}
+    made.append(keys[:, :, :1], values[:, :, :1])
+    made.attend(query)
+    assert pointers == {path: x.pointer for path, x in trees.arrays_of(made.last_selection).items()}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_index_takes_the_bytes_that_it_should(head_dim):
+    """R7: the release held metadata for eleven times the prompt."""
+    made = caches.rabitq(1, 2, 4, head_dim, 4 + 128 + 512)
+    codes, index = made._owned["store.keys"][1].tokens, made._owned["store.index"][1]
+    assert codes.shape[2] == 512
+    assert index.sign.nbytes + index.rescale.nbytes == 2 * 512 * (head_dim // 8 + 2)
 
 
 # --------------------------------------------------------------------------------------------------------- TurboQuant
