@@ -20,9 +20,21 @@
 //
 // block_gtq_logits_kernel: a thread per token, sums of all query heads of a KV head in registers, each code looked up
 //   once; the scalar of a group multiplies its finished sums.
+//
+// block_gtq_attention_kernel: the same, then softmax and values, in one launch.
+//   Work     Blocks of 256 threads take tiles of 256 tokens of one KV head, for all of its query heads (group <= 16).
+//            Logits: a thread per token, base 2.  Online softmax: one reference per head and block.  Values: a thread
+//            per coordinate, 256 / D tokens at a time, weights from shared memory.  The query is folded, and the result
+//            rotated back, by dense matrices in the same launch; kvb/splits.cuh merges the blocks.
+//   Bytes    Every code and scalar of keys and values is read once per KV head, as whole rows: keys 32 rows to a warp,
+//            values one row to D threads.
+//   Counts   Per token and KV head at D = 128: some 10 instructions per coordinate and thread to take a key's code
+//            apart and look it up, as many for a value's, and a multiply-add per query head for each: bound by
+//            arithmetic in float32, not by memory.  Tensor cores are not used.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/rows.cuh"
+#include "kvb/splits.cuh"
 
 namespace kvb {
 
@@ -226,6 +238,68 @@ __device__ __forceinline__ float load_scalar(const __half* halves, const u8* byt
   return exp2f(0.0625f * static_cast<float>(code - 128) + static_cast<float>(exponent));
 }
 
+// The keys of one (sequence, KV head), from its first token on, and where its plan is.
+struct KeyRows {
+  const u32 *sign, *magnitude;
+  const __half* halves;   // scalars: one of the two
+  const u8* bytes;
+  int magnitude_words, scalars, exponent;
+};
+
+// Segments of a plan, and the codebook of every group: positive codes first, then negative ones.  256 threads.
+template <int D>
+__device__ __forceinline__ void stage_plan(KeySegment (&own)[D / 16], float (&tables)[kMostGroups][kMostCodes],
+                                           const i32* segments, const float* centroids, int plan) {
+  for (int i = threadIdx.x; i < D / 16; i += 256)
+    own[i] = reinterpret_cast<const KeySegment*>(segments)[plan * (D / 16) + i];
+  __syncthreads();
+  for (int k = 0; k < D / 16; ++k)
+    if (k == 0 || own[k].group != own[k - 1].group)   // as many threads as a table has entries
+      tables[own[k].group][threadIdx.x] = centroids[own[k].book * kMostCodes + threadIdx.x];
+  __syncthreads();
+}
+
+// total[h] = sum_g s_g <queries_hg, c_g> of one token.
+template <int D, int HEADS>
+__device__ __forceinline__ void token_logits(float (&total)[HEADS], const KeyRows& keys, u64 token,
+                                             const float (&queries)[D][HEADS], const KeySegment (&own)[D / 16],
+                                             const float (&tables)[kMostGroups][kMostCodes]) {
+  float sum[HEADS] = {};
+  const u32* row = keys.magnitude + token * keys.magnitude_words;
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) total[h] = 0.f;
+#pragma unroll 1
+  for (int k = 0; k < D / 16; ++k) {
+    const KeySegment segment = own[k];
+    u32 pairs[3] = {}, top = 0;
+    const u32 signs = keys.sign[token * (D / 32) + k / 2] >> (2 * (k & 1));   // s = 0, 1 of this half at bits 4 p + s
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      if (segment.bits >= 3 + 2 * i) pairs[i] = row[segment.pairs[i]];
+    if (segment.bits % 2 == 0) top = row[segment.top] >> (2 * segment.top_half);
+    const float* table = tables[segment.group];
+#pragma unroll 4
+    for (int j = 0; j < 16; ++j) {
+      const int place = 4 * (j & 7), s = j >> 3;
+      u32 code = (signs >> (place + s) & 1u) << (segment.bits - 1);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) code |= (pairs[i] >> (place + 2 * s) & 3u) << (2 * i);
+      if (segment.bits % 2 == 0) code |= (top >> (place + s) & 1u) << (segment.bits - 2);
+      const float c = table[code];
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) sum[h] = fmaf(queries[16 * k + j][h], c, sum[h]);
+    }
+    if (k + 1 == D / 16 || own[k + 1].group != segment.group) {   // the last one of its group
+      const float s = load_scalar(keys.halves, keys.bytes, token * keys.scalars + segment.group, keys.exponent);
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) {
+        total[h] = fmaf(s, sum[h], total[h]);
+        sum[h] = 0.f;
+      }
+    }
+  }
+}
+
 // out[b, h, t] = sum_g s_tg <folded_hg, c_tg>
 // folded : (batch, kv_heads, group, D), group <= HEADS     out : (batch, kv_heads * group, tokens)
 // Other arguments as for encode.  Grid (blocks, kv_heads, batch), block 256
@@ -236,61 +310,199 @@ __global__ void __launch_bounds__(256)
                             const u8* __restrict__ bytes, u64 batch_stride, u64 head_stride, int magnitude_words,
                             int scalars, const i32* __restrict__ segments, const float* __restrict__ centroids,
                             const i32* __restrict__ exponents, int plan_stride, float* out, int tokens, int group) {
-  constexpr int SEGMENTS = D / 16;
   KVB_SHARED(float, queries, [D][HEADS]);
   KVB_SHARED(float, tables, [kMostGroups][kMostCodes]);
-  KVB_SHARED(KeySegment, own, [SEGMENTS]);
+  KVB_SHARED(KeySegment, own, [D / 16]);
   const u64 pair = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const int plan = blockIdx.z * plan_stride + blockIdx.y, exponent = exponents[plan];
-  for (int i = threadIdx.x; i < SEGMENTS; i += 256)
-    own[i] = reinterpret_cast<const KeySegment*>(segments)[plan * SEGMENTS + i];
+  const int plan = blockIdx.z * plan_stride + blockIdx.y;
   for (int i = threadIdx.x; i < D * HEADS; i += 256)
     queries[i / HEADS][i % HEADS] = i % HEADS < group ? folded[(pair * group + i % HEADS) * D + i / HEADS] : 0.f;
-  __syncthreads();
-  for (int k = 0; k < SEGMENTS; ++k)
-    if (k == 0 || own[k].group != own[k - 1].group)   // 256 threads, as many as a table has entries
-      tables[own[k].group][threadIdx.x] = centroids[own[k].book * kMostCodes + threadIdx.x];
-  __syncthreads();
+  stage_plan<D>(own, tables, segments, centroids, plan);
 
   const u64 start = blockIdx.z * batch_stride + blockIdx.y * head_stride;
+  const KeyRows keys = {sign, magnitude, halves, bytes, magnitude_words, scalars, exponents[plan]};
   for (int t = blockIdx.x * 256 + threadIdx.x; t < tokens; t += gridDim.x * 256) {
-    const u64 token = start + t;
-    float total[HEADS] = {}, sum[HEADS] = {};
-#pragma unroll 1
-    for (int k = 0; k < SEGMENTS; ++k) {
-      const KeySegment segment = own[k];
-      const u32* row = magnitude + token * magnitude_words;
-      u32 pairs[3] = {}, top = 0;
-      const u32 signs = sign[token * (D / 32) + k / 2] >> (2 * (k & 1));   // s = 0, 1 of this half at bits 4 p + s
-#pragma unroll
-      for (int i = 0; i < 3; ++i)
-        if (segment.bits >= 3 + 2 * i) pairs[i] = row[segment.pairs[i]];
-      if (segment.bits % 2 == 0) top = row[segment.top] >> (2 * segment.top_half);
-      const float* table = tables[segment.group];
-#pragma unroll 4
-      for (int j = 0; j < 16; ++j) {
-        const int place = 4 * (j & 7), s = j >> 3;
-        u32 code = (signs >> (place + s) & 1u) << (segment.bits - 1);
-#pragma unroll
-        for (int i = 0; i < 3; ++i) code |= (pairs[i] >> (place + 2 * s) & 3u) << (2 * i);
-        if (segment.bits % 2 == 0) code |= (top >> (place + s) & 1u) << (segment.bits - 2);
-        const float c = table[code];
-#pragma unroll
-        for (int h = 0; h < HEADS; ++h) sum[h] = fmaf(queries[16 * k + j][h], c, sum[h]);
-      }
-      if (k + 1 == SEGMENTS || own[k + 1].group != segment.group) {   // the last one of its group
-        const float s = load_scalar(halves, bytes, token * scalars + segment.group, exponent);
-#pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-          total[h] = fmaf(s, sum[h], total[h]);
-          sum[h] = 0.f;
-        }
-      }
-    }
+    float total[HEADS];
+    token_logits<D, HEADS>(total, keys, start + t, queries, own, tables);
 #pragma unroll
     for (int h = 0; h < HEADS; ++h)
       if (h < group) out[(pair * group + h) * tokens + t] = total[h];
   }
+}
+
+// ---- decode attention -----------------------------------------------------------------------------------------------
+
+// put(h, j, sum_i from[h, i] matrix[i, j]) for all heads and coordinates.  from : shared (HEADS, D); 256 threads, of
+// which 256 / D share the heads of one j.
+template <int D, int HEADS, class Put>
+__device__ __forceinline__ void multiply_rows(const float* from, const float* matrix, const Put& put) {
+  constexpr int SHARES = 256 / D, OWN = HEADS / SHARES;
+  static_assert(HEADS % SHARES == 0, "every share has as many heads");
+  const int j = threadIdx.x % D, share = threadIdx.x / D;
+  float sum[OWN] = {};
+#pragma unroll 1
+  for (int i = 0; i < D; ++i) {
+    const float m = matrix[i * D + j];
+#pragma unroll
+    for (int k = 0; k < OWN; ++k)
+      sum[k] = fmaf(from[(share + SHARES * k) * D + i], m, sum[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < OWN; ++k) put(share + SHARES * k, j, sum[k]);
+}
+
+// output_h = R_v^T sum_t softmax_t(scale <q_h, k_hat_t>) s_t c_t : one decode step over coded keys and values, which are
+// TurboQuant codes of 1 to 8 bits.
+// query : (batch, kv_heads * group, D), query_type 0 float, 1 fp16, 2 bf16, group <= HEADS; output : likewise
+// matrices : as for fold; value_matrix : (D, D), R_v         value_centroids : (256,), positive codes, then negative
+// value_* : planes and scales of (batch, kv_heads, tokens), strides in tokens, null where the bits lack a plane
+// key_mean : (kv_heads, D) every key_mean_batch_stride elements, or null: lse += scale <q, key_mean>
+// lengths : (batch,) or null for `tokens`      lse : (batch, kv_heads * group) or null
+// scale_log2 = scale log2(e)                   partial_output, partial_statistics, tickets : kvb/splits.cuh
+// Grid (splits, kv_heads, batch), block 256; other arguments as for encode
+template <int D, int HEADS>
+__global__ void __launch_bounds__(256, 1)
+    block_gtq_attention_kernel(const void* __restrict__ query, int query_type, const float* __restrict__ matrices,
+                               int plan_stride, const u32* __restrict__ sign, const u32* __restrict__ magnitude,
+                               const __half* __restrict__ halves, const u8* __restrict__ bytes, u64 batch_stride,
+                               u64 head_stride, int magnitude_words, int scalars, const i32* __restrict__ segments,
+                               const float* __restrict__ centroids, const i32* __restrict__ exponents,
+                               const u32* __restrict__ value_sign, const u32* __restrict__ value_mag2_0,
+                               const u32* __restrict__ value_mag2_1, const u32* __restrict__ value_mag2_2,
+                               const u32* __restrict__ value_mag1, const __half* __restrict__ value_scale,
+                               u64 value_batch_stride, u64 value_head_stride,
+                               const float* __restrict__ value_centroids, int value_bits,
+                               const float* __restrict__ value_matrix, const float* __restrict__ key_mean,
+                               u64 key_mean_batch_stride, const int* __restrict__ lengths, void* output,
+                               int output_type, float* lse, float* partial_output, float2* partial_statistics,
+                               u32* tickets, int tokens, int group, float scale_log2) {
+  constexpr int SHARES = 256 / D, WARPS = 8;
+  KVB_SHARED(float, queries, [D][HEADS]);               // at the end: the rows that are rotated back
+  KVB_SHARED(float, tables, [kMostGroups][kMostCodes]); // at the end: scratch of finish_split
+  KVB_SHARED(float, value_table, [kMostCodes]);
+  KVB_SHARED(KeySegment, own, [D / 16]);
+  KVB_SHARED(float, weights, [256][HEADS]);             // at first the query, at the end the partial outputs
+  KVB_SHARED(float, largest_of, [WARPS][HEADS]);
+  KVB_SHARED(float, reference, [HEADS]);
+  KVB_SHARED(float, shrink, [HEADS]);
+  KVB_SHARED(float, lse_offset, [HEADS]);
+  KVB_SHARED(float2, statistics, [SHARES][HEADS]);
+  const int split = blockIdx.x, head = blockIdx.y, b = blockIdx.z, splits = gridDim.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, plan = b * plan_stride + head;
+  const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
+  const int tiles = (length + 255) / 256, active = active_splits(tiles, 1, splits);
+  if (split >= active) return;
+  const u64 pair = static_cast<u64>(b) * gridDim.y + head, row = pair * group;
+
+  float* raw = &weights[0][0];
+  for (int i = threadIdx.x; i < HEADS * D; i += 256)
+    raw[i] = i / D < group ? read_number(query, query_type, row * D + i) : 0.f;
+  value_table[threadIdx.x] = value_centroids[threadIdx.x];
+  if (threadIdx.x < HEADS) reference[threadIdx.x] = kNoReference;
+  stage_plan<D>(own, tables, segments, centroids, plan);
+  multiply_rows<D, HEADS>(raw, matrices + static_cast<u64>(plan) * (D * D),
+                          [&](int h, int j, float x) { queries[j][h] = scale_log2 * x; });
+  if (threadIdx.x < HEADS) {
+    float dot = 0.f;
+    if (key_mean && lse)
+      for (int d = 0; d < D; ++d)
+        dot = fmaf(raw[threadIdx.x * D + d], key_mean[b * key_mean_batch_stride + head * D + d], dot);
+    lse_offset[threadIdx.x] = dot * scale_log2 * 0.693147180559945309f;
+  }
+  __syncthreads();
+
+  const KeyRows keys = {sign, magnitude, halves, bytes, magnitude_words, scalars, exponents[plan]};
+  const u64 first_key = b * batch_stride + head * head_stride;
+  const u64 first_value = b * value_batch_stride + head * value_head_stride;
+  const int j = threadIdx.x % D, share = threadIdx.x / D, place = 4 * (j & 7), s_of_j = j / 8 % 4;
+  float sum[HEADS] = {}, total[HEADS] = {};   // of coordinate j, over the tokens of the share; of the thread's tokens
+  for (int tile = split; tile < tiles; tile += active) {
+    const int count = min(length - tile * 256, 256);
+    const bool present = threadIdx.x < count;
+    float logit[HEADS];
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) logit[h] = -infinity();
+    if (present) token_logits<D, HEADS>(logit, keys, first_key + tile * u64(256) + threadIdx.x, queries, own, tables);
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      float largest = logit[h];
+#pragma unroll
+      for (int distance = 16; distance; distance /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+      if (lane == 0) largest_of[warp][h] = largest;
+    }
+    __syncthreads();
+    if (threadIdx.x < HEADS) {
+      float next = reference[threadIdx.x];
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) next = fmaxf(next, largest_of[w][threadIdx.x]);
+      shrink[threadIdx.x] = exp2_approx(reference[threadIdx.x] - next);
+      reference[threadIdx.x] = next;
+    }
+    __syncthreads();
+    const float s = present ? to_float(value_scale[first_value + tile * u64(256) + threadIdx.x]) : 0.f;
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      const float p = present ? exp2_approx(logit[h] - reference[h]) : 0.f;
+      total[h] = fmaf(total[h], shrink[h], p);
+      sum[h] *= shrink[h];
+      weights[threadIdx.x][h] = p * s;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int t = share; t < count; t += SHARES) {
+      const u64 token = first_value + tile * u64(256) + t;
+      const u64 word = token * (D / 32) + j / 32, pair_word = token * (D / 16) + j / 16;
+      u32 code = (value_sign[word] >> (place + s_of_j) & 1u) << (value_bits - 1);
+      if (value_bits >= 3) code |= value_mag2_0[pair_word] >> (place + 2 * (s_of_j & 1)) & 3u;
+      if (value_bits >= 5) code |= (value_mag2_1[pair_word] >> (place + 2 * (s_of_j & 1)) & 3u) << 2;
+      if (value_bits >= 7) code |= (value_mag2_2[pair_word] >> (place + 2 * (s_of_j & 1)) & 3u) << 4;
+      if (value_bits % 2 == 0) code |= (value_mag1[word] >> (place + s_of_j) & 1u) << (value_bits - 2);
+      const float c = value_table[code];
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) sum[h] = fmaf(weights[t][h], c, sum[h]);
+    }
+    __syncthreads();   // before the weights of the next tile
+  }
+
+  // ---- the partial result of the block: one copy per share of the tokens ----
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    float all = total[h];
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) all += __shfl_xor_sync(0xffffffffu, all, distance);
+    if (lane == 0) largest_of[warp][h] = all;
+  }
+  __syncthreads();
+  float* copies = &weights[0][0];   // (SHARES, HEADS, D)
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) copies[(share * HEADS + h) * D + j] = sum[h];
+  if (threadIdx.x < HEADS) {
+    float all = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) all += largest_of[w][threadIdx.x];
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k)
+      statistics[k][threadIdx.x] = make_float2(reference[threadIdx.x], k ? 0.f : all);
+  }
+  float* rows = &queries[0][0];     // (HEADS, D)
+  for (int i = threadIdx.x; i < HEADS * D; i += 256) rows[i] = 0.f;
+  const DecodeTarget target = {lse ? lse + row : nullptr, key_mean ? lse_offset : nullptr,
+                               partial_output + row * splits * D, partial_statistics + row * splits, tickets + pair};
+  const bool finished = finish_split<D, SHARES, HEADS, 256>(
+      copies, &statistics[0][0], &tables[0][0], target, group, split, splits, active,
+      [&](int index, const float4& x) { *reinterpret_cast<float4*>(rows + index) = x; });
+  if (!finished) return;
+  __syncthreads();
+  multiply_rows<D, HEADS>(rows, value_matrix, [&](int h, int d, float x) {
+    if (h >= group) return;
+    const u64 at = (row + h) * D + d;
+    if (output_type == 0) static_cast<float*>(output)[at] = x;
+    else if (output_type == 1)
+      static_cast<__half*>(output)[at] = from_float<__half>(x);
+    else
+      static_cast<__nv_bfloat16*>(output)[at] = from_float<__nv_bfloat16>(x);
+  });
 }
 
 }  // namespace kvb
@@ -301,7 +513,9 @@ __global__ void __launch_bounds__(256)
   KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__nv_bfloat16, D>)       \
   KVB_EXPORT(48, kvb::block_gtq_fold_kernel<D>)                         \
   KVB_EXPORT(64, kvb::block_gtq_logits_kernel<D, 4>)                    \
-  KVB_EXPORT(96, kvb::block_gtq_logits_kernel<D, 16>)
+  KVB_EXPORT(96, kvb::block_gtq_logits_kernel<D, 16>)                   \
+  KVB_EXPORT(168, kvb::block_gtq_attention_kernel<D, 4>)                \
+  KVB_EXPORT(224, kvb::block_gtq_attention_kernel<D, 16>)
 KVB_EXPORT_BLOCK_GTQ(64)
 KVB_EXPORT_BLOCK_GTQ(128)
 KVB_EXPORT_BLOCK_GTQ(256)

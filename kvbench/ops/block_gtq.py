@@ -99,14 +99,15 @@ def encode(x, plan: Plan, *, scale_mode: str = "nc", mean=None, check_finite: bo
                    Keys after RoPE
     plan         : `block_gtq.plan(calibration, average_bits, tile=16 or 32)`, or a `Plan` of any other bits, of the KV
                    heads, or of those of every sequence, one after another.  All are encoded in one call.  cpu:
-                   head_dim a multiple of 32, groups of whole multiples of 16
+                   head_dim a multiple of 32, groups of whole multiples of 16; CUDA: head_dim 64, 128, 256 besides
     scale_mode   : "nc" keeps the norm of every group; "plain", "mse", "unbiased": see reference/turboquant.py
     mean         : [kv_heads, head_dim] or [batch, kv_heads, head_dim] float32, finite, subtracted from x and never
                    added back: softmax does not see it
     check_finite : ValueError where x holds NaN or Inf instead of NaN scalars for that token
     out          : an `Encoded` to write into (default: new).  Its arrays may be slices of a larger store, as for
                    `turboquant.encode`
-    backend      : reference, cpu (default: cpu)
+    backend      : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128,
+                   256
 
     Returns `Encoded`: sign [batch, kv_heads, tokens, head_dim / 32] uint32, magnitude [batch, kv_heads, tokens, words]
     uint32, scale [batch, kv_heads, tokens, scalars] float16 or uint8.  Arithmetic is float32: backends agree in every
@@ -175,7 +176,8 @@ def logits(query, encoded: Encoded, plan: Plan, *, scale: float | None = None, o
     plan    : the one that encoded
     scale   : factor of the logits (default head_dim ** -0.5)
     out     : [batch, q_heads, tokens] float32 (default: new)
-    backend : reference, cpu (default: cpu)
+    backend : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128,
+              256, group <= 16
 
     Of centred keys, the logits lack scale <q_h, mean>.  Arithmetic is float32.  Source: arXiv 2606.24033.
     """
@@ -205,8 +207,9 @@ def logits(query, encoded: Encoded, plan: Plan, *, scale: float | None = None, o
 
 
 def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Plan, value_rotation: Rotation, *,
-                     lengths=None, scale: float | None = None, key_mean=None, return_lse: bool = False, out=None,
-                     lse=None, workspace: attention.Workspace | None = None, backend: str | None = None, stream=None):
+                     lengths=None, scale: float | None = None, key_mean=None, splits: int | None = None,
+                     return_lse: bool = False, out=None, lse=None, workspace: attention.Workspace | None = None,
+                     backend: str | None = None, stream=None):
     """output_h = sum_t softmax_t(scale <q_h, k_hat_t>) v_hat_t: one decode step on codes, each read once per KV head.
 
     query      : [batch, q_heads, head_dim] float16, bfloat16 or float32, not rotated; head h reads KV head h // group
@@ -219,10 +222,12 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
     scale      : factor of the logits (default head_dim ** -0.5)
     key_mean   : [kv_heads, head_dim] or [batch, kv_heads, head_dim] float32, the mean that was subtracted from keys:
                  scale <q, mean> is added to lse, so that it merges with parts whose keys were not centred
+    splits     : thread blocks per sequence and KV head (default: enough to fill the GPU); on GPUs
     return_lse : also return the natural log-sum-exp of the logits, with which partial results merge
     out, lse   : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
-    workspace  : as for the other attention operators; the backends of this one need none
-    backend    : reference, cpu (default: cpu)
+    workspace  : from `attention.workspace(...)`, so that nothing is allocated (default: a temporary one)
+    backend    : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256,
+                 group <= 16
 
     Returns out, or (out, lse).  Arithmetic is float32.
     Source: arXiv 2606.24033; split and merge: arXiv 1805.02867, section 3.1.
@@ -232,15 +237,18 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
     keys = _take_keys(arguments, "keys", keys, plan)
     values = take_codes(arguments, "values", values, value_rotation, "value_rotation")
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
-    check_heads(arguments, plan.head_dim)
+    group = check_heads(arguments, plan.head_dim)
     scale = attention.check_scale(arguments, scale, plan.head_dim)
     key_mean = take_mean(arguments, "key_mean", key_mean)
+    arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= attention.MAX_SPLITS), "splits",
+                      f"an integer from 1 to {attention.MAX_SPLITS}", splits)
     out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
     wants_lse = return_lse or lse is not None
     lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
-    backend = choose(backend, arguments, HOST_BACKENDS)
+    backend = choose(backend, arguments, BACKENDS)
     batch, tokens = query.shape[0], keys.scale.shape[2]
-    host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
+    if backend in HOST_BACKENDS:
+        host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
 
     if backend == "reference":
         stored = values.on_host()
@@ -252,7 +260,7 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
             round_into(out.narrow(0, b.start, b.stop), output)
             if lse is not None:
                 lse.numpy()[b] = log_sum
-    else:
+    elif backend == "cpu":
         check_host_mean(arguments, key_mean, "key_mean")
         rotated = np.empty((*query.shape[:2], value_rotation.head_dim), np.float32)
         log_sums = np.empty(query.shape[:2], np.float32)
@@ -262,6 +270,15 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
                                        codebook.centroids, host_lengths, rotated, log_sums)
         finish_on_cpu(query.numpy(), rotated, log_sums, value_rotation, scale, host(key_mean), out.numpy(),
                       None if lse is None else lse.numpy())
+    else:
+        _checked_tables(arguments, plan)
+        _check_cuda_size(arguments, plan, backend)
+        arguments.require(value_rotation.head_dim == plan.head_dim, "value_rotation",
+                          f"size {plan.head_dim}, without padding, on backend {backend!r}", value_rotation.head_dim)
+        attention.check_cuda_heads(arguments, backend, plan.head_dim, group)
+        if batch:
+            block_gtq_launch.launch_attention(query, keys, values, plan, value_rotation, lengths, scale, key_mean,
+                                              splits, out, lse, workspace, backend, arguments)
     return (out.give(), lse.give()) if return_lse else out.give()
 
 

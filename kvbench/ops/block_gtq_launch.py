@@ -5,20 +5,24 @@ Everything here has been validated by kvbench/ops/block_gtq.py.  Kernels: cuda_s
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 
 from kvbench import loaders
 from kvbench.arrays import Array, Device, empty, upload
 from kvbench.cpu.block_gtq import Tables
+from kvbench.ops import attention
 from kvbench.ops.dispatch import CXX_TYPE
 from kvbench.ops.turboquant_launch import QUERY_TYPE, mean_stride
 from kvbench.reference.block_gtq import Plan
+from kvbench.reference.rotation import Rotation
 from kvbench.reference.turboquant import SCALE_MODES, codebook_for
 
 ENCODE_TOKENS = 32       # kEncodeTokens of cuda_src/block_gtq.cu; a row in shared memory has one column more
 TILE = 16                # coordinates: groups are whole multiples of them
-LOGITS_HEADS = (4, 16)   # query heads of a KV head that an instance of the kernel has sums for
+ATTENTION_TOKENS = 256
+QUERY_HEADS = (4, 16)    # of a KV head, for which an instance of a kernel has sums
 
 
 def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arguments) -> None:
@@ -44,12 +48,33 @@ def launch_logits(query, codes, plan: Plan, scale: float, out, backend: str, arg
     fold((q_heads, batch), (head_dim,), (
         query, np.int32(QUERY_TYPE[query.dtype]), _matrices_on_device(plan, device),
         _plan_stride(plan, kv_heads), np.float32(scale), folded, np.int32(group)), stream=arguments.stream)
-    heads = next(n for n in LOGITS_HEADS if group <= n)
+    heads = next(n for n in QUERY_HEADS if group <= n)
     blocks = min(-(-tokens // 256), max(1, 8 * loaders.multiprocessors(backend, device) // (batch * kv_heads)))
     function = loaders.get_function("block_gtq", f"kvb::block_gtq_logits_kernel<{head_dim}, {heads}>", backend, device)
     function((blocks, kv_heads, batch), (256,), (
         folded, *_stored(codes), segments, centroids, exponents, _plan_stride(plan, kv_heads), out, np.int32(tokens),
         np.int32(group)), stream=arguments.stream)
+
+
+def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, scale: float, key_mean, splits, out, lse,
+                     workspace, backend: str, arguments) -> None:
+    batch, kv_heads, tokens = keys.scale.shape[:3]
+    head_dim, device = query.shape[2], query.device
+    group = query.shape[1] // kv_heads
+    _, _, segments, _, _, centroids, exponents = _tables_on_device(plan, device)
+    if splits is None:
+        splits = attention.choose_splits(-(-tokens // ATTENTION_TOKENS), batch * kv_heads, 1,
+                                         loaders.multiprocessors(backend, device))
+    scratch = attention.take_workspace(arguments, workspace, splits, device, out.framework)
+    heads = next(n for n in QUERY_HEADS if group <= n)
+    function = loaders.get_function("block_gtq", f"kvb::block_gtq_attention_kernel<{head_dim}, {heads}>", backend,
+                                    device)
+    function((splits, kv_heads, batch), (256,), (
+        query, np.int32(QUERY_TYPE[query.dtype]), _matrices_on_device(plan, device), _plan_stride(plan, kv_heads),
+        *_stored(keys), segments, centroids, exponents, *values.arguments(),
+        *_values_on_device(values.bits, value_rotation, device), key_mean, mean_stride(key_mean), lengths, out,
+        np.int32(QUERY_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
+        np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e))), stream=arguments.stream)
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,3 +143,12 @@ def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
 @functools.lru_cache(maxsize=64)
 def _matrices_on_device(plan: Plan, device: Device) -> Array:
     return upload(matrices_of(plan), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _values_on_device(bits: int, rotation: Rotation, device: Device) -> tuple[Array, np.int32, Array]:
+    """Centroids of the values' codes, positive ones first, their bits, and R_v."""
+    centroids = codebook_for(bits, rotation.head_dim).centroids
+    table = np.zeros(256, np.float32)
+    table[: 2**bits] = np.concatenate([centroids, -centroids])
+    return upload(table, device), np.int32(bits), upload(rotation.dense().astype(np.float32), device)

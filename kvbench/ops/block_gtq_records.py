@@ -288,7 +288,7 @@ register(Kernel(
     error=_relative_error, source=SOURCE))
 register(Kernel(
     name="block_gtq.decode_attention", reference=reference.decode_attention, operator=decode_attention,
-    backends=HOST_BACKENDS, axes={**_CODE_AXES, **_GROUP, "value_bits": (3, 2, 4, 1)}, inputs=_attention_inputs,
+    backends=BACKENDS, axes={**_CODE_AXES, **_GROUP, "value_bits": (3, 2, 4, 1)}, inputs=_attention_inputs,
     traffic=_attention_traffic, agreement=_attention_agreement,
     error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
     source=f"{SOURCE}; arXiv 1805.02867 section 3.1"))
