@@ -51,7 +51,9 @@
 namespace kvb {
 
 constexpr int kCodes = 16, kSelfIndexingThreads = 256, kSelfIndexingWarps = kSelfIndexingThreads / 32;
-constexpr int kScoreBlocks = 4;   // per multiprocessor
+// Blocks that share a multiprocessor: registers allow them.
+template <int TABLES>
+constexpr int kScoreBlocks = TABLES == 1 ? 4 : 3;
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads)
 // excluded : (batch, kv_heads, positions) or null                   scores : (batch, kv_heads * own, tokens)
 // Other arguments as above.
 template <int D, int TABLES>
-__global__ void __launch_bounds__(kSelfIndexingThreads, kScoreBlocks)
+__global__ void __launch_bounds__(kSelfIndexingThreads, kScoreBlocks<TABLES>)
     self_indexing_score_kernel(const void* __restrict__ query, int query_type, const u32* __restrict__ sign,
                                u64 batch_stride, u64 head_stride, const float* __restrict__ codebook,
                                const int* __restrict__ lengths, const int* __restrict__ excluded, int positions,
@@ -358,7 +360,7 @@ constexpr float kSparseGap = 8.f;
 // lse : (batch, kv_heads * group) or null     scale_log2 = softmax scale * log2(e)
 // partial_output, partial_statistics, tickets : kvb/splits.cuh
 template <int D, int BITS>
-__global__ void __launch_bounds__(kSelfIndexingThreads) self_indexing_attention_kernel(
+__global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attention_kernel(
     const void* __restrict__ query, int query_type, const u32* __restrict__ sign, const u32* __restrict__ codes,
     const __half* __restrict__ scale, const __half* __restrict__ minimum, u64 key_batch_stride, u64 key_head_stride,
     const u32* __restrict__ value_codes, const __half* __restrict__ value_scale,
@@ -541,15 +543,15 @@ __global__ void __launch_bounds__(kSelfIndexingThreads) self_indexing_attention_
 
 }  // namespace kvb
 
-#define KVB_EXPORT_SIZE(D)                                     \
-  KVB_EXPORT(48, kvb::self_indexing_tables_kernel<D>)          \
-  KVB_EXPORT(64, kvb::self_indexing_score_kernel<D, 1>)        \
-  KVB_EXPORT(64, kvb::self_indexing_score_kernel<D, 4>)        \
-  KVB_EXPORT(72, kvb::self_indexing_encode_kernel<__half, D>)  \
+#define KVB_EXPORT_SIZE(D)                                           \
+  KVB_EXPORT(48, kvb::self_indexing_tables_kernel<D>)                \
+  KVB_EXPORT(64, kvb::self_indexing_score_kernel<D, 1>)              \
+  KVB_EXPORT(80, kvb::self_indexing_score_kernel<D, 4>)              \
+  KVB_EXPORT(72, kvb::self_indexing_encode_kernel<__half, D>)        \
   KVB_EXPORT(72, kvb::self_indexing_encode_kernel<__nv_bfloat16, D>) \
-  KVB_EXPORT(72, kvb::self_indexing_encode_kernel<float, D>)   \
-  KVB_EXPORT(184, kvb::self_indexing_attention_kernel<D, 2>)   \
-  KVB_EXPORT(184, kvb::self_indexing_attention_kernel<D, 4>)
+  KVB_EXPORT(72, kvb::self_indexing_encode_kernel<float, D>)         \
+  KVB_EXPORT(216, kvb::self_indexing_attention_kernel<D, 2>)         \
+  KVB_EXPORT(216, kvb::self_indexing_attention_kernel<D, 4>)
 KVB_EXPORT_SIZE(64)
 KVB_EXPORT_SIZE(128)
 KVB_EXPORT_SIZE(256)

@@ -157,7 +157,7 @@ def _sparse(batch, kv_heads, q_heads, head_dim, capacity, index, tail, sinks, dt
 def self_indexing(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, budget: int = 160,
                   sinks: int = 64, tail: int = 128, value_bits: int = 2, centre: str = "mean", dtype: str = "float16",
                   device="cpu", backend: str | None = None) -> KVCache:
-    """Keys as signs and 2-bit magnitudes whose signs are the index, values as integers; each step attends to few tokens.
+    """Keys as signs, which are the index, and 2-bit magnitudes; values as integers; a step attends to few tokens.
 
     budget     : tokens of the prompt that a KV head attends to, the sinks among them
     sinks      : the first tokens, exact, always attended        tail : so many of the newest tokens, likewise
@@ -191,6 +191,6 @@ PRESETS: dict[str, Preset] = {
                     "arXiv 2406.10774"),
     "twilight": Preset(twilight, "16-bit cache, attended where logits on 4-bit keys have 85 % of the mass (Top-p)",
                        "arXiv 2502.02770"),
-    "self_indexing": Preset(self_indexing, "signs and 2-bit magnitudes; 160 tokens attended, the first 64 and the last "
-                            "128 exact", "arXiv 2603.14224"),
+    "self_indexing": Preset(self_indexing, "3-bit keys whose signs are the index, 2-bit values; attends to 160 tokens, "
+                            "the first 64 of them exact, and to the last 128", "arXiv 2603.14224"),
 }

@@ -69,10 +69,6 @@ class Index(Store):
         None.
         """
 
-    def allocate_scores(self, batch: int, q_heads: int, tokens: int, device) -> Scores:
-        """Undefined `out` of `score`, for storage with room for so many tokens: with it scoring allocates nothing."""
-        return Scores(arrays.empty((batch, q_heads, tokens), "float32", device))
-
 
 # --- RaBitQ ----------------------------------------------------------------------------------------------------------
 

@@ -115,7 +115,8 @@ class SignVQ(Codec):
         rows = [arrays.zeros((batch, kv_heads, 1, self.head_dim), "float32", device) for _ in range(2)]
         return SignVQTokens(*(arrays.empty((*shape, self.head_dim // numbers), "uint32", device)
                               for numbers in (32, 32 // MAGNITUDE_BITS)),
-                            *(arrays.empty((*shape, self.head_dim // GROUP), "float16", device) for _ in range(2)), *rows)
+                            *(arrays.empty((*shape, self.head_dim // GROUP), "float16", device) for _ in range(2)),
+                            *rows)
 
     def prepare(self, storage: SignVQTokens, sequences: slice, x: arrays.Array, queries: arrays.Array | None, *,
                 stream=None, backend=None) -> None:

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from kvbench.cpu.attention import merge
-from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, flat, float_to_half, half_to_float, load, strides_of
+from kvbench.cpu.convert import COMPILE, COMPILE_SUMS, flat, float_to_half, half_to_float, strides_of
 from kvbench.cpu.convert import bits as bit_view
 from kvbench.reference import kivi
 
@@ -27,6 +27,7 @@ INFINITY = np.float32(np.inf)
 GROUP = 32                            # channels that share a scale
 TOKENS_PER_TASK = 256                 # of encoding and of attention
 SCORES_PER_TASK = 4096
+TOKENS_PER_CHUNK = 16384              # of all heads of a sequence that are held in float32 at a time
 
 
 @functools.cache
@@ -43,14 +44,19 @@ def places(bits: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 def build_codebook(keys, mean, stored, codebook) -> None:
     """keys : [batch, kv_heads, tokens, head_dim]        stored : [batch, kv_heads, tokens] bool, what enters
     codebook : written"""
-    _build_codebook(flat(bit_view(keys)), strides_of(keys), mean, stored, codebook)
+    for b in range(len(keys)):
+        _build_codebook(keys[b].astype(np.float32, order="C"), mean[b], stored[b], codebook[b])
 
 
 def encode(x, mean, channel_scale, sign, codes, scale, minimum) -> None:
     """x : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32; sign and what follows are written"""
     batch, kv_heads, tokens, head_dim = x.shape
-    _encode(flat(bit_view(x)), strides_of(x), mean, np.float32(1) / channel_scale, *places(2, head_dim), tokens,
-            flat(sign), flat(codes), flat(bit_view(scale)), flat(bit_view(minimum)), _in_tokens(sign))
+    inverse, strides, chunk = np.float32(1) / channel_scale, _in_tokens(sign), -(-TOKENS_PER_CHUNK // max(kv_heads, 1))
+    store = flat(sign), flat(codes), flat(bit_view(scale)), flat(bit_view(minimum))
+    for b in range(batch):
+        for first in range(0, tokens, chunk):
+            part = x[b, :, first : first + chunk].astype(np.float32, order="C")
+            _encode(part, mean[b], inverse[b], *places(2, head_dim), *store, b * strides[0] + first, strides[1])
 
 
 def _in_tokens(array):
@@ -60,27 +66,26 @@ def _in_tokens(array):
 
 
 @numba.njit(**COMPILE)
-def _centre(x, start, mean, row):
-    """row <- x[start : start + head_dim] - mean; returns whether all of it is finite."""
+def _centre(x, mean, row):
+    """row <- x - mean; returns whether all of it is finite."""
     finite = True
     for d in range(len(row)):
-        row[d] = load(x[start + d]) - mean[d]
+        row[d] = x[d] - mean[d]
         finite &= abs(row[d]) < INFINITY
     return finite
 
 
 @numba.njit(parallel=True, **COMPILE)
-def _build_codebook(x, strides, mean, stored, codebook):
-    batch, kv_heads, tokens = stored.shape
-    head_dim = mean.shape[2]
+def _build_codebook(x, mean, stored, codebook):
+    """Of one sequence, x float32."""
+    kv_heads, tokens, head_dim = x.shape
     groups = head_dim // 4
-    for task in numba.prange(batch * kv_heads):
-        b, h = task // kv_heads, task % kv_heads
+    for h in numba.prange(kv_heads):
         row = np.empty(head_dim, np.float32)
         sums, sizes, counts = np.zeros((groups, 16, 4)), np.zeros(head_dim), np.zeros((groups, 16), np.int64)
         number = 0
         for t in range(tokens):
-            if not stored[b, h, t] or not _centre(x, b * strides[0] + h * strides[1] + t * strides[2], mean[b, h], row):
+            if not stored[h, t] or not _centre(x[h, t], mean[h], row):
                 continue
             number += 1
             for g in range(groups):
@@ -98,19 +103,20 @@ def _build_codebook(x, strides, mean, stored, codebook):
                         centroid = sums[g, c, i] / counts[g, c]
                     else:
                         centroid = (1 if c >> i & 1 else -1) * sizes[4 * g + i] / max(number, 1)
-                    codebook[b, h, g, c, i] = centroid
+                    codebook[h, g, c, i] = centroid
 
 
 @numba.njit(parallel=True, **COMPILE)
-def _encode(x, strides, mean, inverse, word_of, bit_of, tokens, sign, codes, scale, minimum, places):
-    batch, kv_heads, head_dim = mean.shape
+def _encode(x, mean, inverse, word_of, bit_of, sign, codes, scale, minimum, place, head_stride):
+    """Some tokens of one sequence, x float32, whose first one has the row `place` of the store."""
+    kv_heads, tokens, head_dim = x.shape
     blocks, words, code_words, groups = -(-tokens // TOKENS_PER_TASK), head_dim // 32, head_dim // 16, head_dim // GROUP
-    for task in numba.prange(batch * kv_heads * blocks):
-        b, h, first = task // (kv_heads * blocks), task // blocks % kv_heads, task % blocks * TOKENS_PER_TASK
+    for task in numba.prange(kv_heads * blocks):
+        h, first = task // blocks, task % blocks * TOKENS_PER_TASK
         row, packed = np.empty(head_dim, np.float32), np.empty(code_words, np.uint32)
         for t in range(first, min(first + TOKENS_PER_TASK, tokens)):
-            at = b * places[0] + h * places[1] + t
-            finite = _centre(x, b * strides[0] + h * strides[1] + t * strides[2], mean[b, h], row)
+            at = place + h * head_stride + t
+            finite = _centre(x[h, t], mean[h], row)
             packed[:] = 0
             for w in range(words):
                 word = np.uint32(0)
@@ -118,7 +124,7 @@ def _encode(x, strides, mean, inverse, word_of, bit_of, tokens, sign, codes, sca
                     word = np.uint32(word | np.uint32(np.uint32(row[32 * w + i] >= 0) << i))
                 sign[at * words + w] = word if finite else np.uint32(0)
             for d in range(head_dim):
-                magnitude = min(abs(row[d]) * inverse[b, h, d], LARGEST) if finite else np.float32(0)
+                magnitude = min(abs(row[d]) * inverse[h, d], LARGEST) if finite else np.float32(0)
                 row[d] = half_to_float(float_to_half(magnitude))
             for g in range(groups):
                 low, high = row[g * GROUP], row[g * GROUP]

@@ -272,7 +272,7 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
                       None if lse is None else lse.numpy())
     else:
         _checked_tables(arguments, plan)
-        _check_cuda_size(arguments, plan, backend)
+        check_cuda_head_dim(arguments, "plan", plan.head_dim, backend)
         arguments.require(value_rotation.head_dim == plan.head_dim, "value_rotation",
                           f"size {plan.head_dim}, without padding, on backend {backend!r}", value_rotation.head_dim)
         attention.check_cuda_heads(arguments, backend, plan.head_dim, group)

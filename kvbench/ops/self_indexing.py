@@ -278,7 +278,7 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     elif backend == "cpu":
         cpu_self_indexing.sparse_attention_packed(
             query.numpy(), *keys.on_host_arrays(), channel_scale.numpy(), *values.on_host_arrays(), values.bits,
-            *listed, stored, _host(mean), *host_exact, exact_counts, scale, out.numpy(), None if lse is None else lse.numpy())
+            *listed, stored, _host(mean), *host_exact, exact_counts, scale, out.numpy(), _host(lse))
     else:
         attention.check_cuda_heads(arguments, backend, query.shape[2], group)
         wide = {"exact_keys": exact[0], "exact_values": exact[1], **keys.by_name("keys"), **values.by_name("values")}

@@ -14,7 +14,7 @@ from kvbench.ops.dispatch import CXX_TYPE
 
 THREADS, WARPS = 256, 8
 QUERY_TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}
-SCORE_BLOCKS, ENCODE_BLOCKS = 4, 4                     # that share a multiprocessor
+SCORE_BLOCKS, ENCODE_BLOCKS = {1: 4, 4: 3}, 4          # that share a multiprocessor; by tables: kScoreBlocks
 SPARSE_HEADS = {64: 8, 128: 4, 256: 2}                 # query heads of a block of attention: kSparseHeads
 
 
@@ -43,7 +43,7 @@ def launch_score(query, sign, strides, codebook, own, scale, lengths, excluded, 
     batch, kv_heads, tokens, _ = sign.shape
     head_dim, group, at_once = query.shape[2], query.shape[1] // kv_heads, 1 if own == 1 else 4
     heads = kv_heads * -(-own // at_once)
-    blocks = _blocks(-(-tokens // THREADS), batch * heads, SCORE_BLOCKS, backend, query.device)
+    blocks = _blocks(-(-tokens // THREADS), batch * heads, SCORE_BLOCKS[at_once], backend, query.device)
     function = loaders.get_function("self_indexing", f"kvb::self_indexing_score_kernel<{head_dim}, {at_once}>", backend,
                                     query.device)
     function((blocks, heads, batch), (THREADS,), (
