@@ -99,9 +99,9 @@ class KVCache:
     index, selector : rank the tokens of the store and choose those to attend to (default: all).  An index is a
         `codecs.Store` of keys with `allocate_scores` and `score(query, storage, keys, lengths=, scale=, out=, stream=,
         backend=)`, see `indexes.Index`; `keys` is the packed store of keys, for an index that reads the codec's own
-        planes.  A selector is a `selectors.Selector`.
-        Sinks and recent tokens are the cache's own, here and in `tail`: they lie outside the store, are attended in
-        any case, and the selector, which sees the slots of the store alone, must have none
+        planes.  A selector is a `selectors.Selector`.  Sinks and recent tokens are the cache's own, here and in `tail`:
+        they lie outside the store, are attended in any case, and the selector, which sees the slots of the store
+        alone, must have none
     sinks : the first tokens, kept exact forever and always attended
     dtype : of the tokens that are appended, of those kept exact, and of queries and outputs
     last_selection : what the selector chose in the last step, positions counted in the store: slot i is token

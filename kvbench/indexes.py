@@ -170,10 +170,6 @@ class RaBitQ(Index):
         return rabitq.score(q, self.encoded(coded), self.turn, query_bits=self.query_bits, lengths=lengths, scale=scale,
                             return_sigma=self.noise, out=out, stream=stream, backend=backend)
 
-    def allocate_scores(self, batch: int, q_heads: int, tokens: int, device) -> Scores:
-        shape = batch, q_heads, tokens
-        return Scores(*(arrays.empty(shape, "float32", device) for _ in range(1 + self.noise)))
-
     def encoded(self, coded: RaBitQTokens) -> Encoded:
         """The same arrays as the operators of `ops.rabitq` take them."""
         means = (mean if mean is None else _rows(arrays.borrow(mean, "RaBitQ: mean"))

@@ -119,6 +119,7 @@ class BlockIndex(codecs.Store):
     """An index that keeps nothing of its own: it scores by the codec's packed keys."""
 
     granule: int = 2
+    per_kv_head = False
 
     def allocate(self, batch, kv_heads, capacity, device):
         return codecs.Float16Tokens(arrays.zeros((batch, kv_heads, capacity, 1), "float16", device))
