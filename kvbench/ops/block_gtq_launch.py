@@ -13,8 +13,8 @@ from kvbench import loaders
 from kvbench.arrays import Array, Device, empty, upload
 from kvbench.cpu.block_gtq import Tables
 from kvbench.ops import attention
-from kvbench.ops.dispatch import CXX_TYPE
-from kvbench.ops.turboquant_launch import QUERY_TYPE, mean_stride
+from kvbench.ops.dispatch import CXX_TYPE, RUN_TIME_TYPE
+from kvbench.ops.turboquant_launch import mean_stride
 from kvbench.reference.block_gtq import Plan
 from kvbench.reference.rotation import Rotation
 from kvbench.reference.turboquant import SCALE_MODES, codebook_for
@@ -46,7 +46,7 @@ def launch_logits(query, codes, plan: Plan, scale: float, out, backend: str, arg
     folded = empty(query.shape, "float32", device, query.framework, stream=arguments.stream)
     fold = loaders.get_function("block_gtq", f"kvb::block_gtq_fold_kernel<{head_dim}>", backend, device)
     fold((q_heads, batch), (head_dim,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), _matrices_on_device(plan, device),
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), _matrices_on_device(plan, device),
         _plan_stride(plan, kv_heads), np.float32(scale), folded, np.int32(group)), stream=arguments.stream)
     heads = next(n for n in QUERY_HEADS if group <= n)
     blocks = min(-(-tokens // 256), max(1, 8 * loaders.multiprocessors(backend, device) // (batch * kv_heads)))
@@ -70,10 +70,10 @@ def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, s
     function = loaders.get_function("block_gtq", f"kvb::block_gtq_attention_kernel<{head_dim}, {heads}>", backend,
                                     device)
     function((splits, kv_heads, batch), (256,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), _matrices_on_device(plan, device), _plan_stride(plan, kv_heads),
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), _matrices_on_device(plan, device), _plan_stride(plan, kv_heads),
         *_stored(keys), segments, centroids, exponents, *values.arguments(),
         *_values_on_device(values.bits, value_rotation, device), key_mean, mean_stride(key_mean), lengths, out,
-        np.int32(QUERY_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
+        np.int32(RUN_TIME_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
         np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e))), stream=arguments.stream)
 
 

@@ -58,6 +58,7 @@ def round_into(out: Array, exact: np.ndarray) -> None:
 
 
 CXX_TYPE = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+RUN_TIME_TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}      # of `load_float` and `store_float` in kvb/convert.cuh
 
 # Distance from 1 to the next number.  Rounding to nearest costs half of it.
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}

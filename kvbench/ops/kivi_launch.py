@@ -10,13 +10,13 @@ import numpy as np
 
 from kvbench import loaders
 from kvbench.ops import attention
+from kvbench.ops.dispatch import RUN_TIME_TYPE
 from kvbench.reference.kivi import Keys
 
 CUDA_BITS = (2, 4)
 CUDA_GROUPS = (32, 64, 128)
 
 TILE = 32                                # tokens that a warp takes at a time
-TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}
 VALUE_STEPS = 4                          # rows that a lane of the value encoder has under way: kValueSteps of kivi.cu
 
 
@@ -28,7 +28,7 @@ def launch_encode(x, codes, backend, arguments):
     threads = 256 if codes.kind is Keys and head_dim == 256 else 128
     function = loaders.get_function("kivi", f"kvb::kivi_encode_{side}_kernel<{head_dim}>", backend, x.device)
     function((-(-rows // block_rows),), (threads,), (
-        x, np.int32(TYPE[x.dtype]), *map(np.uint64, x.strides[:3]), *codes.arguments(), np.int32(codes.bits),
+        x, np.int32(RUN_TIME_TYPE[x.dtype]), *map(np.uint64, x.strides[:3]), *codes.arguments(), np.int32(codes.bits),
         np.int32(codes.group), np.int32(kv_heads), np.int32(tokens), np.uint32(rows)), stream=arguments.stream)
 
 
@@ -39,7 +39,7 @@ def launch_decode(codes, out, backend, arguments):
     blocks = min(-(-rows // (2048 // head_dim)), 16 * loaders.multiprocessors(backend, out.device))
     function((blocks,), (128,), (
         *codes.arguments(), np.int32(codes.bits), np.int32(codes.group), np.int32(codes.kind is Keys), out,
-        np.int32(TYPE[out.dtype]), np.int32(kv_heads), np.int32(tokens), np.uint32(rows)), stream=arguments.stream)
+        np.int32(RUN_TIME_TYPE[out.dtype]), np.int32(kv_heads), np.int32(tokens), np.uint32(rows)), stream=arguments.stream)
 
 
 def launch_logits(query, keys, scale, out, backend, arguments):
@@ -48,7 +48,7 @@ def launch_logits(query, keys, scale, out, backend, arguments):
     blocks = min(-(-tokens // 256), max(1, 8 * loaders.multiprocessors(backend, device) // (batch * kv_heads)))
     function = loaders.get_function("kivi", f"kvb::kivi_logits_kernel<{head_dim}>", backend, device)
     function((blocks, kv_heads, batch), (256,), (
-        query, np.int32(TYPE[query.dtype]), *keys.arguments(), np.int32(keys.bits), np.int32(keys.group),
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), *keys.arguments(), np.int32(keys.bits), np.int32(keys.group),
         np.float32(scale), out, np.int32(tokens), np.int32(heads)), stream=arguments.stream)
 
 
@@ -65,8 +65,8 @@ def launch_attention(query, keys, values, lengths, scale, splits, out, lse, work
     function = loaders.get_function(
         "kivi", f"kvb::kivi_attention_kernel<{head_dim}, {heads}, {keys.bits}, {values.bits}>", backend, device)
     function((splits, kv_heads * parts, batch), (256,), (
-        query, np.int32(TYPE[query.dtype]), *keys.arguments(), np.int32(keys.group), *values.arguments(),
-        np.int32(values.group), lengths, out, np.int32(TYPE[out.dtype]), lse, scratch.partial_output,
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), *keys.arguments(), np.int32(keys.group), *values.arguments(),
+        np.int32(values.group), lengths, out, np.int32(RUN_TIME_TYPE[out.dtype]), lse, scratch.partial_output,
         scratch.partial_statistics, scratch.tickets, np.int32(tokens), np.int32(group),
         np.float32(scale * math.log2(math.e))),
         shared_bytes=_attention_shared_bytes(head_dim, heads, keys.bits, values.bits), stream=arguments.stream)

@@ -10,9 +10,8 @@ from kvbench import loaders, registry
 from kvbench.arrays import FLOATS, Arguments
 from kvbench.cpu import quest as cpu_quest
 from kvbench.ops import attention
-from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, check_cuda_head_dim, choose,
-                                  random_normal, relative_error)
-from kvbench.ops.turboquant_launch import QUERY_TYPE
+from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, RUN_TIME_TYPE, SMALLEST_NORMAL, assert_close, check_cuda_head_dim,
+                                  choose, random_normal, relative_error)
 from kvbench.reference import quest as reference
 from kvbench.reference.quest import Pages
 from kvbench.registry import Kernel, Traffic, register
@@ -161,7 +160,7 @@ def _launch_score(query, low, high, page, lengths, scale, wide, out, backend, ar
     blocks = min(-(-pages // (8 * at_once)),
                  max(1, SCORE_BLOCKS * loaders.multiprocessors(backend, low.device) // (batch * kv_heads)))
     function((blocks, kv_heads, batch), (256,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), low, high, *map(np.uint64, low.strides[:3]), lengths,
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), low, high, *map(np.uint64, low.strides[:3]), lengths,
         np.float32(scale), out, np.int32(out.shape[2]), np.int32(wide), np.int32(page), np.int32(pages),
         np.int32(query.shape[1] // kv_heads)), stream=arguments.stream)
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from kvbench import loaders
 from kvbench.ops import rotation as rotation_operator
-from kvbench.ops.dispatch import CXX_TYPE
-from kvbench.ops.turboquant_launch import QUERY_TYPE, _device_rotation, _mean_stride, _prepared, _rotated_on_device
+from kvbench.ops.dispatch import CXX_TYPE, RUN_TIME_TYPE
+from kvbench.ops.turboquant_launch import device_rotation, mean_stride, prepared_rows, rotated_on_device
 from kvbench.reference.rabitq import alignment
 
 ENCODE_BLOCKS = {64: 6, 128: 4, 256: 2}       # per multiprocessor, of 256 threads: what registers allow
@@ -18,19 +18,19 @@ ENCODE_BLOCKS = {64: 6, 128: 4, 256: 2}       # per multiprocessor, of 256 threa
 def launch_encode(keys, rotation, code, key_mean, query_mean, backend, arguments):
     factors = None
     if rotation.kind == "haar":
-        keys, factors = _prepared(keys, key_mean, backend, arguments)
+        keys, factors = prepared_rows(keys, key_mean, backend, arguments)
         keys = rotation_operator.rotate(keys, rotation, out=keys, backend=backend, stream=arguments.stream)
         key_mean = None
         if query_mean is not None:            # its product with the key is that of both, rotated
-            query_mean = _rotated_on_device(query_mean, rotation, backend, arguments)
+            query_mean = rotated_on_device(query_mean, rotation, backend, arguments)
     batch, kv_heads, tokens, head_dim = keys.shape
     rows = batch * kv_heads * tokens
     function = loaders.get_function("rabitq", f"kvb::rabitq_encode_kernel<{CXX_TYPE[keys.dtype]}, {head_dim}>", backend,
                                     keys.device)
     blocks = min(-(-rows // 64), ENCODE_BLOCKS[head_dim] * loaders.multiprocessors(backend, keys.device))
     function((blocks,), (256,), (
-        keys, *map(np.uint64, keys.strides[:3]), key_mean, _mean_stride(key_mean), query_mean, _mean_stride(query_mean),
-        *_device_rotation(rotation, keys.device), factors, code.sign, code.rescale, code.offset,
+        keys, *map(np.uint64, keys.strides[:3]), key_mean, mean_stride(key_mean), query_mean, mean_stride(query_mean),
+        *device_rotation(rotation, keys.device), factors, code.sign, code.rescale, code.offset,
         *map(np.uint64, code.strides), np.int32(kv_heads), np.int32(tokens), np.uint32(rows)), stream=arguments.stream)
 
 
@@ -40,8 +40,8 @@ def launch_quantize(query, rotation, query_mean, kv_heads, query_bits, rounding,
     rotated, query_mean = _rotated_by_matrix(query, query_mean, rotation, backend, arguments)
     function = loaders.get_function("rabitq", f"kvb::rabitq_quantize_kernel<{head_dim}>", backend, query.device)
     function((kv_heads, batch), (128,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), rotated, query_mean, _mean_stride(query_mean),
-        *_device_rotation(rotation, query.device), *_rounding(query, query_bits, rounding, seed, step), codes, delta,
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), rotated, query_mean, mean_stride(query_mean),
+        *device_rotation(rotation, query.device), *_rounding(query, query_bits, rounding, seed, step), codes, delta,
         low, np.int32(q_heads // kv_heads)), stream=arguments.stream)
 
 
@@ -54,8 +54,8 @@ def launch_score(query, code, rotation, lengths, scale, logits, sigma, backend, 
     function = loaders.get_function("rabitq", f"kvb::rabitq_score_kernel<{head_dim}, {tiles}>", backend, device)
     blocks = score_blocks(tokens, batch * kv_heads, head_dim, tiles, loaders.multiprocessors(backend, device))
     function((blocks, kv_heads, batch), (256,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), rotated, code.key_mean, _mean_stride(code.key_mean), query_mean,
-        _mean_stride(query_mean), *_device_rotation(rotation, device),
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), rotated, code.key_mean, mean_stride(code.key_mean), query_mean,
+        mean_stride(query_mean), *device_rotation(rotation, device),
         *_rounding(query, query_bits, rounding, seed, step), np.float32(scale),
         np.float32((1 - alignment(head_dim)[1]) / (head_dim - 1)), code.sign, code.rescale, code.offset,
         *map(np.uint64, code.strides), lengths, logits, sigma, np.int32(tokens), np.int32(group)),
@@ -75,8 +75,8 @@ def _rotated_by_matrix(query, query_mean, rotation, backend, arguments):
     """(R q, R c_q) for a dense rotation; (None, c_q) for one that kernels do themselves."""
     if rotation.kind == "hadamard":
         return None, query_mean
-    return (_rotated_on_device(query, rotation, backend, arguments),
-            query_mean and _rotated_on_device(query_mean, rotation, backend, arguments))
+    return (rotated_on_device(query, rotation, backend, arguments),
+            query_mean and rotated_on_device(query_mean, rotation, backend, arguments))
 
 
 def _rounding(query, query_bits, rounding, seed, step) -> tuple:

@@ -10,10 +10,9 @@ import numpy as np
 
 from kvbench import loaders
 from kvbench.ops import attention
-from kvbench.ops.dispatch import CXX_TYPE
+from kvbench.ops.dispatch import CXX_TYPE, RUN_TIME_TYPE
 
 THREADS, WARPS = 256, 8
-QUERY_TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}
 SCORE_BLOCKS, ENCODE_BLOCKS = {1: 4, 4: 3}, 4          # that share a multiprocessor; by tables: kScoreBlocks
 SPARSE_HEADS = {64: 8, 128: 4, 256: 2}                 # query heads of a block of attention: kSparseHeads
 
@@ -35,7 +34,7 @@ def launch_tables(query, codebook, own, scale, tables, backend, arguments):
     function = loaders.get_function("self_indexing", f"kvb::self_indexing_tables_kernel<{head_dim}>", backend,
                                     query.device)
     function((heads, batch), (THREADS,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), codebook, tables, np.int32(group), np.int32(own),
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), codebook, tables, np.int32(group), np.int32(own),
         np.float32(scale * own / group)), stream=arguments.stream)
 
 
@@ -47,7 +46,7 @@ def launch_score(query, sign, strides, codebook, own, scale, lengths, excluded, 
     function = loaders.get_function("self_indexing", f"kvb::self_indexing_score_kernel<{head_dim}, {at_once}>", backend,
                                     query.device)
     function((blocks, heads, batch), (THREADS,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), sign, *map(np.uint64, strides), codebook, lengths, excluded,
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), sign, *map(np.uint64, strides), codebook, lengths, excluded,
         np.int32(0 if excluded is None else excluded.shape[2]), scores, np.int32(tokens), np.int32(group),
         np.int32(own), np.float32(scale * own / group)), stream=arguments.stream)
 
@@ -67,11 +66,11 @@ def launch_attention(query, keys, values, channel_scale, indices, counts, length
     function = loaders.get_function(
         "self_indexing", f"kvb::self_indexing_attention_kernel<{head_dim}, {values.bits}>", backend, device)
     function((splits, kv_heads * parts, batch), (THREADS,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), *_keys(keys), values.codes, values.scale, values.minimum,
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), *_keys(keys), values.codes, values.scale, values.minimum,
         *map(np.uint64, values.strides), channel_scale, mean, indices,
         *map(np.uint64, (0, 0) if indices is None else indices.strides[:2]), counts, np.int32(slots), lengths,
         np.int32(tokens), *_exact(exact_keys), *_exact(exact_values), exact_lengths, np.int32(exact), out,
-        np.int32(QUERY_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
+        np.int32(RUN_TIME_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
         np.int32(group), np.float32(scale * math.log2(math.e))), shared_bytes=shared_bytes, stream=arguments.stream)
 
 

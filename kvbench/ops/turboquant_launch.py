@@ -13,7 +13,7 @@ from scipy import special
 from kvbench import loaders
 from kvbench.arrays import Array, Device, empty, upload
 from kvbench.ops import attention, rotation as rotation_operator
-from kvbench.ops.dispatch import CUDA_HEAD_DIMS, CXX_TYPE
+from kvbench.ops.dispatch import CUDA_HEAD_DIMS, CXX_TYPE, RUN_TIME_TYPE
 from kvbench.reference.turboquant import SCALE_MODES, codebook_for
 
 CUDA_ATTENTION_BITS = (1, 2, 3, 4)
@@ -21,20 +21,19 @@ PLANES = ("sign", "mag2_0", "mag2_1", "mag2_2", "mag1")      # in the order in w
 
 # Blocks, of one warp each, that share a multiprocessor: kEncodeBlocks and kDecodeBlocks of cuda_src/turboquant.cu.
 ENCODE_BLOCKS, DECODE_BLOCKS = {64: 12, 128: 12, 256: 8}, {64: 12, 128: 8, 256: 8}
-QUERY_TYPE = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
 def launch_encode(x, rotation, codes, scale_mode, mean, backend, arguments):
     factors = None
     if rotation.kind == "haar":
-        x, factors = _prepared(x, mean, backend, arguments)
+        x, factors = prepared_rows(x, mean, backend, arguments)
         x = rotation_operator.rotate(x, rotation, out=x, backend=backend, stream=arguments.stream)
         mean = None
     batch, kv_heads, tokens, head_dim = x.shape
     function = loaders.get_function("turboquant", f"kvb::turboquant_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}>",
                                     backend, x.device)
     function(*_row_blocks(x.shape, ENCODE_BLOCKS, backend, x.device), (
-        x, *map(np.uint64, x.strides[:3]), *_device_rotation(rotation, x.device), mean, mean_stride(mean), factors,
+        x, *map(np.uint64, x.strides[:3]), *device_rotation(rotation, x.device), mean, mean_stride(mean), factors,
         _codebook_on_device(codes.bits, x.device), np.int32(codes.bits), np.int32(SCALE_MODES.index(scale_mode)),
         *codes.arguments(), np.int32(kv_heads), np.int32(tokens), np.uint32(batch * kv_heads * tokens)),
         shared_bytes=_tile_bytes(head_dim, x.itemsize), stream=arguments.stream)
@@ -49,7 +48,7 @@ def launch_decode(codes, rotation, out, backend, arguments):
         "turboquant", f"kvb::turboquant_decode_kernel<{CXX_TYPE[target.dtype]}, {head_dim}>", backend, out.device)
     function(*_row_blocks(out.shape, DECODE_BLOCKS, backend, out.device), (
         *codes.arguments(), _codebook_on_device(codes.bits, out.device), np.int32(codes.bits),
-        *_device_rotation(rotation, out.device), target, np.int32(kv_heads), np.int32(tokens),
+        *device_rotation(rotation, out.device), target, np.int32(kv_heads), np.int32(tokens),
         np.uint32(batch * kv_heads * tokens)), shared_bytes=_tile_bytes(head_dim, target.itemsize),
         stream=arguments.stream)
     if target is not out:
@@ -60,12 +59,12 @@ def launch_logits(query, codes, rotation, scale, out, backend, arguments):
     batch, kv_heads, tokens = codes.scale.shape
     group, head_dim, device = query.shape[1] // kv_heads, query.shape[2], query.device
     if rotation.kind == "haar":
-        query = _rotated_on_device(query, rotation, backend, arguments)
+        query = rotated_on_device(query, rotation, backend, arguments)
     blocks = min(-(-tokens // 256), max(1, 8 * loaders.multiprocessors(backend, device) // (batch * kv_heads)))
     function = loaders.get_function("turboquant", f"kvb::turboquant_logits_kernel<{head_dim}>", backend, device)
     function((blocks, kv_heads, batch), (256,), (
-        query, np.int32(QUERY_TYPE[query.dtype]), *codes.arguments(), _codebook_on_device(codes.bits, device),
-        np.int32(codes.bits), *_device_rotation(rotation, device), np.float32(scale), out, np.int32(tokens),
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), *codes.arguments(), _codebook_on_device(codes.bits, device),
+        np.int32(codes.bits), *device_rotation(rotation, device), np.float32(scale), out, np.int32(tokens),
         np.int32(group)), stream=arguments.stream)
 
 
@@ -80,10 +79,10 @@ def launch_attention(query, keys, values, key_rotation, value_rotation, lengths,
         splits = attention.choose_splits(-(-tokens // 32), batch * kv_heads * parts, 8,
                                          loaders.multiprocessors(backend, device))
     scratch = attention.take_workspace(arguments, workspace, splits, device, out.framework)
-    rotated = query if key_rotation.kind == "hadamard" else _rotated_on_device(query, key_rotation, backend, arguments)
+    rotated = query if key_rotation.kind == "hadamard" else rotated_on_device(query, key_rotation, backend, arguments)
     # The mean is multiplied with the query that was not rotated.
     if key_mean is not None and rotated is not query:
-        key_mean = _rotated_on_device(key_mean, key_rotation, backend, arguments)
+        key_mean = rotated_on_device(key_mean, key_rotation, backend, arguments)
     target = out
     if value_rotation.kind == "haar":
         target = empty(out.shape, "float32", device, out.framework, stream=arguments.stream)
@@ -91,10 +90,10 @@ def launch_attention(query, keys, values, key_rotation, value_rotation, lengths,
         "turboquant", f"kvb::turboquant_attention_kernel<{head_dim}, {heads}, {keys.bits}, {values.bits}>", backend,
         device)
     function((splits, kv_heads * parts, batch), (256,), (
-        rotated, np.int32(QUERY_TYPE[rotated.dtype]), *_attention_side(keys), *_attention_side(values),
-        *_device_rotation(key_rotation, device), *_device_rotation(value_rotation, device), *key_table(keys.bits),
+        rotated, np.int32(RUN_TIME_TYPE[rotated.dtype]), *_attention_side(keys), *_attention_side(values),
+        *device_rotation(key_rotation, device), *device_rotation(value_rotation, device), *key_table(keys.bits),
         *value_table(values.bits), key_mean, mean_stride(key_mean), lengths, target,
-        np.int32(QUERY_TYPE[target.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
+        np.int32(RUN_TIME_TYPE[target.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
         np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e))),
         shared_bytes=_attention_shared_bytes(head_dim, heads, keys.bits, values.bits),
         stream=arguments.stream)
@@ -136,7 +135,7 @@ def _tile_bytes(head_dim, itemsize):
     return rows * (head_dim * itemsize + 16 * lanes)
 
 
-def _device_rotation(rotation, device) -> tuple:
+def device_rotation(rotation, device) -> tuple:
     """(signs, rounds, remaining scale) as kernels take them; rounds 0, nothing to rotate, for a dense rotation."""
     if rotation.kind == "haar":
         return None, np.int32(0), np.float32(1)
@@ -149,7 +148,7 @@ def mean_stride(mean):
     return np.uint64(0 if mean is None or len(mean.shape) == 2 else mean.strides[0])
 
 
-def _prepared(x, mean, backend, arguments) -> tuple[Array, Array]:
+def prepared_rows(x, mean, backend, arguments) -> tuple[Array, Array]:
     """(x - mean times a power of two per vector, [batch, kv_heads, tokens, head_dim] float32; what undoes it, per
     vector): what a dense rotation takes without overflow."""
     batch, kv_heads, tokens, head_dim = x.shape
@@ -164,7 +163,7 @@ def _prepared(x, mean, backend, arguments) -> tuple[Array, Array]:
     return prepared, factors
 
 
-def _rotated_on_device(x, rotation, backend, arguments) -> Array:
+def rotated_on_device(x, rotation, backend, arguments) -> Array:
     """R x in float32, for a dense rotation."""
     rotated = empty(x.shape, "float32", x.device, x.framework, stream=arguments.stream)
     _convert(x, rotated, backend, arguments)
