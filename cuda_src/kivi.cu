@@ -12,12 +12,12 @@
 //            bits comparisons find the code; a tie goes to the even one.  NaN is never above anything.
 //   Bytes    2 D per token (fp16) read, D bits / 8 + 4 D / group written, once: 352 at D = 128, 2 bits, groups of 32.
 //   Counts   By hand, per number: half a conversion, a subtraction, 2 comparisons with their thresholds, 2 insertions,
-//            3 of minimum and maximum: 10 to 12 instructions of a lane for 2 bits, 16 for 4.  131072 numbers at a time on
-//            an H100 (132 multiprocessors, 1.75 GHz, 2.4 warp instructions a cycle): 3.3e7 numbers (32768 tokens x 8
-//            heads of 128) are 23 us of issue slots; memory takes 29 us at 3 TB/s.  Not measured.
+//            3 of minimum and maximum, 3 of s and m, 2 of moves: 15 instructions of a lane for 2 bits, 20 for 4.
+//            3.3e7 numbers (32768 tokens x 8 heads of 128) are 29 us of issue slots on 132 multiprocessors at 1.75 GHz,
+//            2.4 warp instructions a cycle; memory takes 27 us at 3 TB/s.  Not measured.
 //
-// kivi_encode_values_kernel: the same with groups of 32, 64 or 128 channels of one token, whose extremes are exchanged by
-//   shuffles, least and greatest as one pair of fp16.  A warp takes 4 times 512 / D tokens.
+// kivi_encode_values_kernel: the same with groups of 32, 64 or 128 channels of one token, whose extremes are exchanged
+//   by shuffles, least and greatest as one pair of fp16.  A warp takes 4 times 512 / D tokens.
 //
 // kivi_decode_kernel: the same in reverse; s c + m is one fused multiplication and addition: s c is exact.
 //
@@ -72,7 +72,8 @@ __device__ __forceinline__ Quad load_quad(const T* x) {
 template <>
 __device__ __forceinline__ Quad load_quad<float>(const float* x) {
   const float4 all = *reinterpret_cast<const float4*>(x);
-  return {{pack_pair<__half>(saturated(all.x), saturated(all.y)), pack_pair<__half>(saturated(all.z), saturated(all.w))}};
+  return {{pack_pair<__half>(saturated(all.x), saturated(all.y)),
+           pack_pair<__half>(saturated(all.z), saturated(all.w))}};
 }
 // The quads of lane l in COUNT rows; row(i) is where row i begins, in elements.
 template <class T, int D, int COUNT, class Row>
@@ -151,8 +152,8 @@ __device__ __forceinline__ void store_lane_words(u32* row, int l, const u32 (&wo
 
 // ---- encode ---------------------------------------------------------------------------------------------------------
 
-// Quad by quad, from the last one on, in a loop that is not unrolled: then few s and m are held at a time, and the code is
-// short.  The quads move up in their registers meanwhile, and so do the fields in their words.
+// Quad by quad, from the last one on, in a loop that is not unrolled: then few s and m are held at a time, and the code
+// is short.  The quads move up in their registers meanwhile, and so do the fields in their words.
 template <int BITS, int D>
 __device__ __forceinline__ void encode_key_tile(Quad (&x)[KeyTile<D>::TOKENS][4], Quad (&low)[4], Quad (&high)[4],
                                                 u32* codes, __half* scale, __half* minimum, int l, int r) {
@@ -195,9 +196,10 @@ __device__ __forceinline__ void encode_key_tile(Quad (&x)[KeyTile<D>::TOKENS][4]
     store_lane_words(codes + (i * KiviLanes<D>::ROWS + r) * (D * BITS / 32), l, words[i]);
 }
 
-// x : (batch, kv_heads, tokens, D) of type 0 float, 1 fp16, 2 bf16; rows contiguous and at multiples of 16 bytes, strides
-//     in elements; tokens in whole groups
-// codes : (batch, kv_heads, tokens, D bits / 32)        scale, minimum : (batch, kv_heads, tokens / group, D), one layout
+// x : (batch, kv_heads, tokens, D) of type 0 float, 1 fp16, 2 bf16; rows contiguous and at multiples of 16 bytes,
+//     strides in elements; tokens in whole groups
+// codes : (batch, kv_heads, tokens, D bits / 32)
+// scale, minimum : (batch, kv_heads, tokens / group, D), with the same strides
 // bits : 2 or 4        group : 32, 64 or 128        rows = batch * kv_heads * tokens
 template <int D>
 __global__ void __launch_bounds__(32 * KeyTile<D>::WARPS, KeyTile<D>::BLOCKS)
@@ -400,8 +402,9 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
     const RowPlace place = place_of(row, kv_heads, tokens);
     const u32* from = codes + place.batch * batch_stride + place.head * head_stride +
                       static_cast<u64>(place.token) * (D * bits / 32);
-    const u64 at = place.batch * scale_batch_stride + place.head * scale_head_stride +
-                   (per_channel ? static_cast<u64>(place.token / group) * D : static_cast<u64>(place.token) * (D / group));
+    const u64 group_row = per_channel ? static_cast<u64>(place.token / group) * D
+                                      : static_cast<u64>(place.token) * (D / group);
+    const u64 at = place.batch * scale_batch_stride + place.head * scale_head_stride + group_row;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int k = 4 * l + j, channel = kivi_channel<D>(k);
@@ -439,7 +442,8 @@ __global__ void __launch_bounds__(256)
     queries[i] = load_float(query, query_type, pair * heads * D + i) * softmax_scale;
   __syncthreads();
   for (int t = blockIdx.x * 256 + threadIdx.x; t < tokens; t += gridDim.x * 256) {
-    const u32* from = codes + blockIdx.z * batch_stride + blockIdx.y * head_stride + static_cast<u64>(t) * (D * bits / 32);
+    const u32* from = codes + blockIdx.z * batch_stride + blockIdx.y * head_stride +
+                      static_cast<u64>(t) * (D * bits / 32);
     const u64 at = blockIdx.z * scale_batch_stride + blockIdx.y * scale_head_stride + static_cast<u64>(t / group) * D;
     float sums[kMostQueries] = {};
 #pragma unroll 1

@@ -65,7 +65,8 @@ def kivi(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, 
     bits       : 2, 4 or 8; key_bits and value_bits, if given, for one side alone
     group      : numbers that share a scale and a minimum: tokens of a channel of keys, channels of a token of values
     residual   : at least so many of the newest tokens are exact
-    sinks      : the first tokens, exact (0: KIVI).  On real keys a few of them halve the error of 2 bits
+    sinks      : the first tokens, exact (0: KIVI).  Where those draw attention, 4 of them halve the error of 2 bits
+                 (0.41 to 0.19 and 0.74 to 0.26 in two layers of Qwen2.5-Coder-0.5B, 7K tokens, residual 0)
 
     **Where this differs from KIVI.**  Of T tokens KIVI encodes R floor(T / R) keys and T - R values, R the residual.
     Here both have one boundary, that of `Tail(residual, block=group)`, which is nowhere beyond either of these: group

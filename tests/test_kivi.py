@@ -1,16 +1,14 @@
 """KIVI operators: stores, edges, real data and errors that drawn inputs of test_kernels.py do not single out."""
 import itertools
-import pathlib
 import tracemalloc
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import needs
-from kvbench import arrays, caches, loaders, registry, trees
+from kvbench import arrays, loaders, registry, trees
 from kvbench.ops import attention, kivi
 from kvbench.reference import attention as exact_attention
 from kvbench.reference import kivi as reference
@@ -425,14 +423,15 @@ def changed(encoded, **fields):
     (lambda: kivi.decode(changed(KEYS, codes=np.zeros((1, 2, 128, 4), np.uint32)[:, :, ::2])), ValueError,
      "encoded.codes: expected rows of a head that follow one another"),
     (lambda: kivi.logits(QUERY, VALUES), TypeError, "keys: expected Keys from kivi.encode_keys, got Values"),
-    (lambda: kivi.logits(QUERY[:, :3], KEYS), ValueError, "query: expected q_heads a positive multiple of kv_heads = 2"),
+    (lambda: kivi.logits(QUERY[:, :3], KEYS), ValueError, "query: expected q_heads a positive multiple of"),
     (lambda: kivi.logits(QUERY, KEYS, scale=np.nan), ValueError, "scale: expected a finite number"),
     (lambda: kivi.decode_attention(QUERY[..., :32].copy(), KEYS, VALUES), ValueError,
      "keys.codes: expected 2 words for head_dim 32, got 4"),
     (lambda: kivi.decode_attention(QUERY, KEYS, KEYS), TypeError, "values: expected Values .* got Keys"),
     (lambda: kivi.decode_attention(QUERY, KEYS, tokens_of(VALUES, 0, 63)), ValueError, "values.codes: expected shape"),
     (lambda: kivi.decode_attention(QUERY, KEYS, VALUES, splits=0), ValueError, "splits: expected an integer from 1"),
-    (lambda: kivi.decode_attention(QUERY, KEYS, VALUES, lengths=np.zeros(2, np.int32)), ValueError, "lengths: expected"),
+    (lambda: kivi.decode_attention(QUERY, KEYS, VALUES, lengths=np.zeros(2, np.int32)), ValueError,
+     "lengths: expected shape"),
 ])
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):

@@ -143,7 +143,7 @@ def _assign(row, low, step, qmax, code):
 @numba.njit(**COMPILE)
 def _pack(code, bits, order, words):
     """The inverse of `_unpack`."""
-    count, field, channel = len(words), 0, 0
+    count, channel = len(words), 0
     words[:] = 0
     for half in range(2):
         for f in range(16 // bits):
@@ -186,8 +186,8 @@ def _decode(codes, strides, scale, minimum, scale_strides, bits, group, per_chan
         row, step, low = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
         for t in range(first, min(first + TILE, tokens)):
             if t == first or not per_channel:
-                _load_parameters(scale, minimum, b * scale_strides[0] + h * scale_strides[1], t, group, per_channel, order,
-                                 step, low)
+                _load_parameters(scale, minimum, b * scale_strides[0] + h * scale_strides[1], t, group, per_channel,
+                                 order, step, low)
             start = b * strides[0] + h * strides[1] + t * words
             _unpack(codes[start : start + words], bits, row)
             for i in range(head_dim):
@@ -232,7 +232,8 @@ def _logits(query, kv_heads, codes, strides, scale, minimum, scale_strides, bits
         b, g, first = task // (kv_heads * tiles), task // tiles % kv_heads, task % tiles * TILE
         step, low = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
         rows, products = np.empty((TILE, head_dim), np.float32), np.empty((heads, TILE), np.float32)
-        _load_parameters(scale, minimum, b * scale_strides[0] + g * scale_strides[1], first, group, True, order, step, low)
+        _load_parameters(scale, minimum, b * scale_strides[0] + g * scale_strides[1], first, group, True, order, step,
+                         low)
         start = b * strides[0] + g * strides[1] + first * words
         _key_products(query[b, g * heads : (g + 1) * heads], codes[start : start + TILE * words], TILE, bits, step, low,
                       rows, products)

@@ -23,7 +23,7 @@ VALUE_STEPS = 4                          # rows that a lane of the value encoder
 def launch_encode(x, codes, backend, arguments):
     batch, kv_heads, tokens, head_dim = x.shape
     rows, side = batch * kv_heads * tokens, "keys" if codes.kind is Keys else "values"
-    # Keys: a block takes 128 tokens, the largest group.  Values: a warp takes VALUE_STEPS times as many as fit it at once.
+    # Keys: a block takes 128 tokens, the largest group.  Values: a warp takes VALUE_STEPS times what fits it at once.
     block_rows = 128 if codes.kind is Keys else 4 * VALUE_STEPS * 512 // head_dim
     threads = 256 if codes.kind is Keys and head_dim == 256 else 128
     function = loaders.get_function("kivi", f"kvb::kivi_encode_{side}_kernel<{head_dim}>", backend, x.device)

@@ -5,13 +5,13 @@
 //
 // kivi_attention_kernel: keys and values of 2 or 4 bits each, any groups of 32, 64 or 128.
 //   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges and writes
-//             (kvb/splits.cuh).  With more query heads than HEADS (9 to 16 at D = 256, where registers hold 8) a KV head
-//             has two rows of blocks, and its codes are read twice.
+//             (kvb/splits.cuh).  With more query heads than HEADS (9 to 16 at D = 256, where registers hold 8) a KV
+//             head has two rows of blocks, and its codes are read twice.
 //   Block     8 warps, each with its own tiles of 32 tokens, which lie within one group of keys.
 //   Pipeline  Each warp has a ring of tiles in shared memory filled by cp.async, one being read.  A tile of every array
 //             is contiguous in memory.
 //   Operands  One AND takes a field of a word of codes and leaves a pair of fp16 c 2^(place - 24), subnormal and exact.
-//             That mma takes subnormal operands at full speed is assumed, not measured; the result does not depend on it.
+//             That mma takes subnormal operands at full speed is assumed, not measured; no result depends on it.
 //   Keys      mma.m16n8k16 with codes as A, 16 tokens by 16 channels, and q s as B, 16 channels by 8 heads.  The lane
 //             (g, t) = (lane / 4, lane % 4) has a quarter of the row of token g.  q, divided by a power of two that
 //             leaves |q| < 1 and by 2^place, stands ready in fp16; one multiplication per two channels and head makes
@@ -26,10 +26,10 @@
 //             7 - t; with that and the places of `KiviRow`, no load from shared memory meets a bank twice.
 //   Range     p s must fit fp16.  The reference (subtracted exponent) is raised where a weight reaches 2^12, to leave
 //             2^8; scales of values of 16 and more lower both by as much as they exceed 2^3.
-//   Bytes     D (key_bits + value_bits) / 8 + 4 D (1 / key group + 1 / value group) per token and KV head: 96 at D = 128,
-//             2 + 2 bits, groups of 32.
-//   Counts    Warp instructions per tile of 32 tokens at D = 128, 2 + 2 bits, groups of 32, up to 8 heads, by hand: keys
-//             72 to make operands, 16 multiplications, 24 mma, 12 loads; softmax 45; values 72 operands, 24 + 16
+//   Bytes     D (key_bits + value_bits) / 8 + 4 D (1 / key group + 1 / value group) per token and KV head: 96 at
+//             D = 128, 2 + 2 bits, groups of 32.
+//   Counts    Warp instructions per tile of 32 tokens at D = 128, 2 + 2 bits, groups of 32, up to 8 heads, by hand:
+//             keys 72 to make operands, 16 multiplications, 24 mma, 12 loads; softmax 45; values 72 operands, 24 + 16
 //             permutations and multiplications, 18 mma, 24 loads; copies 30: 350 in all, of them 200 on the half-rate
 //             integer pipe.  131072 tokens x 8 KV heads are 248 tiles per multiprocessor (132), 3072 bytes each: at 3
 //             TB/s and 1.75 GHz 238 cycles of memory for a tile, 146 of issue slots at 2.4 a cycle.  Not measured.
@@ -61,8 +61,8 @@ struct KiviRow {
   }
 };
 
-// COUNT words of shared memory from byte `at` on.  Eight of them are two chunks that stand side by side, in one order or
-// the other.
+// COUNT words of shared memory from byte `at` on.  Eight of them are two chunks that stand side by side, in one order
+// or the other.
 template <int COUNT>
 __device__ __forceinline__ void load_words(u32 (&words)[COUNT], const char* from, int at) {
   if constexpr (COUNT == 1) {
@@ -92,7 +92,9 @@ __device__ __forceinline__ u32 multiply_pair(u32 x, u32 y) {
   const __half2 product = __hmul2(*reinterpret_cast<__half2*>(&x), *reinterpret_cast<__half2*>(&y));
   return *reinterpret_cast<const u32*>(&product);
 }
-__device__ __forceinline__ u32 component(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+__device__ __forceinline__ u32 component(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
 
 // query : (batch, kv_heads * all_heads, D), type 0 float, 1 fp16, 2 bf16    output : likewise, of output_type
 // *_codes : (batch, kv_heads, tokens, D bits / 32)
@@ -258,8 +260,10 @@ __global__ void __launch_bounds__(32 * kKiviWarps, 1) kivi_attention_kernel(
   // An eighth of 64 channels of 2 bits is half of the fields of a word.
   constexpr bool HALF_WORD = D == 64 && VALUE_BITS == 2;
   const int eighth = HALF_WORD ? g / 2 * 4 : 4 * VALUE_WORDS * g;
-  const int value_at[2] = {Layout::VALUES + ValueRow::place(t, eighth), Layout::VALUES + ValueRow::place(7 - t, eighth)};
-  const u32 lower_halves = HALF_WORD && g % 2 ? 0x5511u : 0x5410u, upper_halves = HALF_WORD && g % 2 ? 0x7733u : 0x7632u;
+  const int value_at[2] = {Layout::VALUES + ValueRow::place(t, eighth),
+                           Layout::VALUES + ValueRow::place(7 - t, eighth)};
+  const u32 lower_halves = HALF_WORD && g % 2 ? 0x5511u : 0x5410u;
+  const u32 upper_halves = HALF_WORD && g % 2 ? 0x7733u : 0x7632u;
   const int minimum_of = 2 * min(g, value_groups - 1);   // byte in a row of minima: the row of A that this lane has
 
   int read = 0, freed = (RING - 1) * Layout::BYTES;   // in the ring: the tile that is read, the one before it
@@ -396,8 +400,9 @@ __global__ void __launch_bounds__(32 * kKiviWarps, 1) kivi_attention_kernel(
 
     // ---- values ----
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {   // tokens 16 step + t, 7 - t, 8 + t, 15 - t: columns 2t, 2t + 1, 2t + 8, + 9
-      const char* eights[2] = {current + (2 * step) * 8 * ValueRow::BYTES, current + (2 * step + 1) * 8 * ValueRow::BYTES};
+    for (int step = 0; step < 2; ++step) {
+      // Tokens t, 7 - t, 8 + t and 15 - t of these sixteen are the columns 2t, 2t + 1, 2t + 8 and 2t + 9.
+      const char* eights[2] = {current + 16 * step * ValueRow::BYTES, current + (16 * step + 8) * ValueRow::BYTES};
       u32 s[2][U], m[2];   // pairs of scales by 32 channels, and of minima of this lane's row
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -415,7 +420,8 @@ __global__ void __launch_bounds__(32 * kKiviWarps, 1) kivi_attention_kernel(
 #pragma unroll
           for (int u = 0; u < U; ++u) {
             const int at = 2 * (u >> group_shift);
-            s[k][u] = half_at(scale_rows + first * row_bytes + at) | half_at(scale_rows + second * row_bytes + at) << 16;
+            s[k][u] = half_at(scale_rows + first * row_bytes + at)
+                      | half_at(scale_rows + second * row_bytes + at) << 16;
           }
         }
         m[k] = half_at(minimum_rows + first * row_bytes) | half_at(minimum_rows + second * row_bytes) << 16;

@@ -14,8 +14,8 @@ constexpr int kKiviTile = 32;   // tokens
 template <int BITS>
 constexpr int kKiviFields = 16 / BITS;   // of a half
 
-// A field as a pair of fp16: what of the word is shifted away first, so that the field ends by bit 10 of its half; where
-// it then stands; the operand is c 2^(place - 24), subnormal and exact.
+// A field as a pair of fp16: by how much the word is shifted first, so that the field ends by bit 10 of its half; where
+// it then stands; and the operand, c 2^(place - 24), subnormal and exact.
 template <int BITS>
 __device__ constexpr int kivi_shift(int field) { return BITS * (field + 1) <= 10 ? 0 : 8; }
 template <int BITS>
