@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
 // query : (batch, kv_heads * heads, D), type 0 float, 1 fp16, 2 bf16        out : (batch, kv_heads * heads, tokens)
 // Grid (blocks, kv_heads, batch); heads <= 16.  Other arguments as for decode, of keys.
 template <int D>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     kivi_logits_kernel(const void* __restrict__ query, int query_type, const u32* __restrict__ codes,
                        const __half* __restrict__ scale, const __half* __restrict__ minimum, u64 batch_stride,
                        u64 head_stride, u64 scale_batch_stride, u64 scale_head_stride, int bits, int group,
@@ -470,7 +470,7 @@ __global__ void __launch_bounds__(256)
   KVB_EXPORT(REGISTERS, kvb::kivi_encode_keys_kernel<D>)  \
   KVB_EXPORT(128, kvb::kivi_encode_values_kernel<D>)      \
   KVB_EXPORT(64, kvb::kivi_decode_kernel<D>)              \
-  KVB_EXPORT(96, kvb::kivi_logits_kernel<D>)
+  KVB_EXPORT(128, kvb::kivi_logits_kernel<D>)
 KVB_EXPORT_CODES(64, 168)
 KVB_EXPORT_CODES(128, 255)
 KVB_EXPORT_CODES(256, 255)
