@@ -167,8 +167,14 @@ class RaBitQ(Index):
 
     def score(self, q, coded: RaBitQTokens, keys=None, *, lengths=None, scale=None, out=None, stream=None,
               backend=None) -> Scores:
-        return rabitq.score(q, self.encoded(coded), self.turn, query_bits=self.query_bits, lengths=lengths, scale=scale,
-                            return_sigma=self.noise, out=out, stream=stream, backend=backend)
+        if out is not None and (out.sigma is not None) != self.noise:
+            raise ValueError(f"RaBitQ.score: out: expected Scores {'with' if self.noise else 'without'} sigma for "
+                             f"noise={self.noise}, got the other kind")
+        given = Scores(None) if out is None else out
+        scores = rabitq.score(q, self.encoded(coded), self.turn, query_bits=self.query_bits, lengths=lengths,
+                              scale=scale, return_sigma=self.noise, out=given.logits, sigma=given.sigma, stream=stream,
+                              backend=backend)
+        return scores if out is None else out
 
     def encoded(self, coded: RaBitQTokens) -> Encoded:
         """The same arrays as the operators of `ops.rabitq` take them."""

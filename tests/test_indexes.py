@@ -232,5 +232,7 @@ def test_wrong_arrays_are_named():
         index.encode(keys, normal(1, (1, 3, 10, 64)))
     with pytest.raises(ValueError, match="query: expected q_heads a positive multiple of kv_heads = 2, got 3"):
         index.score(normal(1, (1, 3, 64)), index.encode(keys))
+    with pytest.raises(ValueError, match="out: expected Scores without sigma for noise=False"):
+        index.score(normal(1, (1, 4, 64)), index.encode(keys), out=Scores(*np.zeros((2, 1, 4, 10), np.float32)))
     with pytest.raises(TypeError, match="keys: expected dtype float16"):
         indexes.Quest(64).encode(keys.astype(np.float32))

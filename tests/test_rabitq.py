@@ -201,8 +201,8 @@ def test_slices_of_stores_are_scored_in_place(backend, head_dim, seed, noise):
         for target, source in zip(parts(strided).values(), parts(encoded).values()):
             target[...] = on(backend, source)
     out = on(backend, Scores(*(np.full((2, 4, 70), np.nan, np.float32) for _ in range(1 + noise))))
-    placed = on(backend, query)
-    assert rabitq.score(placed, strided, rotation, return_sigma=noise, out=out, backend=backend) is out
+    made = rabitq.score(on(backend, query), strided, rotation, out=out.logits, sigma=out.sigma, backend=backend)
+    assert made.logits is out.logits and made.sigma is out.sigma
     expected = score(backend, query, encoded, rotation, return_sigma=noise)
     for one, other in zip(expected[:1 + noise], to_host(out)[:1 + noise]):
         assert one.tobytes() == other.tobytes()
@@ -378,8 +378,9 @@ def test_wrong_arguments_are_named():
         (lambda: rabitq.score(query, keys, rotation), TypeError, "encoded: expected Encoded, got ndarray"),
         (lambda: rabitq.score(query, encoded, rotation, scale=np.nan), ValueError, "scale: expected a finite number"),
         (lambda: rabitq.score(query, encoded, rotation, lengths=np.zeros(1)), TypeError, "lengths: expected dtype int"),
-        (lambda: rabitq.score(query, encoded, rotation, return_sigma=True, out=Scores(np.zeros((1, 4, 9), np.float32))),
-         ValueError, "out: expected Scores with sigma"),
+        (lambda: rabitq.score(query, encoded, rotation, out=np.zeros((1, 4, 8), np.float32)), ValueError,
+         "out: expected shape"),
+        (lambda: rabitq.score(query, encoded, rotation, sigma=np.zeros((1, 4, 9))), TypeError, "sigma: expected dtype"),
         (lambda: rabitq.score(query, dataclasses.replace(encoded, query_mean=mean), rotation), ValueError,
          "encoded: expected both offset and query_mean, or neither"),
     ]

@@ -164,7 +164,7 @@ def quantized(query, rotation: Rotation, *, query_mean=None, query_bits: int = 4
 
 def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, rounding: str = "nearest",
           seed: int = 0, step: int = 0, lengths=None, scale: float | None = None, return_sigma: bool = False,
-          out: Scores | None = None, backend: str | None = None, stream=None) -> Scores:
+          out=None, sigma=None, backend: str | None = None, stream=None) -> Scores:
     """scale (r <S, R (q - c_q)> + a + <q, c_k>), an estimate of scale <q, k>: each code is read once per KV head.
 
     query        : [batch, q_heads, head_dim] float16, bfloat16 or float32, after RoPE; head h reads KV head h // group
@@ -176,7 +176,7 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
     scale        : factor of the logits (default head_dim ** -0.5)
     return_sigma : also give the standard deviation that the index expects, which calibrated selection needs: it doubles
                    what is written
-    out          : `Scores` to write into (default: new), with sigma if that is wanted
+    out, sigma   : where to write logits and sigma (default: new); a sigma is written, wanted or not
     backend      : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256,
                    group <= 16, query_bits 4 or 8
 
@@ -191,13 +191,10 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
     group = check_heads(arguments, query.shape[2])
     scale = attention.check_scale(arguments, scale, query.shape[2])
-    return_sigma = return_sigma or out is not None and out.sigma is not None
     shape = (*query.shape[:2], code.rescale.shape[2])
-    arguments.require(out is None or not return_sigma or out.sigma is not None, "out", "Scores with sigma",
-                      "none, but return_sigma=True")
-    given = Scores(None) if out is None else Scores(*_fields(arguments, "out", out, Scores))
-    logits = arguments.result("out.logits", given.logits, shape, "float32")
-    sigma = arguments.result("out.sigma", given.sigma, shape, "float32") if return_sigma else None
+    logits = arguments.result("out", out, shape, "float32")
+    wants_sigma = return_sigma or sigma is not None
+    sigma = arguments.result("sigma", sigma, shape, "float32") if wants_sigma else None
     backend = choose(backend, arguments, BACKENDS)
 
     options = dict(query_bits=query_bits, rounding=rounding, seed=seed, step=step)
@@ -216,7 +213,7 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
         if logits.size:
             rabitq_launch.launch_score(query, code, rotation, lengths, scale, logits, sigma, backend, arguments,
                                        **options)
-    return Scores(logits.give(), sigma and sigma.give()) if out is None else out
+    return Scores(logits.give(), sigma and sigma.give())
 
 
 def scored(query, encoded: Encoded, rotation: Rotation, *, lengths=None, return_sigma: bool = True,
@@ -315,8 +312,7 @@ def _take_mean(arguments, name, mean):
 def _fields(arguments, name, value, expected):
     if not isinstance(value, expected):
         raise TypeError(f"{arguments.operator}: {name}: expected {expected.__name__}, got {type(value).__name__}")
-    fields = getattr(expected, "_fields", None) or expected.__dataclass_fields__
-    return tuple(getattr(value, field) for field in fields)
+    return tuple(getattr(value, field) for field in expected.__dataclass_fields__)
 
 
 def _check_query_options(arguments, query_bits, rounding, seed, step):
