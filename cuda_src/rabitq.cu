@@ -9,10 +9,10 @@
 //            row brings the largest coordinate near 1 beforehand where squares might leave the range of float (not for
 //            float16 without a mean).  NaN or Inf anywhere make |y|^2 NaN or Inf: no other test is needed.
 //   Bytes    D sizeof(T) read and D / 8 + 2 written per row, once: 2192 per 8 rows of 128, fp16.
-//   Counts   Per 8 rows of 128 and warp, fp16, three rounds: rotation 3 * (224 additions, 32 of them with 64 shuffles,
-//            and 32 multiplications), sums 64, signs 64, loads and conversions 40, words, places and stores 80: 1080
-//            instructions, 270 issue cycles of an SM.  Memory takes 163 for them at 3 TB/s on 132 SMs at 1.7 GHz: bound
-//            by issue slots, at 60 % of that bandwidth at most.
+//   Counts   Instructions of a warp per 8 rows of 128, fp16, three rounds, no means, in the machine code for sm_90: places
+//            and loads 105, rotation 3 * 318 (128 FADD, 97 FFMA, 64 SHFL), sums and signs 137, words and stores 105:
+//            1300, 325 issue cycles of an SM.  Memory takes 163 for them at 3 TB/s on 132 SMs at 1.7 GHz: bound by issue
+//            slots, at half of that bandwidth at most.
 //
 // rabitq_quantize_kernel: the integers of queries, for those who want them alone; a warp has a query.
 //
@@ -34,10 +34,10 @@
 //   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads, in the machine code for sm_90: 72 for operands,
 //            16 products, 16 loads, 8 * 8 for results, 16 to store, 40 for addresses and what is carried over: 224.
 //            There are 124 times 64 tokens per SM: 28000 instructions, 7000 issue cycles, 4.1 us at 1.7 GHz.
-//            Rounding the query comes before that, once per block, while the first codes are on their way.
-//   Tried    Eight lanes per query head: one warp of a block does four heads, and the others wait several times as long
-//            as for a warp per head.  A second path for whole tiles, without what only ends of sequences, offsets and
-//            sigma need: half of the instructions for results and stores.
+//            Rounding the query comes before that, 770 instructions once per block, a warp per query head, while the
+//            first codes are on their way.
+//   Paths    Tiles that are whole and need neither offset nor sigma are loaded from addresses that differ by constants,
+//            and stored without questions; the others take the long way.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/hadamard.cuh"
