@@ -668,6 +668,13 @@ def fma(a, b, c):
     return nearest_float(exact)
 
 
+def to_unsigned(x):
+    """Rounded to nearest even; NaN becomes 0, what is out of range the nearest limit."""
+    if np.isnan(x):
+        return 0
+    return int(np.rint(np.clip(np.float64(x), 0, 2**32 - 1)))
+
+
 def to_int(rounding):
     def convert(x):
         if np.isnan(x):
@@ -723,6 +730,7 @@ EXACT = {
     "fmaxf": ([floats] * 2, lambda x, y: np.fmax(x, y) + f32(0)),
     "fminf": ([floats] * 2, lambda x, y: np.fmin(x, y) + f32(0)), "fabsf": ([floats], np.abs),
     "isnan": ([floats], lambda x: (x != x).astype(i32)),
+    "float2uint_rn": ([floats], each(to_unsigned, u32)),
     "float2int_rn": ([floats], each(to_int(np.rint), i32)), "float2int_rz": ([floats], each(to_int(np.trunc), i32)),
     "float2int_rd": ([floats], each(to_int(np.floor), i32)), "float2int_ru": ([floats], each(to_int(np.ceil), i32)),
     "int2float_rn": ([INT], lambda x: x.astype(f32)), "uint2float_rn": ([words], lambda x: x.astype(f32)),

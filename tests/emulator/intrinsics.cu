@@ -45,6 +45,7 @@ namespace kvb {
   MAP(fminf, float, float, float, float, fminf(a, b) + 0.f)                              \
   MAP(fabsf, float, float, float, float, fabsf(a))                                       \
   MAP(isnan, float, float, float, i32, isnan(a) ? 1 : 0)                                 \
+  MAP(float2uint_rn, float, float, float, u32, __float2uint_rn(a))                       \
   MAP(float2int_rn, float, float, float, i32, __float2int_rn(a))                         \
   MAP(float2int_rz, float, float, float, i32, __float2int_rz(a))                         \
   MAP(float2int_rd, float, float, float, i32, __float2int_rd(a))                         \
