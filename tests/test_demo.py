@@ -20,6 +20,7 @@ from scipy.special import softmax
 from kvbench import arrays, bench, caches, data
 from kvbench.data import make
 from kvbench.demo import measurement, pictures
+from kvbench.reference.selection import Selection
 
 PROVENANCE = ("model", "layer", "kv_head", "text", "licence", "layout", "made_with")
 
@@ -133,7 +134,10 @@ def test_mass_is_causal():
 
 
 class Forgetful:
-    """A cache that answers zero: its error is exactly one."""
+    """A cache that answers zero, so that its error is exactly one, and attends to 2 sinks and the next 5 tokens."""
+
+    sinks, tail = 2, caches.Tail()
+    last_selection = Selection(np.arange(40, dtype=np.int32)[None, None], np.full((1, 1), 5, np.int32), None)
 
     def __init__(self, batch, kv_heads, q_heads, head_dim, capacity, device):
         self.shape, self.nbytes, self.tokens = (batch, q_heads, head_dim), 64 * capacity, 0
@@ -156,12 +160,15 @@ class Forgetful:
 def test_measured_numbers_mean_what_they_say(monkeypatch):
     monkeypatch.setattr(measurement, "CACHES", {"forgetful": Forgetful})
     told = []
-    outcome, = measurement.measure(small_sample(np.random.default_rng(2)), "cpu", told.append)
+    sample = small_sample(np.random.default_rng(2))
+    outcome, = measurement.measure(sample, "cpu", told.append)
     assert outcome.output_error == 1.0
     assert outcome.logit_error == pytest.approx(0.25, abs=1e-5)
     assert (outcome.tokens, outcome.nbytes, outcome.bytes_per_token) == (40, 64 * 40, 64)
     assert outcome.bits_per_element == 8 * 64 / (2 * 8) and outcome.ratio == 0.5
     assert outcome.step_us > 0 and outcome.prompt_ms > 0
+    assert outcome.attended == pytest.approx(np.mean(7 / (sample.positions + 1)))
+    assert outcome.mass == pytest.approx(measurement.attention_mass(sample)[:, :7].sum(axis=1).mean())
     assert told == ["forgetful on cpu", ""]
 
 
@@ -278,6 +285,17 @@ def test_turboquant_is_small_and_near(demo):
     preset, alone = numbers_of["turboquant"], numbers_of["turboquant, codes alone"]
     assert alone["bits"] == "3.25" and 3.25 < float(preset["bits"]) < 3.6
     assert float(preset["error"]) < 0.1 < float(alone["error"]) < 0.5
+
+
+def test_sparse_presets_read_a_part_of_the_cache_that_has_most_of_the_mass(demo):
+    head, _, *rows = table_rows(demo[0])
+    numbers_of = {row[0]: dict(zip(head, row)) for row in rows}
+    for name, numbers in numbers_of.items():
+        attended, mass = float(numbers["attended"].removesuffix(" %")), float(numbers["mass"])
+        if name in ("rabitq", "quest", "twilight"):
+            assert 0 < attended < 40 and 0.85 < mass < 1 and float(numbers["error"]) < 0.2
+        else:
+            assert attended == 100 and mass == 1
 
 
 def test_page_reads_well_anywhere_and_says_where_its_data_are_from(demo):
