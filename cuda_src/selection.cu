@@ -419,7 +419,7 @@ struct WholeBlock {
   __device__ static void sync() { __syncthreads(); }
 };
 
-// The first of 256 bins, in the order of `bin(i)`, at which `reached(mass, count)` holds for the sums up to and with it.
+// The first of 256 bins, in the order of `bin(i)`, at which `reached` holds for the sums up to and with it.
 // The sums before it are added to mass and count.  The first warp of the group calls it.
 __device__ __forceinline__ int find_digit(const u32* counts, const u64* masses, bool descending, u64& mass, u32& count,
                                           const Enough& reached) {
@@ -490,11 +490,11 @@ struct CandidatesByLogit {      // all, without mass
   }
 };
 
-// The Threshold in a set of tokens; the tokens before them have sums mass and count.  counts, masses : shared (kDigits,); found : shared.  All of the group
-// return the same.
+// The Threshold in a set of tokens; the tokens before them have sums mass and count.  All of the group return the same.
+// counts : shared (kDigits,)        masses : shared (kDigits + 2,)        found : shared
 template <class Group, class Each>
-__device__ __forceinline__ Threshold descend(const Each& each, long long target, int least, int most, u64 mass, u32 count, u32* counts,
-                             u64* masses, int* found) {
+__device__ __forceinline__ Threshold descend(const Each& each, long long target, int least, int most, u64 mass,
+                                             u32 count, u32* counts, u64* masses, int* found) {
   auto zero = [&] {
     Group::sync();
     for (int i = Group::rank(); i < kDigits; i += Group::kSize) counts[i] = 0, masses[i] = 0;

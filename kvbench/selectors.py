@@ -63,7 +63,7 @@ class Selector(codecs.Part, ABC):
 @part
 @dataclass(frozen=True)
 class TopP(Selector):
-    """The fewest tokens of each query head whose proxy mass reaches p; parameters as in `ops.selection.select_top_p`."""
+    """The fewest tokens of each query head whose proxy mass reaches p; see `ops.selection.select_top_p`."""
 
     p: float
     sinks: int = field(default=0, kw_only=True)
@@ -91,7 +91,12 @@ class TopP(Selector):
 
         A nominal p is a share of estimated mass, and estimates have noise.  This measures what it leads to on queries
         whose exact logits are known, those of the end of a prompt; see `reference.selection.fitted_p`.  A few are
-        enough, 16 say.  All is computed once, on the host where logits are concerned.
+        enough, 16 to 32 say.  All is computed once, on the host where logits are concerned.
+
+        On two layers each of SmolLM2-135M and Qwen2.5-Coder-0.5B, head_dim 64, 8K tokens, `calibrated="shrink"` with p
+        fitted to 16 queries of 64 positions achieves, on 384 later positions, within 0.05 of 0.65, 0.75, 0.85 and 0.95
+        on average over the heads of each layer, with keys centred; nominal p is off by up to 0.19 (shrink), 0.26
+        (shift) or 0.83 (uncorrected).
 
         index, coded  : the index, and what it made of the keys
         keys          : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32
@@ -109,7 +114,8 @@ class TopP(Selector):
         for i in range(count):
             query = arrays.upload(np.ascontiguousarray(queries.narrow(2, i, i + 1).to_host()[:, :, 0]), keys.device)
             lengths = np.full(batch, tokens - count + i + 1, np.int32)
-            scores = index.score(query, coded, lengths=arrays.upload(lengths, keys.device), scale=scale, backend=backend)
+            scores = index.score(query, coded, lengths=arrays.upload(lengths, keys.device), scale=scale,
+                                 backend=backend)
             exact = arrays.borrow(codec.logits(query, codecs.Float16Tokens(keys), scale), "logits").to_host()
             known.append((scores, lengths, reference.true_weights(exact, lengths=lengths, **window)))
 

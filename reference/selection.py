@@ -30,8 +30,9 @@ y achieves the true mass Phi(Phi^-1(p) - sigma^2 / sqrt(tau^2 + sigma^2)).  `cal
 
 `calibrated=True` is "shift".
 
-Both lean on a model of the noise.  `fitted_p` does not: it asks the prompt's last queries, whose exact logits are known,
-for the nominal p at which a rule achieves the true mass that is wanted, and trusts that the next queries are like them.
+Both lean on a model of the noise.  `fitted_p` does not: it asks the prompt's last queries, whose exact logits are
+known, for the nominal p at which a rule achieves the true mass that is wanted, and trusts that the next queries are
+like them.
 """
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def normal(seed, shape, tau=3.0):
     return (tau * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
-# --- Launches ----------------------------------------------------------------------------------------------------------
+# --- Launches --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
@@ -148,7 +148,7 @@ def test_r13_one_to_four_tokens(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_r14_ties_and_flat_rows(backend):
-    """The release searched for a threshold in floating point, to an absolute 1e-5, from the weight of the first token."""
+    """The release searched for a threshold in floating point, to an absolute 1e-5, from the first token's weight."""
     flat = np.zeros((1, 1, 1000))
     assert lists(select_top_p(scores(flat, backend), 0.75, backend=backend)) == {(0, 0): list(range(750))}
     flat[0, 0, 0] = -5                                     # the first token is not the largest
@@ -218,17 +218,17 @@ GOOD = Scores(np.zeros((2, 3, 9), np.float32))
     (lambda: select_top_p(GOOD, 0.0), ValueError, "select_top_p: p: expected 0 < p <= 1, got 0.0"),
     (lambda: select_top_p(GOOD, True), ValueError, "p: expected 0 < p <= 1, got True"),
     (lambda: select_top_p(GOOD.logits, 0.5), TypeError, r"scores: expected Scores\(logits, sigma\), got ndarray"),
-    (lambda: select_top_p(GOOD, 0.5, normalise="all"), ValueError, "normalise: expected one of middle, global, got 'all'"),
+    (lambda: select_top_p(GOOD, 0.5, normalise="all"), ValueError, "normalise: expected one of middle, global, got"),
     (lambda: select_top_p(GOOD, 0.5, calibrated="yes"), ValueError, "calibrated: expected True, False, 'shrink' or"),
     (lambda: select_top_p(GOOD, 0.5, calibrated=True), ValueError, "scores.sigma: expected the noise of the logits"),
     (lambda: select_top_p(GOOD, 0.5, min_tokens=3, max_tokens=2), ValueError, "max_tokens: expected an integer of at"),
     (lambda: select_top_p(GOOD, 0.5, block=0), ValueError, "block: expected an integer of at least 1, got 0"),
-    (lambda: select_top_p(GOOD, 0.5, kv_heads=2), ValueError, "kv_heads: expected a divisor of the 3 query heads, got 2"),
+    (lambda: select_top_p(GOOD, 0.5, kv_heads=2), ValueError, "kv_heads: expected a divisor of the 3 query heads"),
     (lambda: select_top_p(GOOD, 0.5, lengths=np.zeros(2)), TypeError, "lengths: expected dtype int32, got float64"),
     (lambda: select_top_p(GOOD, 0.5, out=(1, 2)), TypeError, "out: expected a Selection, got tuple"),
     (lambda: select_top_p(GOOD, 0.5, backend="cudaa"), ValueError, "backend: expected one of .* did you mean cuda"),
     (lambda: select_top_k(GOOD, 1.5), ValueError, "select_top_k: k: expected an integer of at least 0, got 1.5"),
-    (lambda: select_top_k(Scores(GOOD.logits.astype(np.float16)), 1), TypeError, "scores.logits: expected dtype float32"),
+    (lambda: select_top_k(Scores(GOOD.logits.astype(np.float16)), 1), TypeError, "logits: expected dtype float32"),
 ])
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):

@@ -84,7 +84,8 @@ def test_fitted_p_achieves_the_mass_on_the_next_queries(prompt, p, calibrated):
         exact = (query.astype(np.float64)[0] @ keys[0, 0].astype(np.float64).T * keys.shape[3] ** -0.5)[None]
         found = index.score(query, coded)
         for selector, into in ((fitted, shares), (wanted, nominal)):
-            made = select_top_p(found, selector.p, calibrated=calibrated, lengths=np.array([length], np.int32), **window)
+            made = select_top_p(found, selector.p, calibrated=calibrated, lengths=np.array([length], np.int32),
+                                **window)
             into.append(reference.achieved(made, exact, lengths=np.array([length]), **window).mean())
     assert abs(np.mean(shares) - p) < 0.05, (fitted, np.mean(shares), np.mean(nominal))
     if not calibrated:

@@ -18,11 +18,12 @@ def decode(query, keys, values, lengths, scale, out, lse) -> None:
     batch, kv_heads, tokens, _ = keys.shape
     counts = np.full(batch, tokens, np.int32) if lengths is None else lengths
     counts = np.broadcast_to(counts[:, None], (batch, kv_heads))
-    _attend(query, keys, values, np.empty((batch, kv_heads, 0), np.int32), counts, tokens, counts[:, 0], scale, out, lse)
+    _attend(query, keys, values, np.empty((batch, kv_heads, 0), np.int32), counts, tokens, counts[:, 0], scale, out,
+            lse)
 
 
 def sparse_attention(query, keys, values, indices, counts, lengths, scale, out, lse) -> None:
-    """indices : [batch, lists, slots] int32   counts : [batch, lists] int32   lengths : [batch] int32; others as above"""
+    """indices : [batch, lists, slots] int32   counts : [batch, lists] int32   lengths : [batch] int32   others above"""
     _attend(query, keys, values, indices, counts, int(counts.max(initial=0)), lengths, scale, out, lse)
 
 

@@ -31,7 +31,8 @@ def run(progress: Callable[[str], None]) -> Demo:
     machine = measurement.machine_here(backend)
     head = ["preset", "bytes", "bits", "ratio", "error", "attended", "mass", "logit error", "prompt ms", "step us"]
     rows = [[o.preset, f"{o.nbytes:,}", f"{o.bits_per_element:.2f}", f"{o.ratio:.2f}", f"{o.output_error:.1e}",
-             f"{100 * o.attended:.0f} %", f"{o.mass:.3f}", f"{o.logit_error:.1e}", f"{o.prompt_ms:.2f}", f"{o.step_us:.0f}"] for o in outcomes]
+             f"{100 * o.attended:.0f} %", f"{o.mass:.3f}", f"{o.logit_error:.1e}", f"{o.prompt_ms:.2f}",
+             f"{o.step_us:.0f}"] for o in outcomes]
     legend = {
         "bytes": f"all that the cache holds after {len(sample.keys[0, 0])} tokens",
         "bits": "the same per number of keys and values, scales and padding included",

@@ -83,15 +83,15 @@ def select_top_p(scores, p: float, *, kv_heads: int | None = None, lengths=None,
                  block: int = 1, min_tokens: int = 1, max_tokens: int | None = None, normalise: str = "middle",
                  calibrated: bool | str = False, out: Selection | None = None, workspace=None,
                  backend: str | None = None, stream=None) -> Selection:
-    """The fewest tokens whose mass reaches p: sum_chosen exp(logit_t) >= p sum_t exp(logit_t), the crossing one included.
+    """The fewest tokens whose mass reaches p: sum_chosen exp(logit_t) >= p sum_t exp(logit_t), the crossing one too.
 
     scores     : Scores(logits [batch, q_heads, tokens] float32, sigma: same shape or None); a logit that is not finite
                  is never chosen
     p          : 0 < p <= 1, taken as ceil(65536 p) / 65536; 1 chooses every token
     kv_heads   : one list for the query heads of each KV head, the union of theirs; None: one list per query head
     lengths    : [batch] int32, tokens of each sequence (default: all); clamped to 0..tokens
-    sinks, recent, block : the first `sinks` tokens and the last `recent` to `recent + block - 1`, which leave the window
-                 in blocks, are always kept: they are no candidates, and are not listed
+    sinks, recent, block : the first `sinks` tokens and the last `recent` to `recent + block - 1`, which leave that
+                 window in blocks, are always kept: they are no candidates, and are not listed
     min_tokens, max_tokens : bounds of what a query head chooses; None: no upper one
     normalise  : "middle": p of the candidates' mass; "global": of that of all tokens, those always kept included, which
                  need exact logits
