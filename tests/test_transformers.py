@@ -266,10 +266,20 @@ def test_masks_of_another_meaning_are_refused(llama):
     right[0, -3:] = 0
     hole = torch.ones_like(ids)
     hole[1, 5] = 0
-    custom = torch.zeros(2, 1, 17, 17)
-    for mask, message in ((right, "causal attention"), (hole, "causal attention"), (custom, "boolean mask")):
+    every, biased = torch.zeros(2, 1, 17, 17), torch.full((2, 1, 17, 17), -0.5)
+    for mask, message in ((right, "causal attention"), (hole, "causal attention"), (every, "causal attention"),
+                          (biased, "boolean mask")):
         with torch.no_grad(), pytest.raises(ValueError, match=message):
             llama(input_ids=ids, attention_mask=mask, past_key_values=KVBenchCache(llama, "exact"))
+
+
+def test_additive_masks_are_read_as_boolean_ones(llama):
+    """Models of older releases make them; whatever is masked out weighs exp(-3e38)."""
+    ids = prompt()
+    mask = torch.full((1, 1, 17, 17), torch.finfo(torch.float32).min).triu(1)
+    with torch.no_grad():
+        found = llama(input_ids=ids, attention_mask=mask, past_key_values=KVBenchCache(llama, "exact")).logits
+    torch.testing.assert_close(found, logits_of(llama, KVBenchCache(llama, "exact"), ids), rtol=1e-4, atol=1e-3)
 
 
 def test_padding_must_stay_the_same(llama):
@@ -301,7 +311,7 @@ def test_what_packed_attention_cannot_do_is_refused(llama):
     for call in (cache.layers[0].offload, cache.layers[0].prefetch, lambda: cache.layers[0].crop(-1)):
         with pytest.raises(NotImplementedError, match="KVBenchCache"):
             call()
-    assert not cache.is_croppable and not cache.is_compileable and cache.get_max_length() == 20
+    assert not cache.layers[0].is_croppable and not cache.is_compileable and cache.layers[0].get_max_length() == 20
     with pytest.raises(CapacityError, match="capacity 20"):
         logits_of(llama, cache, prompt(tokens=4))
     query, keys, values = torch.zeros(1, 4, 1, 32), torch.zeros(1, 2, 1, 32), torch.zeros(1, 2, 1, 32)

@@ -239,6 +239,8 @@ class PackedLayer(CacheLayerMixin):
                 raise ValueError("KVBenchCache: expected an attention mask for a padded batch or a part of a prompt, "
                                  "got none")
             return known
+        if mask.is_floating_point() and ((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all():
+            mask = mask == 0                            # an additive mask, as some models of older releases make it
         if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, batch) \
                 or mask.shape[2:] != (new, past + new):
             raise ValueError(f"KVBenchCache: expected a boolean mask [{batch}, 1, {new}, {past + new}], got "
