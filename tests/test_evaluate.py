@@ -1,4 +1,5 @@
 """`kvbench eval`: metrics that mean what they say, perplexity and needles through a cache, and one result file."""
+import contextlib
 import copy
 import json
 from types import SimpleNamespace
@@ -14,6 +15,9 @@ from kvbench import caches, cli
 from kvbench.cache import Tail
 from kvbench.evaluate import capture, logits, models, needle, perplexity, results, specs
 from strategies.models import TEXT, save_tiny
+
+with contextlib.suppress(ImportError):      # the tests of a model, which need it, are then skipped
+    import torch
 
 TINY_CACHE = "turboquant:sinks=1,tail=2"
 
@@ -176,12 +180,10 @@ def test_evaluated_queries_come_after_the_prompt(positions, queries):
 
 # ---- a model
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny(folder)
     (folder / "text.txt").write_text(TEXT)

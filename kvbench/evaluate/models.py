@@ -51,20 +51,20 @@ def load(name: str, dtype: str | None = None, device: str = "cpu") -> Model:
 
     dtype : of the weights: float32, bfloat16, float16 (default: float32 on a CPU, bfloat16 elsewhere)
     """
-    _require("torch", "transformers", "accelerate")
+    _require("torch", "transformers")
     import torch
     import transformers
 
     licence, path = "see the model", Path(name)
     if name in PACKAGED:
         package, file, licence = PACKAGED[name]
-        _require(package, "gguf")
+        _require(package)
         path = Path(importlib.util.find_spec(package).origin).parent / file
     if not path.exists():
         raise ValueError(f"--model: expected {', '.join(PACKAGED)}, a GGUF file or a folder of a model, got {name!r}")
     where = {"pretrained_model_name_or_path": str(path)}
     if path.suffix == ".gguf":
-        _require("gguf")
+        _require("gguf", "accelerate")
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16", "float16"):
