@@ -88,12 +88,14 @@ def model_tables(folder: Path) -> str:
                     ["", ""]), f"{100 * needle['metrics']['found']:.0f}" if needle else ""]
 
     best = [(bits, eval_results.best_within(decoded, bits + 0.5, "loss_percent")) for bits in GOALS]
-    return (f"{setup['model']}, perplexity of {setup['tokens']} tokens of English prose after a prompt of "
-            f"{setup['prompt']}, each decoded through the cache; bits are all that the cache holds, exact tokens and "
-            "scales included. Codes alone: every key and value encoded, none kept exact. Needles: share found in "
-            f"{'/'.join(map(str, document['setup']['needle']['lengths']))} tokens.\n\n"
+    lengths = " and ".join(map(str, document["setup"]["needle"]["lengths"]))
+    return (f"{setup['model']}: perplexity of {setup['tokens']} tokens of English prose after a prompt of "
+            f"{setup['prompt']}, each attending to what the cache holds at that step.\n"
+            "Bits are of all that it holds at the end, exact tokens and scales included. Codes alone: every key and "
+            f"value encoded, none kept exact, no\nprompt. Needles: share found in texts of {lengths} tokens.\n\n"
             + table(["cache", "bits", "perplexity", "loss %", "codes alone: bits", "loss %", "needles %"],
                     [row(case) for case in decoded], "lrrrrrr") + "\n\n"
+            + "The best within half a bit of 4, 3 and 2:\n\n"
             + table(["at most", "best cache", "bits", "loss %"],
                     [[f"{bits + 0.5:g} bits", *(row(case)[i] for i in (0, 1, 3))] for bits, case in best if case],
                     "llrr") + "\n\n")

@@ -13,6 +13,7 @@ from scipy.special import softmax
 
 from kvbench import caches, cli
 from kvbench.cache import Tail
+from kvbench.codecs import TurboQuantMSE
 from kvbench.evaluate import capture, logits, models, needle, perplexity, results, specs
 from strategies.models import TEXT, save_tiny
 
@@ -234,6 +235,26 @@ def test_codecs_alone_encode_every_token(model):
         f"turboquant:key_bits={bits},value_bits={bits},centred=False,tail=64")[0], ids, base) for bits in (6, 1))
     assert four["bits_per_element"] == 6.5 and one["bits_per_element"] == 1.5, "the tail does not count"
     assert abs(four["metrics"]["loss_percent"]) < abs(one["metrics"]["loss_percent"])
+
+
+class Thirteen(TurboQuantMSE):
+    """A codec that takes 13 tokens at a time, as those with statistics of several tokens do."""
+
+    granule = 13
+
+    def encode(self, x):
+        assert x.shape[2] % 13 == 0
+        return super().encode(x)
+
+
+def test_codecs_alone_encode_whole_groups(model):
+    ids = models.tokens_of(model, models.Text("words", TEXT), 66)
+    codec = Thirteen(32, bits=4)
+    spec = SimpleNamespace(text="thirteen", build=lambda **sizes: SimpleNamespace(keys=codec, values=codec))
+    whole, one_more = (perplexity.of_codecs(model, spec, ids[:, :count], 1.0) for count in (65, 66))
+    assert whole["nbytes"] == one_more["nbytes"] == 2 * 2 * 2 * 65 * 32 * 4.5 / 8, "the last token is only predicted"
+    with pytest.raises(ValueError, match="expected a multiple of the 13 tokens that thirteen encodes together, got 60"):
+        perplexity.of_codecs(model, spec, ids[:, :60], 1.0)
 
 
 @given(st.integers(60, 130), st.floats(0, 1), st.integers(0, 3))

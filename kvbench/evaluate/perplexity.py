@@ -28,8 +28,7 @@ def of_model(model: models.Model, ids, prompt: int, progress: Callable[[str], No
 
     losses = _decode(model, ids, prompt, DynamicCache(config=model.network.config), progress)
     config, bytes_each = model.config, model.network.dtype.itemsize
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * (ids.shape[1] - 1)
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * (ids.shape[1] - 1)
     return _case(losses, 8.0 * bytes_each, elements * bytes_each, ids.shape[1])
 
 
@@ -53,16 +52,22 @@ def of_cache(model: models.Model, spec: Spec, ids, prompt: int, baseline: float,
 
 def of_codecs(model: models.Model, spec: Spec, ids, baseline: float,
               progress: Callable[[str], None] = lambda line: None) -> dict:
-    """With every key and value of the text encoded and decoded by the codecs of the preset."""
+    """With every key and value of the text encoded and decoded by the codecs of the preset.
+
+    ValueError if the text does not fill what a codec encodes together.
+    """
     import torch
 
-    held = {"nbytes": 0, "elements": 0}
+    count, held = ids.shape[1], {"nbytes": 0, "elements": 0}
+    cache = spec.build(batch=1, kv_heads=1, q_heads=1, head_dim=_head_dim(model.config), capacity=count, dtype=STORED)
+    granule = math.lcm(cache.keys.granule, cache.values.granule)
+    read = -(-(count - 1) // granule) * granule         # the last token is predicted, and read only to fill a granule
+    if read > count:
+        raise ValueError(f"--tokens: expected a multiple of the {granule} tokens that {spec.text} encodes together, "
+                         f"got {count}")
 
     def attend(exact, module, query, key, value, mask, **options):
         progress(f"layer {module.layer_idx + 1}")
-        batch, kv_heads, tokens, head_dim = key.shape
-        cache = spec.build(batch=batch, kv_heads=kv_heads, q_heads=query.shape[1], head_dim=head_dim, capacity=tokens,
-                           device=str(key.device), dtype=STORED)
         changed = []
         for codec, x in ((cache.keys, key), (cache.values, value)):
             packed = codec.encode(x.to(getattr(torch, STORED)).contiguous())
@@ -72,8 +77,13 @@ def of_codecs(model: models.Model, spec: Spec, ids, baseline: float,
         return exact(module, query, *changed, mask, **options)
 
     with models.replaced_attention(model.network, attend):
-        losses = _losses(model.network(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:])
+        logits = model.network(input_ids=ids[:, :read], use_cache=False).logits
+        losses = _losses(logits[:, :count - 1], ids[:, 1:])
     return _case(losses, 8 * held["nbytes"] / held["elements"], held["nbytes"], ids.shape[1], baseline)
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _decode(model, ids, prompt: int, cache, progress) -> list[float]:
