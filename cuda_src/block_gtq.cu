@@ -16,6 +16,9 @@
 //   Bytes    D sizeof(T) read, and the row of codes and scalars written, once.
 //   Counts   D_g multiply-adds per coordinate of a group: the rotation is bound by arithmetic, not by memory.
 //
+// block_gtq_decode_kernel: the same in reverse.  Numbers go to their places one by one, each lane to its own row: it is
+//   there to be complete, attention does not decode.
+//
 // block_gtq_fold_kernel: the query, permuted and rotated by a dense matrix, times the scale of the logits.
 //
 // block_gtq_logits_kernel: a thread per token, sums of all query heads of a KV head in registers, each code looked up
@@ -57,6 +60,20 @@ __device__ __forceinline__ float read_number(const void* x, int type, u64 index)
 }
 
 __device__ __forceinline__ float not_a_number() { return infinity() - infinity(); }
+
+// y[e] += sum_i matrix[i, e] factor x[i] for eight neighbouring columns of a square matrix of that size, whose rows
+// begin at multiples of 16 bytes.  x : every kEncodePitch elements
+__device__ __forceinline__ void multiply_octet(float (&y)[8], const float* x, const float* matrix, int size,
+                                               float factor) {
+  for (int i = 0; i < size; ++i) {
+    const float v = x[i * kEncodePitch] * factor;
+    const float4 low = *reinterpret_cast<const float4*>(matrix + i * size);
+    const float4 high = *reinterpret_cast<const float4*>(matrix + i * size + 4);
+    const float r[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) y[e] = fmaf(r[e], v, y[e]);
+  }
+}
 
 // ---- encode ---------------------------------------------------------------------------------------------------------
 
@@ -151,16 +168,8 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 4)
       const float* decisions = boundaries + group.book * kMostBoundaries;
       const float* levels = centroids + group.book * kMostCodes;
       for (int octet = warp; octet < group.size / 8; octet += kEncodeWarps) {
-        const float* row = rotations + group.rotation + 8 * octet;   // of R_g^T: eight neighbouring columns
         float y[8] = {};
-        for (int i = 0; i < group.size; ++i) {
-          const float v = own[i * kEncodePitch] * multiplier;
-          const float4 low = *reinterpret_cast<const float4*>(row + static_cast<u64>(i) * group.size);
-          const float4 high = *reinterpret_cast<const float4*>(row + static_cast<u64>(i) * group.size + 4);
-          const float r[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-          for (int e = 0; e < 8; ++e) y[e] = fmaf(r[e], v, y[e]);
-        }
+        multiply_octet(y, own, rotations + group.rotation + 8 * octet, group.size, multiplier);
         u32 negative = 0, bits_0_to_3 = 0, bits_4_to_6 = 0;   // nibble e: the sign, and the magnitude
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -210,6 +219,89 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 4)
   }
 }
 
+// ---- decode ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float load_scalar(const __half* halves, const u8* bytes, u64 index, int exponent) {
+  if (halves) return to_float(halves[index]);
+  const int code = bytes[index];
+  if (code == 0 || code == 255) return code ? not_a_number() : 0.f;
+  return exp2f(0.0625f * static_cast<float>(code - 128) + static_cast<float>(exponent));
+}
+
+// The keys of one (sequence, KV head), from its first token on, and where its plan is.
+struct KeyRows {
+  const u32 *sign, *magnitude;
+  const __half* halves;   // scalars: one of the two
+  const u8* bytes;
+  int magnitude_words, scalars, exponent;
+};
+
+// The words of segment k of one token, each with the octets s = 0, 1 of the segment at bits 4 p + s.
+struct SegmentWords {
+  u32 signs, pairs[3], top;
+
+  // Of coordinate j = 8 s + p, 0 to 15: the sign above the magnitude.
+  __device__ __forceinline__ u32 code(int bits, int j) const {
+    const int place = 4 * (j & 7), s = j >> 3;
+    u32 code = (signs >> (place + s) & 1u) << (bits - 1);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) code |= (pairs[i] >> (place + 2 * s) & 3u) << (2 * i);
+    if (bits % 2 == 0) code |= (top >> (place + s) & 1u) << (bits - 2);
+    return code;
+  }
+};
+template <int D>
+__device__ __forceinline__ SegmentWords segment_words(const KeyRows& keys, const KeySegment& segment, u64 token,
+                                                      int k) {
+  const u32* row = keys.magnitude + token * keys.magnitude_words;
+  SegmentWords words = {keys.sign[token * (D / 32) + k / 2] >> (2 * (k & 1)), {0, 0, 0}, 0};
+#pragma unroll
+  for (int i = 0; i < 3; ++i)
+    if (segment.bits >= 3 + 2 * i) words.pairs[i] = row[segment.pairs[i]];
+  if (segment.bits % 2 == 0) words.top = row[segment.top] >> (2 * segment.top_half);
+  return words;
+}
+
+// out : (batch, kv_heads, tokens, D), contiguous       rotations : R_g row by row, at multiples of 16 bytes
+// Other arguments, grid and block as for encode
+template <class T, int D>
+__global__ void __launch_bounds__(kEncodeWarps * 32, 4)
+    block_gtq_decode_kernel(const u32* __restrict__ sign, const u32* __restrict__ magnitude,
+                            const __half* __restrict__ halves, const u8* __restrict__ bytes, u64 batch_stride,
+                            u64 head_stride, int magnitude_words, int scalars, const i32* __restrict__ order,
+                            const i32* __restrict__ groups, const i32* __restrict__ segments,
+                            const float* __restrict__ rotations, const float* __restrict__ centroids,
+                            const i32* __restrict__ exponents, int plan_stride, T* out, int tokens) {
+  KVB_DYNAMIC_SHARED(float, columns);   // (D, pitch): the centroids, a token a column
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first = blockIdx.x * kEncodeTokens, count = min(tokens - first, kEncodeTokens);
+  const int head = blockIdx.y, b = blockIdx.z, plan = b * plan_stride + head;
+  const u64 token = b * batch_stride + head * head_stride + first + min(lane, count - 1);   // one that is there
+  const KeyRows keys = {sign, magnitude, halves, bytes, magnitude_words, scalars, exponents[plan]};
+  for (int k = warp; k < D / 16; k += kEncodeWarps) {
+    const KeySegment segment = reinterpret_cast<const KeySegment*>(segments)[plan * (D / 16) + k];
+    const SegmentWords words = segment_words<D>(keys, segment, token, k);
+    const float* levels = centroids + segment.book * kMostCodes;
+#pragma unroll 4
+    for (int j = 0; j < 16; ++j) columns[(16 * k + j) * kEncodePitch + lane] = levels[words.code(segment.bits, j)];
+  }
+  __syncthreads();
+  T* to = out + ((static_cast<u64>(b) * gridDim.y + head) * tokens + first + lane) * D;
+  for (int g = 0; g < scalars; ++g) {
+    const KeyGroup group = reinterpret_cast<const KeyGroup*>(groups)[plan * scalars + g];
+    if (group.size == 0) break;
+    const float s = load_scalar(halves, bytes, token * scalars + g, keys.exponent);
+    const float* own = columns + group.start * kEncodePitch + lane;
+    for (int octet = warp; octet < group.size / 8; octet += kEncodeWarps) {
+      float y[8] = {};
+      multiply_octet(y, own, rotations + group.rotation + 8 * octet, group.size, 1.f);
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (lane < count) to[order[plan * D + group.start + 8 * octet + e]] = from_float<T>(s * y[e]);
+    }
+  }
+}
+
 // ---- logits ---------------------------------------------------------------------------------------------------------
 
 // folded[b, h, j] = scale sum_i query[b, h, i] matrices[b plan_stride + KV head, i, j]
@@ -231,21 +323,6 @@ __global__ void __launch_bounds__(D)
   folded[row * D + j] = scale * sum;
 }
 
-__device__ __forceinline__ float load_scalar(const __half* halves, const u8* bytes, u64 index, int exponent) {
-  if (halves) return to_float(halves[index]);
-  const int code = bytes[index];
-  if (code == 0 || code == 255) return code ? not_a_number() : 0.f;
-  return exp2f(0.0625f * static_cast<float>(code - 128) + static_cast<float>(exponent));
-}
-
-// The keys of one (sequence, KV head), from its first token on, and where its plan is.
-struct KeyRows {
-  const u32 *sign, *magnitude;
-  const __half* halves;   // scalars: one of the two
-  const u8* bytes;
-  int magnitude_words, scalars, exponent;
-};
-
 // Segments of a plan, and the codebook of every group: positive codes first, then negative ones.  256 threads.
 template <int D>
 __device__ __forceinline__ void stage_plan(KeySegment (&own)[D / 16], float (&tables)[kMostGroups][kMostCodes],
@@ -265,27 +342,16 @@ __device__ __forceinline__ void token_logits(float (&total)[HEADS], const KeyRow
                                              const float (&queries)[D][HEADS], const KeySegment (&own)[D / 16],
                                              const float (&tables)[kMostGroups][kMostCodes]) {
   float sum[HEADS] = {};
-  const u32* row = keys.magnitude + token * keys.magnitude_words;
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) total[h] = 0.f;
 #pragma unroll 1
   for (int k = 0; k < D / 16; ++k) {
     const KeySegment segment = own[k];
-    u32 pairs[3] = {}, top = 0;
-    const u32 signs = keys.sign[token * (D / 32) + k / 2] >> (2 * (k & 1));   // s = 0, 1 of this half at bits 4 p + s
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-      if (segment.bits >= 3 + 2 * i) pairs[i] = row[segment.pairs[i]];
-    if (segment.bits % 2 == 0) top = row[segment.top] >> (2 * segment.top_half);
+    const SegmentWords words = segment_words<D>(keys, segment, token, k);
     const float* table = tables[segment.group];
 #pragma unroll 4
     for (int j = 0; j < 16; ++j) {
-      const int place = 4 * (j & 7), s = j >> 3;
-      u32 code = (signs >> (place + s) & 1u) << (segment.bits - 1);
-#pragma unroll
-      for (int i = 0; i < 3; ++i) code |= (pairs[i] >> (place + 2 * s) & 3u) << (2 * i);
-      if (segment.bits % 2 == 0) code |= (top >> (place + s) & 1u) << (segment.bits - 2);
-      const float c = table[code];
+      const float c = table[words.code(segment.bits, j)];
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) sum[h] = fmaf(queries[16 * k + j][h], c, sum[h]);
     }
@@ -351,8 +417,8 @@ __device__ __forceinline__ void multiply_rows(const float* from, const float* ma
   for (int k = 0; k < OWN; ++k) put(share + SHARES * k, j, sum[k]);
 }
 
-// output_h = R_v^T sum_t softmax_t(scale <q_h, k_hat_t>) s_t c_t : one decode step over coded keys and values, which are
-// TurboQuant codes of 1 to 8 bits.
+// output_h = R_v^T sum_t softmax_t(scale <q_h, k_hat_t>) s_t c_t : one decode step over coded keys and values, the
+// latter TurboQuant codes of 1 to 8 bits.
 // query : (batch, kv_heads * group, D), query_type 0 float, 1 fp16, 2 bf16, group <= HEADS; output : likewise
 // matrices : as for fold; value_matrix : (D, D), R_v         value_centroids : (256,), positive codes, then negative
 // value_* : planes and scales of (batch, kv_heads, tokens), strides in tokens, null where the bits lack a plane
@@ -511,6 +577,9 @@ __global__ void __launch_bounds__(256, 1)
   KVB_EXPORT(128, kvb::block_gtq_encode_kernel<float, D>)               \
   KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__half, D>)              \
   KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__nv_bfloat16, D>)       \
+  KVB_EXPORT(128, kvb::block_gtq_decode_kernel<float, D>)               \
+  KVB_EXPORT(128, kvb::block_gtq_decode_kernel<__half, D>)              \
+  KVB_EXPORT(128, kvb::block_gtq_decode_kernel<__nv_bfloat16, D>)       \
   KVB_EXPORT(48, kvb::block_gtq_fold_kernel<D>)                         \
   KVB_EXPORT(64, kvb::block_gtq_logits_kernel<D, 4>)                    \
   KVB_EXPORT(96, kvb::block_gtq_logits_kernel<D, 16>)                   \

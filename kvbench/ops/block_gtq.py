@@ -26,7 +26,7 @@ __all__ = ["Calibration", "Encoded", "Plan", "allocate", "blocks", "calibrate", 
 workspace = attention.workspace    # decode attention needs the same scratch
 
 BACKENDS = registry.BACKENDS
-HOST_BACKENDS = ("reference", "cpu")     # of what has no CUDA kernel
+HOST_BACKENDS = ("reference", "cpu")     # of calibration and allocation, too: once per layer, or prompt
 
 
 # ---- calibration and allocation --------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def decode(encoded: Encoded, plan: Plan, *, dtype: str = "float16", out=None, ba
     plan    : the one that encoded
     dtype   : of the result: float16, bfloat16 or float32
     out     : [batch, kv_heads, tokens, head_dim] of that dtype (default: new, in the framework of the codes)
-    backend : reference, cpu (default: cpu)
+    backend : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256
 
     Arithmetic is float32, rounded once.  Source: arXiv 2606.24033.
     """
@@ -157,13 +157,18 @@ def decode(encoded: Encoded, plan: Plan, *, dtype: str = "float16", out=None, ba
     codes = _take_keys(arguments, "encoded", encoded, plan)
     arguments.require(dtype in FLOATS, "dtype", f"one of {', '.join(FLOATS)}", repr(dtype))
     out = arguments.result("out", out, (*codes.scale.shape[:3], plan.head_dim), dtype)
-    backend = choose(backend, arguments, HOST_BACKENDS)
+    backend = choose(backend, arguments, BACKENDS)
 
     if backend == "reference":
         for b, part, _ in _sequences(plan, codes.scale.shape):
             round_into(out.narrow(0, b.start, b.stop), reference.decode(codes.on_host(b), part))
-    else:
+    elif backend == "cpu":
         cpu_block_gtq.decode(*codes.numpy(), _checked_tables(arguments, plan), out.numpy())
+    else:
+        _checked_tables(arguments, plan)
+        _check_cuda_size(arguments, plan, backend)
+        if out.size:
+            block_gtq_launch.launch_decode(codes, plan, out, backend, arguments)
     return out.give()
 
 

@@ -27,7 +27,7 @@ QUERY_HEADS = (4, 16)    # of a KV head, for which an instance of a kernel has s
 
 def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arguments) -> None:
     batch, kv_heads, tokens, head_dim = x.shape
-    order, groups, segments, rotations, boundaries, centroids, exponents = _tables_on_device(plan, x.device)
+    order, groups, segments, rotations, boundaries, centroids, exponents, _ = _tables_on_device(plan, x.device)
     function = loaders.get_function("block_gtq", f"kvb::block_gtq_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}>",
                                     backend, x.device)
     words = head_dim // 32 + plan.magnitude_words
@@ -38,11 +38,21 @@ def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arg
         shared_bytes=4 * (head_dim + words) * (ENCODE_TOKENS + 1), stream=arguments.stream)
 
 
+def launch_decode(codes, plan: Plan, out, backend: str, arguments) -> None:
+    batch, kv_heads, tokens, head_dim = out.shape
+    order, groups, segments, _, _, centroids, exponents, rotations = _tables_on_device(plan, out.device)
+    function = loaders.get_function("block_gtq", f"kvb::block_gtq_decode_kernel<{CXX_TYPE[out.dtype]}, {head_dim}>",
+                                    backend, out.device)
+    function((-(-tokens // ENCODE_TOKENS), kv_heads, batch), (128,), (
+        *_stored(codes), order, groups, segments, rotations, centroids, exponents, _plan_stride(plan, kv_heads), out,
+        np.int32(tokens)), shared_bytes=4 * head_dim * (ENCODE_TOKENS + 1), stream=arguments.stream)
+
+
 def launch_logits(query, codes, plan: Plan, scale: float, out, backend: str, arguments) -> None:
     batch, kv_heads, tokens = codes.scale.shape[:3]
     q_heads, head_dim = query.shape[1:]
     group, device = q_heads // kv_heads, query.device
-    _, _, segments, _, _, centroids, exponents = _tables_on_device(plan, device)
+    _, _, segments, _, _, centroids, exponents, _ = _tables_on_device(plan, device)
     folded = empty(query.shape, "float32", device, query.framework, stream=arguments.stream)
     fold = loaders.get_function("block_gtq", f"kvb::block_gtq_fold_kernel<{head_dim}>", backend, device)
     fold((q_heads, batch), (head_dim,), (
@@ -61,7 +71,7 @@ def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, s
     batch, kv_heads, tokens = keys.scale.shape[:3]
     head_dim, device = query.shape[2], query.device
     group = query.shape[1] // kv_heads
-    _, _, segments, _, _, centroids, exponents = _tables_on_device(plan, device)
+    _, _, segments, _, _, centroids, exponents, _ = _tables_on_device(plan, device)
     if splits is None:
         splits = attention.choose_splits(-(-tokens // ATTENTION_TOKENS), batch * kv_heads, 1,
                                          loaders.multiprocessors(backend, device))
@@ -128,7 +138,7 @@ def _stored(codes) -> tuple:
 @functools.lru_cache(maxsize=64)
 def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
     """What `tables_of` gives, as CUDA kernels take it: groups as six words of 32 bits, the last one 1 / size in float,
-    rotations transposed, 128 boundaries a codebook."""
+    rotations transposed, 128 boundaries a codebook; last the rotations as they are."""
     tables = tables_of(plan)
     rotations = np.concatenate([plan.rotation_of(size).dense().T.astype(np.float32).ravel()
                                 for size in sorted({group.size for head in plan.groups for group in head})])
@@ -137,7 +147,7 @@ def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
     boundaries = np.pad(tables.boundaries, [(0, 0), (0, 1)])
     return tuple(upload(np.ascontiguousarray(array), device) for array in (
         tables.order, groups, tables.segments, rotations, boundaries, tables.centroids,
-        tables.exponents))
+        tables.exponents, tables.rotations))
 
 
 @functools.lru_cache(maxsize=64)

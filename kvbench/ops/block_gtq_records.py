@@ -280,7 +280,7 @@ register(Kernel(
     inputs=_encode_inputs, traffic=_encode_traffic, agreement=_encode_agreement, error=_decoded_error,
     source=f"{SOURCE}; arXiv 2504.19874 Algorithm 1"))
 register(Kernel(
-    name="block_gtq.decode", reference=_decode_reference, operator=decode, backends=HOST_BACKENDS, axes=_CODE_AXES,
+    name="block_gtq.decode", reference=_decode_reference, operator=decode, backends=BACKENDS, axes=_CODE_AXES,
     inputs=_decode_inputs, traffic=_decode_traffic, agreement=_decode_agreement, error=_relative_error, source=SOURCE))
 register(Kernel(
     name="block_gtq.logits", reference=reference.logits, operator=logits, backends=BACKENDS,

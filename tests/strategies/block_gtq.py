@@ -88,7 +88,7 @@ def encode(draw):
 @st.composite
 def decode(draw):
     heads = draw(kv_heads)
-    plan = draw(plans(heads))
+    plan = draw(plans(heads, kernel_head_dims))
     return {"encoded": draw(keys(plan, (draw(batches), heads, draw(few_tokens)))), "plan": plan}
 
 
