@@ -81,7 +81,7 @@ def kivi(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, 
 
 
 def block_gtq(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: int, key_bits: float = 3.0,
-              value_bits: int = 3, calibration=None, pairing: str = "half", tile: int | None = None,
+              value_bits: int = 3, calibration=None, pairing: str = "half", tile: int = 32,
               scale_bits: int = 8, seed: int = 0, centred: bool = False, tail: int = 128, sinks: int = 4,
               dtype: str = "float16", device="cpu", backend: str | None = None) -> KVCache:
     """Keys by Block-GTQ, with key_bits bits per coordinate on average, more for the RoPE blocks that move logits most;

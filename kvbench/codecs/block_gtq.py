@@ -114,7 +114,8 @@ class BlockGTQ(Codec):
     pairing      of RoPE, "half" or "interleaved", and rotary_dim the coordinates that it turns (default: all); those
                  of the calibration, if there is one
     score        "product", E|q|^2 E|k|^2 of a block, or "mean", the paper's
-    tile         16 or 32 coordinates that get bits together (default: head_dim / 4, within these)
+    tile         16 or 32 coordinates that get bits together; with 32, head_dim 64 and scalars of 8 bits the bytes are
+                 those of `TurboQuantMSE` of as many bits
     least, most  bits of a block
     scale_bits   of the scalar of a group: 8, steps of 1/16 octave, or 16, float16
     scale_mode   as for `TurboQuantMSE`
@@ -129,7 +130,7 @@ class BlockGTQ(Codec):
     pairing: str = "half"
     rotary_dim: int | None = None
     score: str = "product"
-    tile: int | None = None
+    tile: int = 32
     least: int = 1
     most: int = reference.MOST_BITS
     scale_bits: int = 8
@@ -150,12 +151,12 @@ class BlockGTQ(Codec):
         integer("seed", self.seed, 0, float("inf"), "a non-negative integer")
         for name, allowed in (("pairing", reference.PAIRINGS), ("score", reference.SCORES), ("scale_bits", (8, 16)),
                               ("scale_mode", SCALE_MODES), ("rotation", reference.ROTATIONS),
-                              ("tile", (None, 16, 32)), ("centred", (False, True))):
+                              ("tile", (16, 32)), ("centred", (False, True))):
             arguments.require(getattr(self, name) in allowed, name, f"one of {', '.join(map(str, allowed))}",
                               repr(getattr(self, name)))
         reference.blocks(self.head_dim, self.pairing, self.rotary_dim)
         bits = reference.allocate(np.zeros(self.head_dim // 2), self.avg_bits, least=self.least, most=self.most,
-                                  tile=self._tile)
+                                  tile=self.tile)
         arguments.require(int(bits.sum()) > len(bits), "avg_bits", "more than 1 bit for at least one tile",
                           repr(self.avg_bits))
         if self.calibration is None:
@@ -177,10 +178,6 @@ class BlockGTQ(Codec):
             named["calibration"] = self.calibration._asdict()
         return {"part": type(self).__name__, **named}
 
-    @property
-    def _tile(self) -> int:
-        return self.tile or min(max(self.head_dim // 4 // 16 * 16, 16), 32)
-
     @functools.cached_property
     def _widths(self) -> tuple[int, int]:
         """(scalars, magnitude words) of rows that hold any allocation of the budget.
@@ -188,9 +185,9 @@ class BlockGTQ(Codec):
         In tiles of 16 or 32 the words follow from the budget: the number of tiles with an even number of bits is even
         or odd with it.  Of n tiles, k can differ in their bits if the least and the largest sum of such bits allow it.
         """
-        count, step = self.head_dim // self._tile, self._tile // 2
+        count, step = self.head_dim // self.tile, self.tile // 2
         bits = reference.allocate(np.zeros(self.head_dim // 2), self.avg_bits, least=self.least, most=self.most,
-                                  tile=self._tile)
+                                  tile=self.tile)
         budget = int(bits.sum()) // step
         fitting = [k for k in range(1, min(count, self.most - self.least + 1) + 1)
                    if k * (k - 1) // 2 <= budget - count * self.least
@@ -245,12 +242,16 @@ class BlockGTQ(Codec):
                            if name in _OF_SEQUENCES})
 
     def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> BlockGTQTokens:
-        """As `Store.allocate`.  Sequences that are not calibrated yet have the bits of equal scores."""
+        """As `Store.allocate`.  Sequences that are not calibrated yet have the bits of equal scores.
+
+        Bits and exponents stay in host memory, where kernels' tables are made of them: looking them up in device memory
+        would have to wait for it.
+        """
         scalars, words = self._widths
         shape = (batch, kv_heads, -(-capacity // ALIGNED_TOKENS) * ALIGNED_TOKENS)
         dtype = "uint8" if self.scale_bits == 8 else "float16"
         nothing = np.zeros((1, kv_heads, 0, self.head_dim), np.float32)
-        frozen = {name: arrays.upload(np.repeat(array, batch, axis=0), device)
+        frozen = {name: arrays.upload(np.repeat(array, batch, axis=0), device if name == "mean" else "cpu")
                   for name, array in self._freeze(arrays.borrow(nothing, "keys"), None).items()}
         return BlockGTQTokens(arrays.empty((*shape, self.head_dim // 32), "uint32", device),
                               arrays.empty((*shape, words), "uint32", device),
@@ -285,7 +286,7 @@ class BlockGTQ(Codec):
                                                 pairing=self.pairing, rotary_dim=self.rotary_dim,
                                                 centred=self.centred) for b in range(batch)]
         plans = [reference.plan(calibration, self.avg_bits, score_kind=self.score, least=self.least, most=self.most,
-                                tile=self._tile, scale_bits=self.scale_bits) for calibration in calibrations]
+                                tile=self.tile, scale_bits=self.scale_bits) for calibration in calibrations]
         frozen = {"bits": np.stack([plan.bits for plan in plans])[:, :, None]}
         if self.scale_bits == 8:
             frozen["exponent"] = np.stack([plan.exponents for plan in plans])[:, :, None, None]

@@ -137,13 +137,13 @@ def allocated_bits(keys: np.ndarray):
     calibration = block_gtq.calibrate(keys[None, None], pairing="half")
     energy = calibration.key_energy[0]
     blocks = np.arange(len(energy))
-    bits = {tile: block_gtq.plan(calibration, 3.0, tile=tile).bits[0] for tile in (2, 16)}
+    bits = {tile: block_gtq.plan(calibration, 3.0, tile=tile).bits[0] for tile in (2, 32)}
 
     figure = Figure(figsize=(WIDTH_INCHES, 3.9), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     above.bar(blocks, energy, color=SERIES[0])
     above.set(yscale="log", ylabel="energy of the keys")
-    below.bar(blocks, bits[16], color=SERIES[1], label="in tiles of 16 coordinates")
+    below.bar(blocks, bits[32], color=SERIES[1], label="in tiles of 32 coordinates")
     below.stairs(bits[2], np.append(blocks - 0.5, len(blocks) - 0.5), color=INK, label="each block for itself")
     below.axhline(3, color=FAINT, linewidth=1)
     below.set(xlabel="RoPE block, fastest first", ylabel="bits per coordinate")
