@@ -20,9 +20,9 @@
 //
 // self_indexing_encode_kernel
 //   Work      D / 8 lanes share a token, 8 channels each: one load of 16 bytes for 16-bit keys.  mu and 1 / alpha of
-//             its channels stay in the registers of a lane.  Four lanes share a group of 32 channels and find its range by
-//             two shuffles; lanes with the same place in their group put their fields of a code word together, by two
-//             more for each of two words (one word, one shuffle at D = 64).
+//             its channels stay in the registers of a lane.  Four lanes share a group of 32 channels and find its range
+//             by two shuffles; lanes with the same place in their group put their fields of a code word together, by
+//             two more for each of two words (one word, one shuffle at D = 64).
 //   Codes     (a - m) / s is compared with 1/2, 3/2 and 5/2 without the division, exactly (claim "operands").
 //   Bytes     D sizeof(T) read and D / 2 written per token: 320 at D = 128, fp16.
 //   Counts    About 20 instructions a channel, 8 channels a lane, and 50 more: 210 a warp for 2 tokens of 128.  8 heads
