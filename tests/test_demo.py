@@ -141,7 +141,7 @@ class Forgetful:
 
     def __init__(self, batch, kv_heads, q_heads, head_dim, capacity, device):
         self.shape, self.nbytes, self.tokens = (batch, q_heads, head_dim), 64 * capacity, 0
-        self.keys = SimpleNamespace(encode=lambda keys: keys, logits=self.logits)
+        self.keys = SimpleNamespace(encode=lambda keys: keys, logits=self.logits, granule=1)
 
     def append(self, k, v):
         self.tokens += k.shape[2]

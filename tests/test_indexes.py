@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench import arrays, codecs, indexes
+from kvbench import arrays, codecs, indexes, selectors
 from kvbench.cache import KVCache, Tail
 from kvbench.reference import quest as quest_reference
 from kvbench.reference import rabitq as reference
@@ -77,11 +77,9 @@ def test_a_saved_index_is_the_same(index):
 @pytest.mark.parametrize("index", INDEXES[:2] + INDEXES[4:5], ids=str)
 def test_a_cache_takes_an_index(index):
     """`KVCache` lays out, fills and narrows it; attention over a selection belongs to the selector's tests."""
-    if (codecs.Float16, codecs.Float16) not in codecs.FUSED or not codecs.FUSED[codecs.Float16, codecs.Float16].sparse:
-        pytest.skip("no sparse attention")
     codec = codecs.Float16(64)
-    cache = KVCache(2, 2, 4, 64, 512, keys=codec, values=codec, index=index, selector=lambda scores: scores, sinks=4,
-                    tail=Tail(128, block=128))
+    cache = KVCache(2, 2, 4, 64, 512, keys=codec, values=codec, index=index, selector=selectors.TopK(8),
+                    sinks=4, tail=Tail(128, block=128))
     keys = normal(0, (2, 2, 400, 64))
     cache.append(keys, keys, q=normal(1, (2, 4, 400, 64)))
     storage = cache._stores["store.index"][1]

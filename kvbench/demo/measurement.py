@@ -141,13 +141,14 @@ def _measure_preset(preset, sample, exact, backend) -> Outcome:
             kept.append(_attended(cache, tokens))
         (part_times if parts_apart else step_times).append(np.array(times))
     difference = np.stack(outputs).astype(np.float64) - exact
-    logits = arrays.borrow(cache.keys.logits(queries[-1], cache.keys.encode(keys)), "logits").to_host()[0]
-    logit_difference = logits - sample.queries[0, :, -1].astype(np.float64) @ sample.keys[0, 0].T * head_dim**-0.5
+    encoded = keys.narrow(2, 0, tokens - tokens % cache.keys.granule)        # whole granules
+    logits = arrays.borrow(cache.keys.logits(queries[-1], cache.keys.encode(encoded)), "logits").to_host()[0]
+    expected = sample.queries[0, :, -1].astype(np.float64) @ sample.keys[0, 0, :encoded.shape[2]].T * head_dim**-0.5
     return Outcome(preset, cache.nbytes, len(cache), 2 * kv_heads * len(cache) * head_dim,
                    float(np.linalg.norm(difference) / np.linalg.norm(exact)),
                    float(np.mean([mask.sum() / (position + 1) for mask, (_, position) in zip(kept, steps)])),
                    float(np.mean([(weight * mask).sum(axis=1) for mask, weight in zip(kept, weights)])),
-                   float(np.abs(logit_difference).max()), 1e3 * min(prompt_times),
+                   float(np.abs(logits - expected).max()), 1e3 * min(prompt_times),
                    1e6 * min(float(np.median(times.sum(axis=1))) for times in step_times),
                    *(1e6 * np.median(part_times[0], axis=0)).tolist())
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvbench.ops import turboquant
 from kvbench.ops.block_gtq import (BACKENDS, HOST_BACKENDS, allocate, calibrate, decode, decode_attention, encode,
                                    logits)
 from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, random_normal, relative_error
@@ -115,6 +116,11 @@ def _attention_inputs(problem, rng):
     return {"query": random_query(problem, rng), "keys": random_keys(plan, _shape(problem), rng),
             "values": random_codes(problem, rng, problem["value_bits"]), "plan": plan,
             "value_rotation": hadamard(problem["head_dim"], int(rng.integers(2**31))), "return_lse": True}
+
+
+def _attention_exact(inputs, dtype):
+    return {"keys": decode(inputs["keys"], inputs["plan"], dtype=dtype),
+            "values": turboquant.decode(inputs["values"], inputs["value_rotation"], dtype=dtype)}
 
 
 def _attention_traffic(problem):
@@ -291,4 +297,4 @@ register(Kernel(
     backends=BACKENDS, axes={**_CODE_AXES, **_GROUP, "value_bits": (3, 2, 4, 1)}, inputs=_attention_inputs,
     traffic=_attention_traffic, agreement=_attention_agreement,
     error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
-    source=f"{SOURCE}; arXiv 1805.02867 section 3.1"))
+    source=f"{SOURCE}; arXiv 1805.02867 section 3.1", exact=_attention_exact))

@@ -19,7 +19,7 @@ _SIZES = {"tokens": (32768, 4096, 131072, 1), "head_dim": (128, 64, 256), "kv_he
 _DTYPES = ("float16", "bfloat16", "float32")
 KEY_AXES = {**_SIZES, "batch": (1, 16), "dtype": _DTYPES}
 QUERY_AXES = {"head_dim": (128, 64, 256), "kv_heads": (8, 2, 32), "group": (4, 8, 1), "batch": (1, 16),
-              "heads": ("mean", "each"), "dtype": _DTYPES}
+              "tables": ("mean", "each"), "dtype": _DTYPES}
 SCORE_AXES = {**_SIZES, **QUERY_AXES}
 ATTENTION_AXES = {**_SIZES, "group": (4, 8, 1), "batch": (1, 16), "selected": (96, 2394, 9766), "exact": (192, 64),
                   "value_bits": (2, 4), "dtype": _DTYPES}
@@ -106,7 +106,7 @@ def _codebook_traffic(problem):
 
 
 def _tables_inputs(problem, rng):
-    return {"query": _random_query(problem, rng), "codebook": _random_codebook(problem, rng), "heads": problem["heads"]}
+    return {"query": _random_query(problem, rng), "codebook": _random_codebook(problem, rng), "heads": problem["tables"]}
 
 
 def _query_bytes(problem):
@@ -114,7 +114,7 @@ def _query_bytes(problem):
 
 
 def _tables_of(problem):
-    return problem["batch"] * problem["kv_heads"] * (1 if problem["heads"] == "mean" else problem["group"])
+    return problem["batch"] * problem["kv_heads"] * (1 if problem["tables"] == "mean" else problem["group"])
 
 
 def _tables_traffic(problem):
