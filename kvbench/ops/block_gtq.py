@@ -166,7 +166,7 @@ def decode(encoded: Encoded, plan: Plan, *, dtype: str = "float16", out=None, ba
         cpu_block_gtq.decode(*codes.numpy(), _checked_tables(arguments, plan), out.numpy())
     else:
         _checked_tables(arguments, plan)
-        _check_cuda_size(arguments, plan, backend)
+        check_cuda_head_dim(arguments, "plan", plan.head_dim, backend)
         if out.size:
             block_gtq_launch.launch_decode(codes, plan, out, backend, arguments)
     return out.give()
