@@ -141,10 +141,11 @@ def test_the_shipped_text_is_plain_english():
 
 @pytest.mark.models
 def test_smollm2_captures_are_those_of_the_shipped_sample():
-    """Another text, but the same layer: its keys have the same outlier channels as the sample's."""
+    """Another text, but the same layer and head: channels are as large as the sample's, and those of others are not."""
     model = models.load("smollm2")
     captured, = capture.capture(model, models.read_text(None), 512, [22], "a test")
-    rms = [np.sqrt(np.mean(x[0, 0].astype(np.float64) ** 2, axis=0))
-           for x in (captured.keys[:, 1:2], data.sample().keys)]
+    sample = np.sqrt(np.mean(data.sample().keys[0, 0].astype(np.float64) ** 2, axis=0))
+    likeness = [np.corrcoef(np.sqrt(np.mean(head.astype(np.float64) ** 2, axis=0)), sample)[0, 1]
+                for head in captured.keys[0]]
     assert captured.keys.shape == (1, 3, 512, 64) and captured.queries.shape[1] == 9
-    assert set(np.argsort(rms[0])[-3:]) == set(np.argsort(rms[1])[-3:])
+    assert likeness[1] > 0.7 and max(likeness[0], likeness[2]) < 0.3, likeness
