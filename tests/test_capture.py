@@ -78,7 +78,7 @@ def test_query_positions_are_ascending_and_end_the_text(tokens):
     assert positions[0] == 0 and positions[-1] == tokens - 1
 
 
-def test_positions_of_a_long_text_are_those_of_the_shared_captures():
+def test_a_long_text_keeps_its_first_eighth_and_last_sixteenth():
     assert np.array_equal(capture.query_positions(8192), np.r_[0:1024, 7680:8192])
 
 
