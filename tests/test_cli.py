@@ -151,7 +151,7 @@ def test_version_and_help():
     (["bench", "rotation", "--backend", "cpu", "--baseline", "numy"], "did you mean numpy"),
     (["bench", "--backend", "simt"], "never timed"),
     (["bench", "--suite", "decod"], "did you mean decode"),
-    (["bench", "attention", "--profile", "--backend", "cpu"], "expected one case, got 2"),
+    (["bench", "attention", "--profile", "--backend", "cpu"], "expected one case, got 3"),
     (["bench", "--csv", "/nowhere/results.csv"], "expected a file in an existing folder"),
     (["prove", "rotatio"], "did you mean rotation"),
     (["prove", "--samples", "0"], "expected a positive integer, got '0'"),

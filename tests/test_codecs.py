@@ -493,8 +493,10 @@ def test_pairs_without_an_operator_are_refused_by_name():
     for pair in ((Unknown(4), known), (known, Unknown(4))):
         with pytest.raises(ValueError, match="no decode attention for keys .*Unknown.*; supported: Float16 x Float16"):
             codecs.fused(*pair)
-    with pytest.raises(ValueError, match="no sparse attention for keys Float16 x values Float16; supported: none"):
-        codecs.fused(known, known, sparse=True)
+    dense_alone = codecs.TurboQuantMSE(64)
+    with pytest.raises(ValueError, match="no sparse attention for keys TurboQuantMSE x values TurboQuantMSE; "
+                                         "supported: .*Float16 x Float16"):
+        codecs.fused(dense_alone, dense_alone, sparse=True)
 
 
 def test_attend_runs_the_operator_of_the_pair():

@@ -292,8 +292,9 @@ def test_sparse_presets_read_a_part_of_the_cache_that_has_most_of_the_mass(demo)
     numbers_of = {row[0]: dict(zip(head, row)) for row in rows}
     for name, numbers in numbers_of.items():
         attended, mass = float(numbers["attended"].removesuffix(" %")), float(numbers["mass"])
-        if name in ("rabitq", "quest", "twilight"):
-            assert 0 < attended < 40 and 0.85 < mass < 1 and float(numbers["error"]) < 0.2
+        if name in ("rabitq", "quest", "twilight", "self_indexing"):
+            assert 0 < attended < 40 and float(numbers["error"]) < 0.2
+            assert (0.8 if name == "self_indexing" else 0.85) < mass < 1          # 160 tokens, whatever their mass
         else:
             assert attended == 100 and mass == 1
 
