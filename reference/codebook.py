@@ -240,7 +240,7 @@ def _integer(name, value, low, high):
 
 _DIMENSIONS = (2, 3, 4, 5, 8, 16, 31, 32, 62, 64, 96, 128, 256, 1000)
 
-# A tail is off by some 2^-53, and cells of 8 bits have masses near 1e-4: the mean of such a cell is off by 1e-12. 
+# A tail is off by some 2^-53, and cells of 8 bits have masses near 1e-4: the mean of such a cell is off by 1e-12.
 # Sums over cells weigh by the mass, and are off by the rounding of 128 terms of at most 1.
 _MEAN_ROUNDING = 1e-11
 _SUM_ROUNDING = 1e-13

@@ -491,7 +491,7 @@ def test_pairs_without_an_operator_are_refused_by_name():
     known = codecs.Float16(4)
     assert codecs.fused(known, known) is codecs.FUSED[codecs.Float16, codecs.Float16]
     for pair in ((Unknown(4), known), (known, Unknown(4))):
-        with pytest.raises(ValueError, match="no decode attention for keys .*Unknown.*; supported: Float16 x Float16"):
+        with pytest.raises(ValueError, match="no decode attention for .*Unknown.*; supported: .*Float16 x Float16"):
             codecs.fused(*pair)
     dense_alone = codecs.TurboQuantMSE(64)
     with pytest.raises(ValueError, match="no sparse attention for keys TurboQuantMSE x values TurboQuantMSE; "

@@ -31,7 +31,7 @@ def test_one_stem_leads_through_all_layers(stem):
 
 
 def test_no_stray_kernel_or_operator_file():
-    """A large operator may have its launches and its records in files of their own, <stem>_launch and <stem>_records."""
+    """A large operator may have launches and records in files of their own, <stem>_launch and <stem>_records."""
     helpers = {"__init__", "claim", "convert", "dispatch", "codebook", "planes", "rotated", "tiles"}
     for folder, suffix in (("reference", ".py"), ("cuda_src", ".cu"), ("kvbench/cpu", ".py"), ("kvbench/ops", ".py")):
         stems = {re.sub("_(launch|records)$", "", path.stem) for path in (ROOT / folder).glob(f"*{suffix}")} - helpers

@@ -155,7 +155,7 @@ def fused(keys: Codec, values: Codec, *, sparse: bool = False) -> Fused:
     found = FUSED.get((type(keys), type(values)))
     if found is None or (sparse and found.sparse is None):
         kind = "sparse" if sparse else "decode"
-        known = [f"{k.__name__} x {v.__name__}" for (k, v), pair in FUSED.items() if pair.sparse or not sparse]
+        known = sorted(f"{k.__name__} x {v.__name__}" for (k, v), pair in FUSED.items() if pair.sparse or not sparse)
         raise ValueError(f"no {kind} attention for keys {type(keys).__name__} x values {type(values).__name__}; "
                          f"supported: {', '.join(known) or 'none'}")
     if found.check is not None:

@@ -1,7 +1,7 @@
 """RaBitQ index on the CPU.  Reference: reference/rabitq.py; the order of the bits: reference/planes.py.
 
-Tiles, loads and rotations are those of cpu/tiles.py, the words those of the sign plane in cpu/planes.py.  A query in integers is multiplied
-in float32: its sums are integers below 2^24, so they are exact in any order.
+Tiles, loads and rotations are those of cpu/tiles.py, words those of the sign plane in cpu/planes.py.  A query in
+integers is multiplied in float32: its sums are integers below 2^24, so they are exact in any order.
 """
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from kvbench.cpu.convert import bits as bit_view
 from kvbench.cpu.planes import (attend_to_tile, both_signs, expand, flat_planes, load_words, pack, scratch, store_words,
                                 tile_logits)
 from kvbench.cpu.rotation import hadamard
-from kvbench.cpu.tiles import (LANES, TILE, TOKENS_PER_TASK, aligned, half_scale, load_row, measure, multiply_rows, place,
-                               rotation_steps, store_split, walsh_hadamard, whole)
+from kvbench.cpu.tiles import (LANES, TILE, TOKENS_PER_TASK, aligned, half_scale, load_row, measure, multiply_rows,
+                               place, rotation_steps, store_split, walsh_hadamard, whole)
 
 SCALE_MODES = {"nc": 0, "plain": 1, "mse": 2, "unbiased": 3}
 ROWS_PER_CHUNK = 8192                 # vectors rotated by a dense matrix at a time
@@ -254,8 +254,8 @@ def decode_prod(planes, scale, residual_sign, residual_norm, projection, unbiasi
     def expanded(planes, scale, centroids, bits, first, count):
         result = np.empty((count, size), np.float32)
         _decode(flat_planes(planes), flat(bit_view(scale)), strides_of(scale)[:2], both_signs(centroids), bits,
-                *rotation_steps(None, None, size), first, count, *shape, result.reshape(-1), *_rows(first, size, *shape),
-                size)
+                *rotation_steps(None, None, size), first, count, *shape, result.reshape(-1),
+                *_rows(first, size, *shape), size)
         return result
 
     for first in range(0, rows, ROWS_PER_CHUNK):

@@ -39,7 +39,8 @@ def launch_decode(codes, out, backend, arguments):
     blocks = min(-(-rows // (2048 // head_dim)), 16 * loaders.multiprocessors(backend, out.device))
     function((blocks,), (128,), (
         *codes.arguments(), np.int32(codes.bits), np.int32(codes.group), np.int32(codes.kind is Keys), out,
-        np.int32(RUN_TIME_TYPE[out.dtype]), np.int32(kv_heads), np.int32(tokens), np.uint32(rows)), stream=arguments.stream)
+        np.int32(RUN_TIME_TYPE[out.dtype]), np.int32(kv_heads), np.int32(tokens), np.uint32(rows)),
+        stream=arguments.stream)
 
 
 def launch_logits(query, keys, scale, out, backend, arguments):

@@ -106,7 +106,8 @@ def _codebook_traffic(problem):
 
 
 def _tables_inputs(problem, rng):
-    return {"query": _random_query(problem, rng), "codebook": _random_codebook(problem, rng), "heads": problem["tables"]}
+    return {"query": _random_query(problem, rng), "codebook": _random_codebook(problem, rng),
+            "heads": problem["tables"]}
 
 
 def _query_bytes(problem):

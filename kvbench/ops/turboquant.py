@@ -170,8 +170,8 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
     query     : [batch, q_heads, head_dim] float16, bfloat16 or float32, not rotated; head h reads KV head h // group
     keys      : codes of [batch, kv_heads, tokens, head_dim], as `encode` gave them, centred or not, or slices of a
                 store
-    values    : likewise, never centred; their bits may differ from those of the keys.  Stores whose heads are a multiple
-                of 8 tokens apart (and begin at multiples of 16 bytes) are copied 16 bytes at a time, others two
+    values    : likewise, never centred; their bits may differ from those of the keys.  Stores whose heads are a
+                multiple of 8 tokens apart (and begin at multiples of 16 bytes) are copied 16 bytes at a time, others two
     key_rotation, value_rotation : those that encoded, independent of each other
     lengths   : [batch] int32, tokens of each sequence (default: all).  Slots from there on are never read; values
                 outside 0..tokens are clamped.  Length 0: output 0, lse -inf
