@@ -12,8 +12,8 @@ import numpy as np
 from kvbench import loaders, registry
 from kvbench.arrays import FLOATS, Arguments, Array, Device, empty, zeros
 from kvbench.cpu import attention as cpu_attention
-from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, check_cuda_head_dim, choose,
-                                  random_normal, relative_error)
+from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, SMALLEST_NORMAL, assert_close, check_cuda_head_dim,
+                                  check_heads, choose, random_normal, relative_error)
 from kvbench.reference import attention as reference
 from kvbench.registry import Kernel, Traffic, register
 
@@ -94,8 +94,8 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     Source: FlashAttention (arXiv 2205.14135), split and merge: arXiv 1805.02867, section 3.1.
     """
     arguments = Arguments("attention.decode", stream=stream)
-    query, keys, values, lengths, scale = _take_inputs(arguments, query, keys, values, lengths, scale, splits)
-    out, lse = _take_outputs(arguments, query, out, lse, return_lse)
+    query, keys, values, lengths, scale = _take_inputs(arguments, query, keys, values, lengths, scale)
+    out, lse = take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
     tokens = keys.shape[2]
     host_lengths = None if lengths is None or backend not in HOST_BACKENDS else np.clip(lengths.numpy(), 0, tokens)
@@ -132,13 +132,13 @@ def sparse_attention(query, keys, values, indices, counts, *, lengths=None, scal
     Source: RaBitQCache (arXiv 2606.31519), Quest (arXiv 2406.10774); split and merge: arXiv 1805.02867, section 3.1.
     """
     arguments = Arguments("attention.sparse_attention", stream=stream)
-    query, keys, values, lengths, scale = _take_inputs(arguments, query, keys, values, lengths, scale, splits)
+    query, keys, values, lengths, scale = _take_inputs(arguments, query, keys, values, lengths, scale)
     indices = arguments.take("indices", indices, "batch lists slots", ("int32",), strided=True)
     counts = arguments.take("counts", counts, "batch lists", ("int32",))
     batch, q_heads, kv_heads, lists = (arguments.sizes[n] for n in ("batch", "q_heads", "kv_heads", "lists"))
     arguments.require(lists in (kv_heads, q_heads), "indices",
                       f"lists for the {kv_heads} KV heads or the {q_heads} query heads", lists)
-    out, lse = _take_outputs(arguments, query, out, lse, return_lse)
+    out, lse = take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
 
     if backend in HOST_BACKENDS:
@@ -160,22 +160,19 @@ def sparse_attention(query, keys, values, indices, counts, *, lengths=None, scal
     return (out.give(), lse.give()) if return_lse else out.give()
 
 
-def _take_inputs(arguments, query, keys, values, lengths, scale, splits):
+def _take_inputs(arguments, query, keys, values, lengths, scale):
     query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
     keys = arguments.take("keys", keys, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
     values = arguments.take("values", values, "batch kv_heads tokens head_dim", (query.dtype,), strided=True)
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
-    q_heads, kv_heads, head_dim = (arguments.sizes[n] for n in ("q_heads", "kv_heads", "head_dim"))
-    arguments.require(kv_heads > 0 and q_heads % kv_heads == 0 and q_heads > 0, "query",
-                      f"q_heads a positive multiple of kv_heads = {kv_heads}", q_heads)
-    arguments.require(head_dim > 0, "query", "a positive head_dim", head_dim)
-    scale = check_scale(arguments, scale, head_dim)
+    check_heads(arguments, query.shape[2])
+    return query, keys, values, lengths, check_scale(arguments, scale, query.shape[2])
+
+
+def take_results(arguments: Arguments, query: Array, splits, out, lse, return_lse: bool) -> tuple[Array, Array | None]:
+    """(out, lse) of a decode attention operator, validated or new; lse None unless it is wanted.  Checks `splits`."""
     arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= MAX_SPLITS), "splits",
                       f"an integer from 1 to {MAX_SPLITS}", splits)
-    return query, keys, values, lengths, scale
-
-
-def _take_outputs(arguments, query, out, lse, return_lse):
     out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
     wants_lse = return_lse or lse is not None
     return out, arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None

@@ -12,7 +12,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import block_gtq as cpu_block_gtq
 from kvbench.ops import attention, block_gtq_launch
-from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, round_into
+from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, require_writable, round_into
 from kvbench.ops.rotated import check_host_mean, host, in_tokens, take_mean
 from kvbench.ops.turboquant import finish_on_cpu, take_codes
 from kvbench.reference import block_gtq as reference, turboquant
@@ -245,11 +245,7 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
     group = check_heads(arguments, plan.head_dim)
     scale = attention.check_scale(arguments, scale, plan.head_dim)
     key_mean = take_mean(arguments, "key_mean", key_mean)
-    arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= attention.MAX_SPLITS), "splits",
-                      f"an integer from 1 to {attention.MAX_SPLITS}", splits)
-    out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
-    wants_lse = return_lse or lse is not None
-    lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
+    out, lse = attention.take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
     batch, tokens = query.shape[0], keys.scale.shape[2]
     if backend in HOST_BACKENDS:
@@ -372,15 +368,7 @@ def _result_codes(arguments, given, plan, inputs) -> _Codes:
         return _Codes(**{part: arguments.result(f"out.{part}", None, (*shape, count), dtype)
                          for part, (count, dtype) in _rows(plan).items()})
     codes = _take_keys(arguments, "out", given, plan)
-    others = {other: array for other, array in inputs.items() if array is not None}
-    for part in _rows(plan):
-        array = getattr(codes, part)
-        arguments.require(not array.readonly, f"out.{part}", "writable memory",
-                          "a read-only array: pass a writable copy, or omit out and use what is returned")
-        for other, taken in others.items():
-            arguments.require(not array.overlaps(taken), f"out.{part}", f"memory apart from {other}",
-                              "an array that overlaps it")
-        others[f"out.{part}"] = array
+    require_writable(arguments, {f"out.{part}": getattr(codes, part) for part in _rows(plan)}, inputs)
     return codes
 
 

@@ -51,6 +51,19 @@ def require_finite(arguments: Arguments, x: Array) -> None:
                       f"{np.argwhere(~finite)[:1].tolist()}")
 
 
+def require_writable(arguments: Arguments, written: dict[str, Array], inputs: dict[str, Array | None]) -> None:
+    """ValueError unless all arrays that a caller gives to be written are writable, apart from the inputs and from each
+    other.  For what `Arguments.result` does not take: several arrays, and slices of stores."""
+    others = {name: array for name, array in inputs.items() if array is not None}
+    for name, array in written.items():
+        arguments.require(not array.readonly, name, "writable memory",
+                          "a read-only array: pass a writable copy, or omit out and use what is returned")
+        for other, taken in others.items():
+            arguments.require(not array.overlaps(taken), name, f"memory apart from {other}",
+                              "an array that overlaps it")
+        others[name] = array
+
+
 def round_into(out: Array, exact: np.ndarray) -> None:
     """Writes a reference's result into host memory of any float dtype."""
     with np.errstate(over="ignore"):   # beyond the largest float16 is infinity, as on every backend

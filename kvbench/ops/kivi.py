@@ -13,7 +13,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import kivi as cpu_kivi
 from kvbench.ops import attention, kivi_launch
-from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, round_into
+from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, require_writable, round_into
 from kvbench.ops.kivi_launch import CUDA_BITS, CUDA_GROUPS, TILE
 from kvbench.reference import kivi as reference
 from kvbench.reference.kivi import BITS, Encoded, Keys, Values
@@ -195,11 +195,7 @@ def decode_attention(query, keys: Keys, values: Values, *, lengths=None, scale: 
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
     heads = check_heads(arguments, keys.head_dim)
     scale = attention.check_scale(arguments, scale, keys.head_dim)
-    arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= attention.MAX_SPLITS), "splits",
-                      f"an integer from 1 to {attention.MAX_SPLITS}", splits)
-    out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
-    wants_lse = return_lse or lse is not None
-    lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
+    out, lse = attention.take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
     batch, tokens = query.shape[0], arguments.sizes["tokens"]
 
@@ -328,14 +324,7 @@ def _result_codes(arguments, kind, given, bits, group, x) -> _Codes:
     arguments.require((given.bits, given.group) == (bits, group), "out", f"codes of {bits} bits in groups of {group}",
                       f"{given.bits} bits in groups of {given.group}")
     codes = _take_arrays(arguments, "out", given)
-    others = {"x": x}
-    for part, array in codes.arrays().items():
-        arguments.require(not array.readonly, f"out.{part}", "writable memory",
-                          "a read-only array: pass a writable copy, or omit out and use what is returned")
-        for other, taken in others.items():
-            arguments.require(not array.overlaps(taken), f"out.{part}", f"memory apart from {other}",
-                              "an array that overlaps it")
-        others[f"out.{part}"] = array
+    require_writable(arguments, {f"out.{part}": array for part, array in codes.arrays().items()}, {"x": x})
     return codes
 
 

@@ -11,7 +11,7 @@ from kvbench.arrays import FLOATS, Arguments
 from kvbench.cpu import quest as cpu_quest
 from kvbench.ops import attention
 from kvbench.ops.dispatch import (CXX_TYPE, EPSILON, RUN_TIME_TYPE, SMALLEST_NORMAL, assert_close, check_cuda_head_dim,
-                                  choose, random_normal, relative_error)
+                                  choose, random_normal, relative_error, require_writable)
 from kvbench.reference import quest as reference
 from kvbench.reference.quest import Pages
 from kvbench.registry import Kernel, Traffic, register
@@ -180,19 +180,14 @@ def _is_page(page):
 
 def _stored(arguments, out, shape, inputs):
     """The caller's low and high, apart from the `inputs` and from each other."""
-    others, stored = {name: x for name, x in inputs.items() if x is not None}, []
+    stored = {}
     for name in ("low", "high"):
         array = arguments.take(f"out.{name}", getattr(out, name), "batch kv_heads pages head_dim",
                                (inputs["keys"].dtype,), strided=True)
         arguments.require(array.shape == shape, f"out.{name}", f"shape {list(shape)}", list(array.shape))
-        arguments.require(not array.readonly, f"out.{name}", "writable memory",
-                          "a read-only array: pass a writable copy, or omit out and use what is returned")
-        for other, taken in others.items():
-            arguments.require(not array.overlaps(taken), f"out.{name}", f"memory apart from {other}",
-                              "an array that overlaps it")
-        others[f"out.{name}"] = array
-        stored.append(array)
-    return stored
+        stored[f"out.{name}"] = array
+    require_writable(arguments, stored, inputs)
+    return list(stored.values())
 
 
 def _check_cuda(arguments, backend, *, low, high, keys=None):

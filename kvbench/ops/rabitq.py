@@ -13,7 +13,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import rabitq as cpu_rabitq
 from kvbench.ops import attention, rabitq_launch, rotation as rotation_operator
-from kvbench.ops.dispatch import check_heads, choose, require_finite
+from kvbench.ops.dispatch import check_heads, choose, require_finite, require_writable
 from kvbench.ops.rotated import (check_cuda_size, check_host_mean, check_rotation, cpu_matrix, cpu_signs, host,
                                  in_tokens)
 from kvbench.reference import rabitq as reference
@@ -277,15 +277,8 @@ def _result_code(arguments, given, size, inputs) -> _Code:
     arguments.require((given.offset is None) == (means[1] is None), "out",
                       "an offset if and only if there is a query_mean", "one without the other")
     arrays, strides = _take_arrays(arguments, "out", given, size)
-    others = {name: array for name, array in inputs.items() if array is not None}
-    for name, array in zip(("sign", "rescale", "offset"), arrays):
-        if array is not None:
-            arguments.require(not array.readonly, f"out.{name}", "writable memory",
-                              "a read-only array: pass a writable copy, or omit out and use what is returned")
-            for other, taken in others.items():
-                arguments.require(not array.overlaps(taken), f"out.{name}", f"memory apart from {other}",
-                                  "an array that overlaps it")
-            others[f"out.{name}"] = array
+    written = {f"out.{name}": array for name, array in zip(("sign", "rescale", "offset"), arrays) if array is not None}
+    require_writable(arguments, written, inputs)
     return _Code(*arrays, *means, strides, head_dim)
 
 

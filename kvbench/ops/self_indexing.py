@@ -13,7 +13,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import self_indexing as cpu_self_indexing
 from kvbench.ops import attention, self_indexing_launch
-from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, round_into
+from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, require_writable, round_into
 from kvbench.reference import kivi
 from kvbench.reference import self_indexing as reference
 from kvbench.reference.self_indexing import CODES, GROUP, MAGNITUDE_BITS, SUBVECTOR, TABLES, Encoded
@@ -250,11 +250,7 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     arguments.require(exact_lengths is None or exact[0] is not None, "exact_lengths", "exact_keys, whose number it is",
                       "none")
     scale = attention.check_scale(arguments, scale, query.shape[2])
-    arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= attention.MAX_SPLITS), "splits",
-                      f"an integer from 1 to {attention.MAX_SPLITS}", splits)
-    out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
-    wants_lse = return_lse or lse is not None
-    lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
+    out, lse = attention.take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
     batch, kv_heads, tokens = keys.sign.shape[:3]
 
@@ -389,14 +385,7 @@ def _result_codes(arguments, given, inputs) -> _Codes:
                           for part in ("scale", "minimum"))
         return _Codes(sign, _Values(codes, scale, minimum, MAGNITUDE_BITS, (shape[1] * shape[2], shape[2])))
     codes = _take_codes(arguments, "out", given)
-    others = dict(inputs)
-    for name, array in codes.by_name("out").items():
-        arguments.require(not array.readonly, name, "writable memory",
-                          "a read-only array: pass a writable copy, or omit out and use what is returned")
-        for other, taken in others.items():
-            arguments.require(not array.overlaps(taken), name, f"memory apart from {other}",
-                              "an array that overlaps it")
-        others[name] = array
+    require_writable(arguments, codes.by_name("out"), inputs)
     return codes
 
 

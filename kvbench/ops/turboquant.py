@@ -13,7 +13,7 @@ from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import turboquant as cpu_turboquant
 from kvbench.ops import attention, rotation as rotation_operator, turboquant_launch
-from kvbench.ops.dispatch import check_heads, choose, require_finite, round_into
+from kvbench.ops.dispatch import check_heads, choose, require_finite, require_writable, round_into
 from kvbench.ops.rotated import (check_cuda_size, check_host_mean, check_rotation, cpu_matrix, cpu_signs, host,
                                  in_tokens, rotated_query, take_mean)
 from kvbench.ops.turboquant_launch import CUDA_ATTENTION_BITS, PLANES
@@ -171,7 +171,8 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
     keys      : codes of [batch, kv_heads, tokens, head_dim], as `encode` gave them, centred or not, or slices of a
                 store
     values    : likewise, never centred; their bits may differ from those of the keys.  Stores whose heads are a
-                multiple of 8 tokens apart (and begin at multiples of 16 bytes) are copied 16 bytes at a time, others two
+                multiple of 8 tokens apart (and begin at multiples of 16 bytes) are copied 16 bytes at a time, others
+                two
     key_rotation, value_rotation : those that encoded, independent of each other
     lengths   : [batch] int32, tokens of each sequence (default: all).  Slots from there on are never read; values
                 outside 0..tokens are clamped.  Length 0: output 0, lse -inf
@@ -197,11 +198,7 @@ def decode_attention(query, keys: Encoded, values: Encoded, key_rotation: Rotati
     group = check_heads(arguments, keys.head_dim)
     scale = attention.check_scale(arguments, scale, keys.head_dim)
     key_mean = take_mean(arguments, "key_mean", key_mean)
-    arguments.require(splits is None or (isinstance(splits, int) and 1 <= splits <= attention.MAX_SPLITS), "splits",
-                      f"an integer from 1 to {attention.MAX_SPLITS}", splits)
-    out = arguments.result("out", out, "batch q_heads head_dim", (query.dtype, "float32"))
-    wants_lse = return_lse or lse is not None
-    lse = arguments.result("lse", lse, "batch q_heads", "float32") if wants_lse else None
+    out, lse = attention.take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
     batch, tokens = query.shape[0], keys.scale.shape[2]
 
@@ -395,14 +392,8 @@ def _result_codes(arguments, name, given, size, bits, inputs) -> _Codes:
                       f"head_dim {arguments.sizes['head_dim']} as in x", given.head_dim)
     arguments.require(given.bits == bits, name, f"the planes of {bits} bits", f"those of {given.bits}")
     codes = _take_arrays(arguments, name, given, size)
-    others = {other: array for other, array in inputs.items() if array is not None}
-    for part, array in (*codes.planes.items(), ("scale", codes.scale)):
-        arguments.require(not array.readonly, f"{name}.{part}", "writable memory",
-                          "a read-only array: pass a writable copy, or omit out and use what is returned")
-        for other, taken in others.items():
-            arguments.require(not array.overlaps(taken), f"{name}.{part}", f"memory apart from {other}",
-                              "an array that overlaps it")
-        others[f"{name}.{part}"] = array
+    written = {**codes.planes, "scale": codes.scale}
+    require_writable(arguments, {f"{name}.{part}": array for part, array in written.items()}, inputs)
     return codes
 
 
