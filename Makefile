@@ -28,7 +28,9 @@ TEST_EXTRAS := test,$(or $(CUDA),cuda13)
 EVAL_EXTRAS := test,eval
 # Every preset as it comes, and options that bring its real bits to within half a bit of 4, 3 and 2.
 EVAL_CACHES := all turboquant:key_bits=4,value_bits=4,tail=32 turboquant:key_bits=3,value_bits=3,tail=32 \
-               turboquant:key_bits=2,value_bits=2,tail=32 turboquant:key_bits=3,value_bits=1,tail=32 turboquant:key_bits=4,value_bits=2,tail=32
+               turboquant:key_bits=2,value_bits=2,tail=32 turboquant:key_bits=3,value_bits=1,tail=32 \
+               turboquant:key_bits=4,value_bits=2,tail=32 block_gtq:key_bits=3,value_bits=3,tail=32 \
+               block_gtq:key_bits=2,value_bits=2,tail=32 kivi:bits=4,residual=32,sinks=4
 # One stamp per set of packages: another GPU or another INTEROP installs what it adds.
 stamp     = .venv/installed$(subst $(empty) $(empty),,$(addprefix -,$(subst =,,$(subst /,,$(subst $(comma), ,$(1))))))
 DEMO_DONE := $(call stamp,$(or $(DEMO_EXTRAS),core))
