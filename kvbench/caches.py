@@ -50,7 +50,7 @@ def turboquant(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity:
     A head_dim whose size, padded to a multiple of 32, is no power of two is rotated by a dense matrix.  CUDA kernels
     take head_dim 64, 128 and 256 and, for attention, up to 4 bits.
     """
-    rotation = "hadamard" if -(-head_dim // 32) * 32 in (2**k for k in range(5, 17)) else "haar"
+    rotation = _rotation(head_dim)
     keys, values = (codecs.TurboQuantMSE(head_dim, bits, seed=2 * seed + side, rotation=rotation, centred=centre)
                     for side, (bits, centre) in enumerate(((key_bits, centred), (value_bits, False))))
     return KVCache(batch, kv_heads, q_heads, head_dim, capacity, keys=keys, values=values, sinks=sinks,
@@ -99,8 +99,7 @@ def block_gtq(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: 
     """
     keys = codecs.BlockGTQ(head_dim, key_bits, calibration, pairing, tile=tile, scale_bits=scale_bits, centred=centred,
                            seed=2 * seed)
-    rotation = "haar" if head_dim & (head_dim - 1) else "hadamard"
-    values = codecs.TurboQuantMSE(head_dim, value_bits, seed=2 * seed + 1, rotation=rotation)
+    values = codecs.TurboQuantMSE(head_dim, value_bits, seed=2 * seed + 1, rotation=_rotation(head_dim))
     return KVCache(batch, kv_heads, q_heads, head_dim, capacity, keys=keys, values=values, sinks=sinks,
                    tail=Tail(recent=tail), dtype=dtype, device=device, backend=backend)
 
@@ -149,6 +148,11 @@ def twilight(batch: int, kv_heads: int, q_heads: int, head_dim: int, capacity: i
     """
     return _sparse(batch, kv_heads, q_heads, head_dim, capacity, indexes.TurboQuant(head_dim, bits, seed),
                    Tail(tail, block=block), sinks, dtype, device, backend, selectors.TopP(top_p))
+
+
+def _rotation(head_dim: int) -> str:
+    """The fast rotation, where the size that TurboQuant pads head_dim to is a power of two."""
+    return "hadamard" if -(-head_dim // 32) * 32 in (2**k for k in range(5, 17)) else "haar"
 
 
 def _sparse(batch, kv_heads, q_heads, head_dim, capacity, index, tail, sinks, dtype, device, backend, selector):

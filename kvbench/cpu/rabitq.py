@@ -56,7 +56,7 @@ def _encode(keys, key_strides, head_dim, key_mean, query_mean, signs, remaining_
             b, g, t = place(begin + i, kv_heads, tokens)
             token[i] = b * strides[0] + g * strides[1] + t
             undo[i] = load_row(keys, b * key_strides[0] + g * key_strides[1] + t * key_strides[2], key_mean,
-                                b * kv_heads + g, row, head_dim)
+                               b * kv_heads + g, row, head_dim)
             if query_mean.size > 0:
                 a = np.float32(0)
                 for d in range(head_dim):

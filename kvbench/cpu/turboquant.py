@@ -98,7 +98,7 @@ def _prepare(x, x_start, x_strides, head_dim, mean, first, kv_heads, tokens, pre
         b, g, t = place(first + i, kv_heads, tokens)
         prepared[i, head_dim:] = 0
         factors[i] = load_row(x, x_start + b * x_strides[0] + g * x_strides[1] + t * x_strides[2], mean,
-                               b * kv_heads + g, prepared[i], head_dim)
+                              b * kv_heads + g, prepared[i], head_dim)
 
 
 @numba.njit(parallel=True, **COMPILE)
@@ -119,7 +119,7 @@ def _encode(x, x_start, x_strides, head_dim, mean, signs, remaining_scale, facto
             b, g, t = place(begin + i, kv_heads, tokens)
             token[i] = b * strides[0] + g * strides[1] + t
             undo[i] = load_row(x, x_start + b * x_strides[0] + g * x_strides[1] + t * x_strides[2], mean,
-                                b * kv_heads + g, row, head_dim)
+                               b * kv_heads + g, row, head_dim)
             if factors.size > 0:
                 undo[i] *= factors[begin - first + i]
             for d in range(head_dim):
@@ -399,7 +399,7 @@ def _decode_attention(query, key_planes, key_scale, key_strides, key_centroids, 
         for start in range(first, last, TILE):
             count = min(TILE, last - start)
             tile_logits(query[b, g], key_planes, key_scale, b * key_strides[0] + g * key_strides[1] + start, count,
-                         key_centroids, key_bits, words, index, c, s, weights)
+                        key_centroids, key_bits, words, index, c, s, weights)
             attend_to_tile(weights, value_planes, value_scale, b * value_strides[0] + g * value_strides[1] + start,
                            count, value_centroids, value_bits, words, index, c, s, largest, total, output)
         store_split(output, largest, total, outputs[split, b, g * group :], lses[split, b, g * group :])

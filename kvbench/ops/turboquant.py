@@ -296,7 +296,7 @@ def decode_prod(encoded: EncodedProd, rotation: Rotation, projection: Projection
     backend = choose(backend, arguments, HOST_BACKENDS)
     if backend == "reference":
         round_into(out, reference.decode_prod(_prod_on_host(first, sign, norm, encoded.head_dim), rotation,
-                                               projection))
+                                              projection))
     else:
         cpu_turboquant.decode_prod(*_cpu_prod(first, sign, norm, projection), *cpu_signs(rotation),
                                    *_prod_codebook(first, rotation), out.numpy(),
@@ -325,7 +325,7 @@ def logits_prod(query, encoded: EncodedProd, rotation: Rotation, projection: Pro
     backend = choose(backend, arguments, HOST_BACKENDS)
     if backend == "reference":
         round_into(out, reference.logits_prod(query.numpy(), _prod_on_host(first, sign, norm, encoded.head_dim),
-                                               rotation, projection, scale=scale))
+                                              rotation, projection, scale=scale))
     else:
         rotated = rotated_query(query.numpy(), rotation, group) * np.float32(scale)
         cpu_turboquant.logits_prod(rotated, *_cpu_prod(first, sign, norm, projection),
