@@ -16,8 +16,15 @@
 //            3.3e7 numbers (32768 tokens x 8 heads of 128) are 29 us of issue slots on 132 multiprocessors at 1.75 GHz,
 //            2.4 warp instructions a cycle; memory takes 27 us at 3 TB/s.  Not measured.
 //
-// kivi_encode_values_kernel: the same with groups of 32, 64 or 128 channels of one token, whose extremes are exchanged
-//   by shuffles, least and greatest as one pair of fp16.  A warp takes 4 times 512 / D tokens.
+// kivi_encode_values_kernel: the same with groups of 32, 64 or 128 channels of one token.  A warp takes 4 times 512 / D
+//   tokens.
+//   Groups   Extremes are exchanged by shuffles, least and greatest as one pair of fp16, so that each lane ends with
+//            one group; it works out what codes the group and hands it to the lanes that share it.
+//   Codes    Of 2 bits: x - m, rounded to fp32, grows with x, so that there is a least fp16 with the code 1, with 2,
+//            with 3, found once per group; then three comparisons of pairs and three operations code two numbers.
+//   Counts   By hand, per 16 numbers of a lane, 2 bits: 16 to leave out Inf, 24 for extremes, 14 to exchange them, 65
+//            for s, m and thresholds, 8 shuffles, 60 for codes, 30 for places: 220.
+//   Tried    Comparisons with m and s in fp32, every lane working out all its groups: 58 us at 32768 tokens x 8 heads.
 //
 // kivi_decode_kernel: the same in reverse; s c + m is one fused multiplication and addition: s c is exact.
 //
@@ -38,6 +45,8 @@ constexpr int kMostQueries = 16;
 template <int D>
 struct KiviLanes {
   static constexpr int LANES = D / 16, ROWS = 32 / LANES, U = D / 32;
+  // Quads j and j + GROUPS of a lane are of the same 32 channels, as those of lanes a multiple of APART from it.
+  static constexpr int GROUPS = U < 4 ? U : 4, APART = U > 4 ? U / 4 : 1;
 };
 // Tokens of a lane of the key encoder; its warps, which have 128 tokens in all; its blocks that share a multiprocessor,
 // as many as registers allow.
@@ -269,34 +278,73 @@ __global__ void __launch_bounds__(32 * KeyTile<D>::WARPS, KeyTile<D>::BLOCKS)
   else encode_key_tile<4, D>(values, low, high, codes, scales, minima, l, r);
 }
 
-// The codes, scales and minima of one token.  low, negated_high : pairs (least, -greatest) of the groups of quads j
-template <int BITS, int D>
-__device__ __forceinline__ void encode_value_row(const Quad (&x)[4], const u32 (&extremes)[4], u32* codes,
-                                                 __half* scale, __half* minimum, int group, int l) {
-  using Lanes = KiviLanes<D>;
-  constexpr int UL = Lanes::U < 4 ? Lanes::U : 4, APART = Lanes::U > 4 ? Lanes::U / 4 : 1;
-  float minima[UL], steps[UL];
-#pragma unroll
-  for (int a = 0; a < UL; ++a) {
-    const float2 both = unpack_pair<__half>(extremes[a]);
-    const KiviGroup own = group_of<BITS>(both.x, -both.y);
-    const int u = 4 * l % Lanes::U + a, parts = group / 32;
-    if (l / APART == a && u % parts == 0) {   // one of the lanes that know it
-      scale[u / parts] = __float2half_rn(own.scale);
-      minimum[u / parts] = __float2half_rn(own.minimum);
+// The least fp16 whose distance from `minimum`, rounded to fp32, is `distance` or more (strict: is more).  The last bit
+// of `distance` is 0, so what lies half way between it and its neighbour is rounded to it.  NaN for NaN.
+__device__ __forceinline__ u32 least_at(float minimum, float distance, bool strict) {
+  const float neighbour = __uint_as_float(__float_as_uint(distance) + (strict ? 1u : ~0u));
+  const float sum = minimum + distance, part = sum - minimum;
+  const float rest = (minimum - (sum - part)) + (distance - part);   // sum + rest is exact (Knuth)
+  const float beyond = rest + 0.5f * (neighbour - distance);         // of `sum`, where what is asked for begins
+  const __half least = __float2half_ru(sum);
+  const u32 bits = __half_as_ushort(least);
+  const bool next = __half2float(least) == sum && (strict ? beyond >= 0.f : beyond > 0.f);
+  return !next ? bits : bits & 0x8000u ? bits - 1 : bits + 1;
+}
+
+// What tells the codes of a group of values from each other, in words that one lane works out and others get.
+//   2 bits   the three least fp16 with the codes 1, 2 and 3: three comparisons of pairs code two numbers
+//   4 bits   m and s
+template <int BITS>
+struct ValueCoder {
+  static constexpr int WORDS = BITS == 2 ? 2 : 1;
+  u32 words[WORDS];
+
+  __device__ __forceinline__ void set(const KiviGroup& group) {
+    const float m = group.minimum, s = step_of(group.scale);
+    if constexpr (BITS == 2) {   // a tie goes to the even code
+      words[0] = least_at(m, 0.5f * s, true) | least_at(m, 1.5f * s, false) << 16;
+      words[1] = least_at(m, 2.5f * s, true);
+    } else {
+      words[0] = pack_pair<__half>(m, s);
     }
-    minima[a] = own.minimum;
-    steps[a] = step_of(own.scale);
   }
+  // The codes of two numbers, `low` bits up in each half of a word.
+  __device__ __forceinline__ u32 codes(u32 pair, int low) const {
+    if constexpr (BITS == 2) {
+      auto reached = [&](u32 word, u32 selector) {
+        const u32 both = permute_bytes(word, 0, selector);
+        return __hge2_mask(*reinterpret_cast<const __half2*>(&pair), *reinterpret_cast<const __half2*>(&both));
+      };
+      const u32 one = reached(words[0], 0x1010u), two = reached(words[0], 0x3232u), three = reached(words[1], 0x1010u);
+      return (((one & ~two) | three) & 0x00010001u << low) | (two & 0x00020002u << low);
+    } else {
+      const float2 x = unpack_pair<__half>(pair), group = unpack_pair<__half>(words[0]);
+      return code_of<BITS>(x.x, group.x, group.y, low) | code_of<BITS>(x.y, group.x, group.y, low + 16);
+    }
+  }
+};
+
+// The codes of a lane's 16 numbers of one row; all lanes of a warp together.
+// own : the group that the lane works out for those that share it        present : whether there is such a row
+template <int BITS, int D>
+__device__ __forceinline__ void encode_value_row(const Quad (&x)[4], const KiviGroup& own, bool present, u32* codes,
+                                                 int lane) {
+  using Lanes = KiviLanes<D>;
   constexpr int FIELDS = kKiviFields<BITS>;
+  const int l = lane % Lanes::LANES;
+  ValueCoder<BITS> worked_out, coders[Lanes::GROUPS];
+  worked_out.set(own);
+#pragma unroll
+  for (int a = 0; a < Lanes::GROUPS; ++a)
+#pragma unroll
+    for (int w = 0; w < ValueCoder<BITS>::WORDS; ++w)
+      coders[a].words[w] =
+          __shfl_sync(0xffffffffu, worked_out.words[w], lane - l + a * Lanes::APART + l % Lanes::APART);
+  if (!present) return;
   u32 words[8 / FIELDS] = {};
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {   // pair n % 2 of quad n / 2
-    const float2 pair = unpack_pair<__half>(x[n / 2].pair[n % 2]);
-    const int a = n / 2 % UL, at = BITS * (n % FIELDS);
-    words[n / FIELDS] |= code_of<BITS>(pair.x, minima[a], steps[a], at) |
-                         code_of<BITS>(pair.y, minima[a], steps[a], at + 16);
-  }
+  for (int n = 0; n < 8; ++n)   // pair n % 2 of quad n / 2
+    words[n / FIELDS] |= coders[n / 2 % Lanes::GROUPS].codes(x[n / 2].pair[n % 2], BITS * (n % FIELDS));
   store_lane_words(codes, l, words);
 }
 
@@ -308,8 +356,7 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
                               u64 head_stride, u64 scale_batch_stride, u64 scale_head_stride, int bits, int group,
                               int kv_heads, int tokens, u32 rows) {
   using Lanes = KiviLanes<D>;
-  // Quads j and j + UL of a lane have the same 32 channels u, as those of lanes a multiple of APART from it.
-  constexpr int UL = Lanes::U < 4 ? Lanes::U : 4, APART = Lanes::U > 4 ? Lanes::U / 4 : 1;
+  constexpr int GROUPS = Lanes::GROUPS, APART = Lanes::APART;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, l = lane % Lanes::LANES, r = lane / Lanes::LANES;
   const u32 first = (blockIdx.x * kKiviBlockWarps + warp) * (kValueSteps * Lanes::ROWS) + r;
   Quad values[kValueSteps][4];
@@ -319,12 +366,12 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
   });
 #pragma unroll
   for (int i = 0; i < kValueSteps; ++i) {
-    u32 extremes[4];   // (least, -greatest) of 32 channels
+    u32 extremes[GROUPS];   // (least, -greatest) of 32 channels
 #pragma unroll
-    for (int a = 0; a < UL; ++a) {
+    for (int a = 0; a < GROUPS; ++a) {
       u32 least = kNoPair, greatest = kNoPair;
 #pragma unroll
-      for (int j = a; j < 4; j += UL)
+      for (int j = a; j < 4; j += GROUPS)
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
           const u32 pair = finite_pair(values[i][j].pair[v]);
@@ -333,27 +380,38 @@ __global__ void __launch_bounds__(32 * kKiviBlockWarps)
         }
       greatest ^= 0x80008000u;
       extremes[a] = least_pair(permute_bytes(least, greatest, 0x5410u), permute_bytes(least, greatest, 0x7632u));
-#pragma unroll
-      for (int distance = APART; distance < Lanes::LANES; distance *= 2)
-        extremes[a] = least_pair(extremes[a], __shfl_xor_sync(0xffffffffu, extremes[a], distance));
     }
-    for (int parts = 2, step = 1; parts <= group / 32; parts *= 2, step *= 2)   // larger groups
+    // Each exchange halves the groups that a lane keeps; in the end it has one, over all lanes.
 #pragma unroll
-      for (int a = 0; a < UL; ++a)
-        if (!(a & step) && a + step < UL) {
-          extremes[a] = least_pair(extremes[a], extremes[(a + step) % UL]);
-          extremes[(a + step) % UL] = extremes[a];
-        }
+    for (int distance = APART; distance < Lanes::LANES; distance *= 2) {
+      const int kept = GROUPS * APART / (2 * distance);
+      if (kept == 0) extremes[0] = least_pair(extremes[0], __shfl_xor_sync(0xffffffffu, extremes[0], distance));
+#pragma unroll
+      for (int k = 0; k < kept; ++k) {
+        const u32 even = extremes[2 * k], odd = extremes[2 * k + 1];
+        extremes[k] = least_pair(l & distance ? odd : even,
+                                 __shfl_xor_sync(0xffffffffu, l & distance ? even : odd, distance));
+      }
+    }
+    for (int parts = 2, distance = APART; parts <= group / 32; parts *= 2, distance *= 2)   // larger groups
+      extremes[0] = least_pair(extremes[0], __shfl_xor_sync(0xffffffffu, extremes[0], distance));
+    const float2 both = unpack_pair<__half>(extremes[0]);
+    const KiviGroup own = bits == 2 ? group_of<2>(both.x, -both.y) : group_of<4>(both.x, -both.y);
+
     const u32 row = first + i * Lanes::ROWS;
-    if (row < rows) {
-      const RowPlace place = place_of(row, kv_heads, tokens);
-      u32* to = codes + place.batch * batch_stride + place.head * head_stride +
-                static_cast<u64>(place.token) * (D * bits / 32);
+    const bool present = row < rows;
+    const RowPlace place = place_of(present ? row : rows - 1, kv_heads, tokens);
+    const int a = l / APART % GROUPS, u = 4 * l % Lanes::U + a;   // 32 channels u
+    if (present && l < APART * GROUPS && u % (group / 32) == 0) {
       const u64 at = place.batch * scale_batch_stride + place.head * scale_head_stride +
-                     static_cast<u64>(place.token) * (D / group);
-      if (bits == 2) encode_value_row<2, D>(values[i], extremes, to, scale + at, minimum + at, group, l);
-      else encode_value_row<4, D>(values[i], extremes, to, scale + at, minimum + at, group, l);
+                     static_cast<u64>(place.token) * (D / group) + u / (group / 32);
+      scale[at] = __float2half_rn(own.scale);
+      minimum[at] = __float2half_rn(own.minimum);
     }
+    u32* to = codes + place.batch * batch_stride + place.head * head_stride +
+              static_cast<u64>(place.token) * (D * bits / 32);
+    if (bits == 2) encode_value_row<2, D>(values[i], own, present, to, lane);
+    else encode_value_row<4, D>(values[i], own, present, to, lane);
   }
 }
 

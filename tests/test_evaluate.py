@@ -4,7 +4,6 @@ import copy
 import json
 from types import SimpleNamespace
 
-import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
@@ -300,6 +299,7 @@ def test_the_command_writes_what_it_prints(folder, tmp_path, capsys):
                            path=tmp_path / "eval.json")
     assert status == 0 and document["complete"]
     results.validate(document)
+    jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(results.SCHEMA)
     jsonschema.validate(document, results.SCHEMA)
     assert len(document["cases"]) == 3 + 3 + 3 * 2

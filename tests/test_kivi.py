@@ -50,8 +50,9 @@ def case(seed=0, batch=2, kv_heads=2, heads=3, tokens=96, head_dim=64, dtype="fl
 
 
 def attend(backend, inputs, **options):
-    """decode_attention on the backend, results on the host."""
-    placed = {name: on(backend, value) for name, value in {**inputs, **options}.items()}
+    """decode_attention on the backend, results on the host.  A workspace is there already."""
+    placed = {name: value if isinstance(value, attention.Workspace) else on(backend, value)
+              for name, value in {**inputs, **options}.items()}
     return to_host(kivi.decode_attention(**placed, backend=backend))
 
 
@@ -132,6 +133,30 @@ def test_every_tie_goes_to_the_even_code(backend, kind, bits):
         x = np.ascontiguousarray(x.swapaxes(2, 3))
     assert_same(encode(backend, kind, x, bits, 64 if kind is Keys else 32),
                 encode("reference", kind, x, bits, 64 if kind is Keys else 32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [Keys, Values])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_numbers_next_to_a_threshold_get_the_right_code(backend, kind, bits):
+    """Groups between any two float16, where a difference of the rounded numbers may need more than float32 holds."""
+    patterns = np.random.default_rng(3).integers(0, 1 << 16, (256, 2)).astype(np.uint16)
+    patterns[:40, 1] ^= 1 << np.arange(40).astype(np.uint16) % 16                   # ends that are close or far apart
+    ends = patterns.view(np.float16)
+    ends = np.sort(np.where(np.isfinite(ends), ends, np.float16(-6e4)), axis=1)
+    low, high = ends.astype(np.float64).T
+    steps = ((high - low).astype(np.float32) / np.float32(2**bits - 1)).astype(np.float16).astype(np.float64)
+    edges = [low + (code + 0.5) * steps for code in (0, 2**(bits - 1) - 1, 2**bits - 2)]
+    columns = [ends[:, 0], ends[:, 1]]
+    for edge in edges:
+        at = edge.astype(np.float16)
+        columns += [at, *(np.nextafter(at, np.float16(away)) for away in (-np.inf, np.inf)),
+                    *(np.nextafter(np.nextafter(at, np.float16(away)), np.float16(away)) for away in (-np.inf, np.inf))]
+    x = np.clip(np.stack(columns, axis=1), ends[:, :1], ends[:, 1:])
+    x = np.tile(x, (1, 2))[:, :32].reshape(1, 1, 128, 64)                            # two groups a row
+    if kind is Keys:
+        x = np.ascontiguousarray(x.swapaxes(2, 3))
+    assert_same(encode(backend, kind, x, bits, 32), encode("reference", kind, x, bits, 32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
