@@ -95,6 +95,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
                        help="also time these, or all")
     bench.add_argument("--suite", metavar="NAME", help="a named set of cases: --list shows them")
     bench.add_argument("--quick", action="store_true", help="few samples: a look, not a result")
+    bench.add_argument("--flush", choices=("write", "read"), default="write",
+                       help="what cold samples find in the caches: lines that were written (default), whose way to "
+                            "memory falls into the sample, or lines that were read")
     bench.add_argument("--list", action="store_true", help="print suites, kernels with their axes, and baselines")
     bench.add_argument("--profile", action="store_true",
                        help="run one case once, untimed: for ncu --profile-from-start off kvbench bench ...")
@@ -263,7 +266,7 @@ def _bench(options) -> int:
         print(f"ran once: {bench.profile(options.kernels, options.backend, axes, suite=options.suite)}")
         return HELD
     done = bench.run(options.kernels, options.backend, axes, options.baseline, options.quick, options.json, _progress,
-                     suite=options.suite)
+                     suite=options.suite, flush=options.flush)
     if options.csv:
         results.write_text(options.csv, tables.as_csv([done.document]))
     if options.markdown:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvbench import data
+from kvbench.bench import results
 from kvbench.cli import table
 from kvbench.demo import measurement, pictures
 from kvbench.evaluate import driver as eval_driver
@@ -51,7 +52,12 @@ def results_table(folder: Path) -> str:
     machine = documents[0]["machine"]
     name = machine["gpu"]["name"] if machine.get("gpu") else machine["processor"]
     copy = documents[0]["yardsticks"]["copy"]["gbps"]
-    return (f"{name}; copying memory reaches {copy:.0f} GB/s. Times are cold: caches flushed before every call.\n\n"
+    flushes = {results.flush_of(document) for document in documents}
+    if len(flushes) > 1:
+        raise ValueError(f"{folder}: its results flush the caches in different ways; keep them in different folders")
+    how = "written" if flushes == {"write"} else "read"
+    return (f"{name}; copying memory reaches {copy:.0f} GB/s. Times are cold: other data {how} over the caches before "
+            "every call.\n\n"
             + table(["kernel", "problem", "backend", "us", "GB/s", "% of copy", "best alternative", "us", "speed-up"],
                     rows, "lllrrrlrr") + "\n\n" + "".join(results_pictures(folder, held)))
 

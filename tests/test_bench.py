@@ -184,7 +184,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(yardsticks, "measure", lambda place, rule: {
         name: {"bytes_moved": 1, "gbps": speed, "timer": "given", "cold": None,
                "hot": timing.Measurement((1.0,), True).summary()} for name, speed in (("copy", 6.0), ("read", 3.0))})
-    monkeypatch.setitem(driver.PLACES, "cpu", lambda: cpu.Cpu(CLOCK))
+    monkeypatch.setitem(driver.PLACES, "cpu", lambda flush="write": cpu.Cpu(CLOCK, flush))
     driver.PLACES["cpu"].kind = "cpu"
     return registry.register
 
@@ -1002,6 +1002,14 @@ def test_flush_writes_twice_the_cache(monkeypatch):
     assert place._flush_buffer.nbytes == 2 << 16 and (place._flush_buffer == 1).all()
 
 
+def test_a_flush_that_reads_writes_nothing(monkeypatch):
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 1 << 16)
+    place, read = cpu.Cpu(flush="read"), []
+    monkeypatch.setattr(cpu.np, "max", lambda part: read.append(part.nbytes))
+    place.flush()
+    assert sum(read) == 2 << 16 and not place._flush_buffer.any()
+
+
 def test_host_yardsticks_move_what_they_say(monkeypatch):
     monkeypatch.setattr(machine, "cache_bytes", lambda: 1 << 16)
     found = yardsticks.measure(cpu.Cpu(), timing.StopRule(0.5, 6, 0.0, 0.2, 0.0))
@@ -1090,7 +1098,7 @@ def test_both_validators_agree_on_broken_results(document):
                 parent = parent[key]
             value = parent[path[-1]]
             if change == "remove" and isinstance(parent, dict) and path[0] != "yardsticks" \
-                    and path[-1] not in (*results._TIMED_LATER, "storage", "bytes_moved"):
+                    and path[-1] not in (*results._TIMED_LATER, "storage", "bytes_moved", "flush"):
                 del parent[path[-1]]
             elif change == "type":
                 parent[path[-1]] = {"an": "object"} if not isinstance(value, dict) else [1]

@@ -143,6 +143,8 @@ def test_cases_of_one_side_are_named_and_the_latest_result_counts():
 @pytest.mark.parametrize("after, before, words", [
     ([run(case("a", 1))], [run(case("a", 1), gpu="Another GPU")], "different machines: A GPU against Another GPU"),
     ([run(case("a", 1))], [run(case("a", 1), backend="native")], "different backends: cuda against native"),
+    ([{**run(case("a", 1)), "flush": "read"}], [run(case("a", 1))],
+     "different flushes of the caches: read against write"),
     ([run(case("a", 1))], [run(case("b", 1))], "no case is in both"),
     ([run(case("a", 1))], [], "none of kvbench bench")])
 def test_results_that_do_not_compare_are_refused(after, before, words):

@@ -1,6 +1,6 @@
 """Timing on the host: a monotonic clock around the call.
 
-    cold   other data is written over every cache before each sample
+    cold   other data is written (or read, by choice) over every cache before each sample
     hot    back-to-back calls, as many as the clock needs; a sample is their mean
 """
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Cpu:
     kind, framework = "cpu", "numpy"
     device = arrays.Device("cpu")
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, flush: str = "write"):
+        self.clock, self.flush_by = clock, flush
         self.threads = machine.usable_cores()
         self.cache_bytes = machine.cache_bytes()
 
@@ -51,8 +51,10 @@ class Cpu:
         }
 
     def flush(self) -> None:
-        """Write twice the last-level cache, each thread its part, so that the caches of the single cores go too."""
-        self._on_every_thread(lambda part: np.add(part, 1, out=part), self._flush_buffer)
+        """Write, or read, twice the last-level cache, each thread its part, so that the caches of the single cores go
+        too."""
+        write, read = (lambda part: np.add(part, 1, out=part)), np.max
+        self._on_every_thread(write if self.flush_by == "write" else read, self._flush_buffer)
 
     def describe(self) -> dict:
         """What a result says about the machine besides its processor."""

@@ -26,7 +26,7 @@ THROTTLED_BELOW = 0.95     # of the clock at the start: a GPU's clock moves by 1
 def run(kernels: Sequence[str] = (), backend: str | None = None, axes: Mapping[str, Sequence] | None = None,
         baselines: Sequence[str] = (), quick: bool = False, json_path: str | Path | None = None,
         progress: Callable[[str], None] | None = None, *, suite: str | None = None,
-        report: Callable[[str], None] = print, seed: int = 0) -> Results:
+        flush: str = "write", report: Callable[[str], None] = print, seed: int = 0) -> Results:
     """Time kernels on one backend, each case only after its result agreed with the reference.
 
     kernels   names or stems from the registry; none: all that have the backend
@@ -37,6 +37,8 @@ def run(kernels: Sequence[str] = (), backend: str | None = None, axes: Mapping[s
     json_path written after every case, in one step each time, so that Ctrl-C loses at most the case that runs
     progress  called with one line of text before each step, "" to clear it
     suite     a name from suites.SUITES: of `kernels` those that belong to it, on its axes
+    flush     what a cold sample finds in the caches: lines that were written ("write"), which somebody has to bring to
+              memory meanwhile, or that were read ("read")
     report    called with the lines of the table as they come
 
     Wrong names raise ValueError, a missing backend BackendUnavailable, before anything runs.  Ctrl-C returns what was
@@ -48,16 +50,18 @@ def run(kernels: Sequence[str] = (), backend: str | None = None, axes: Mapping[s
     wanted = baseline_records.choose(list(baselines), chosen, PLACES[backend].kind)
     if json_path is not None and not Path(json_path).parent.is_dir():
         raise ValueError(f"json_path: expected a file in an existing folder, got {str(json_path)!r}")
+    if flush not in timing.FLUSHES:
+        raise ValueError(f"flush: expected one of {', '.join(timing.FLUSHES)}, got {flush!r}")
     baseline_records.load(wanted)
-    place = PLACES[backend]()
+    place = PLACES[backend](flush=flush)
 
-    options = _options(backend, wanted, quick)
+    options = _options(backend, wanted, quick, flush)
     command = shlex.join(["kvbench", "bench", *kernels, *(["--suite", suite] if suite else []), *options,
                           *_axis_options(axes)])
     driver = _Driver(place, backend, wanted, quick, seed, options, progress or (lambda text: None))
     results = Results({
         "schema": SCHEMA_VERSION, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "complete": False, "command": command, "backend": backend, "quick": quick, "seed": seed,
+        "complete": False, "command": command, "backend": backend, "quick": quick, "seed": seed, "flush": flush,
         "stop_rule": dataclasses.asdict(driver.rule), "machine": {**machine.describe(), **place.describe()},
         "versions": machine.versions(), "source": machine.source(), "yardsticks": {}, "skipped": skipped, "cases": []})
     document, table = results.document, tables.Live(plan, report)
@@ -269,9 +273,9 @@ def _untimed(**known) -> dict:
                              "clock")), **known}
 
 
-def _options(backend: str, wanted: Sequence[str], quick: bool) -> list[str]:
+def _options(backend: str, wanted: Sequence[str], quick: bool, flush: str) -> list[str]:
     return ["--backend", backend, *(["--baseline", ",".join(wanted)] if wanted else []),
-            *(["--quick"] if quick else [])]
+            *(["--quick"] if quick else []), *(["--flush", flush] if flush != "write" else [])]
 
 
 def _axis_options(axes: Mapping[str, Sequence]) -> list[str]:

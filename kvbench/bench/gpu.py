@@ -1,13 +1,16 @@
 """Timing on an NVIDIA GPU: events around the replay of a CUDA graph, on one stream, for kernels and baselines alike.
 
-    cold   a buffer of at least twice the L2 is written before each sample, on the same stream and outside of the events
+    cold   a buffer of at least twice the L2 is written (or read, by choice) before each sample, on the same stream and
+           outside of the events
     hot    many calls captured in one graph; a sample is the graph's time over the calls
 
 The flush also hides the host: while it runs, the start event, the graph and the end event are queued, so the GPU meets
 them without a gap.  Nothing is subtracted; what the events alone cost is in the yardsticks.  A call that cannot be
 captured is timed between plain events, and the result says so (`timer`, `note`).
 
-The flush leaves the L2 full of written lines, whose way to memory falls into the cold sample, for all contenders alike.
+A flush that writes leaves the L2 full of written lines, whose way to memory falls into the cold sample: up to the size
+of the L2 on top of what the contender moves, which weighs the more the less that is.  A flush that reads leaves lines
+that are just dropped, as attention in a decode step finds them: the weights have been read before it.
 """
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ class Gpu:
 
     kind, framework = "cuda", "cupy"
 
-    def __init__(self):
+    def __init__(self, flush: str = "write"):
         try:
             import cupy
         except ImportError as error:
@@ -79,7 +82,8 @@ class Gpu:
         self.properties = cupy.cuda.runtime.getDeviceProperties(0)
         self.cache_bytes = self.properties["l2CacheSize"]
         self.flush_bytes = max(LEAST_FLUSH_BYTES, 2 * self.cache_bytes)
-        self._flush_buffer = cupy.empty(self.flush_bytes, cupy.uint8)
+        self.flush_by = flush
+        self._flush_buffer = cupy.zeros(self.flush_bytes, cupy.uint8)
 
     def inputs(self, kernel, problem: dict, seed: int) -> tuple[dict, str]:
         """The inputs of a case on the device, and where they were drawn.
@@ -108,26 +112,35 @@ class Gpu:
         size = min(YARDSTICK_BYTES, free // 8) // 4096 * 4096
         with self.stream:
             source, target = cupy.random.default_rng(0).random(size // 8), cupy.zeros(size // 8)
-            seldom = cupy.zeros(1, cupy.uint32)
-        read_words, empty = self._module.get_function("read_words"), self._module.get_function("empty")
-        blocks = 8 * self.properties["multiProcessorCount"]
+        empty = self._module.get_function("empty")
 
         def copy():
             target.data.copy_from_device_async(source.data, size, self.stream)
 
-        def read():
-            read_words((blocks,), (256,), (source, np.int64(size // 16), seldom))
-
         return {
             # Plain events: a copy inside a graph may go to a copy engine, which is not what a kernel competes with.
             "copy": (self.stopwatch(copy, graph=False), 2 * size, ("hot",)),
-            "read": (self.stopwatch(read), size, ("hot",)),
+            "read": (self.stopwatch(lambda: self._read(source)), size, ("hot",)),
             "empty_kernel": (self.stopwatch(lambda: empty((1,), (32,), ())), 0, ("cold", "hot")),
             "empty_graph": (self.stopwatch(lambda: None), 0, ("cold",)),
         }
 
     def flush(self) -> None:
-        self._flush_buffer.data.memset_async(0, self.flush_bytes, self.stream)
+        if self.flush_by == "write":
+            self._flush_buffer.data.memset_async(0, self.flush_bytes, self.stream)
+        else:
+            with self.stream:
+                self._read(self._flush_buffer)
+
+    def _read(self, source) -> None:
+        """Read the whole of a device array once, on the current stream."""
+        blocks = 8 * self.properties["multiProcessorCount"]
+        self._module.get_function("read_words")((blocks,), (256,), (source, np.int64(source.nbytes // 16),
+                                                                     self._seldom))
+
+    @functools.cached_property
+    def _seldom(self):
+        return self.cupy.zeros(1, np.uint32)
 
     @functools.cached_property
     def flush_seconds(self) -> float:

@@ -10,6 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvbench.bench.timing import FLUSHES
+
 SCHEMA_VERSION = "kvbench.bench/1"
 
 
@@ -59,7 +61,12 @@ SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A
             {"name": _STRING, "missing": _or_null(_STRING), **_TIMED},
             {"storage": _or_null(_STRING), "bytes_moved": _or_null(_COUNT), **_TIMED_LATER})},
     }, _TIMED_LATER)},
-})}
+}, {"flush": {"enum": list(FLUSHES)}})}   # absent from results of before there was a choice: "write"
+
+
+def flush_of(document: dict) -> str:
+    """How the caches were flushed before the cold samples of a run."""
+    return document.get("flush", "write")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from kvbench.bench import baselines as baseline_records
-from kvbench.bench import machine, yardsticks
+from kvbench.bench import machine, results, yardsticks
 
 
 class Live:
@@ -31,10 +31,11 @@ class Live:
                                  for name, entry in measured.items()))
         if not document["machine"].get("gpu"):
             self._report(cpu_use(document["machine"]))
-        self._report("cold: caches flushed before each sample; GB/s, % and +-% belong to it; hot: back to back; "
-                     "rotating: the same on\nseveral sets of inputs, where one would stay in the cache; % roof: of the "
-                     f"time that an empty kernel ({yardsticks.launch_floor_us(measured):.2f} us)\nor moving the bytes "
-                     "at the measured rate would take; MB: most memory beyond the inputs\n")
+        how = {"write": "written", "read": "read"}[results.flush_of(document)]
+        self._report(f"cold: other data {how} over the caches before each sample; GB/s, % and +-% belong to it; hot: "
+                     "back to back;\nrotating: the same on several sets of inputs, where one would stay in the cache; "
+                     f"% roof: of the time that an empty\nkernel ({yardsticks.launch_floor_us(measured):.2f} us) or "
+                     "moving the bytes at the measured rate would take; MB: most memory beyond the inputs\n")
         self._line([title for title, _, _ in self._columns])
         self._report("|" + "|".join("-" * (width + 1) + (":" if pad is str.rjust else "-")
                                     for _, width, pad in self._columns) + "|")

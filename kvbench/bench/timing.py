@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
+FLUSHES = ("write", "read")    # how a cold sample finds the caches: full of lines that were written, or read
 BATCH_SECONDS = 0.02       # samples between two looks at the stop rule
 LARGEST_BATCH = 100
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbench.bench import tables, timing
+from kvbench.bench import results, tables, timing
 
 MARGIN = 0.02          # two runs of the same code on the same card differ by up to 1 or 2 %
 FASTER, SLOWER, SAME, UNCLEAR, BROKEN, REPAIRED = "faster", "slower", "same", "unclear", "wrong now", "right now"
@@ -64,7 +64,8 @@ def compare(after: Sequence[dict], before: Sequence[dict], margin: float = MARGI
     for documents, which in ((after, "now"), (before, "before")):
         if not documents:
             raise ValueError(f"the results do not compare: there is none of kvbench bench from {which}")
-    for facts, what in ((_machine, "machines"), (lambda document: document["backend"], "backends")):
+    for facts, what in ((_machine, "machines"), (lambda document: document["backend"], "backends"),
+                        (results.flush_of, "flushes of the caches")):
         one, other = ({facts(document) for document in documents} for documents in (after, before))
         if one != other:
             raise ValueError(f"the results do not compare: they are of different {what}: {_listed(one)} against "
