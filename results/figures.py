@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvbench import data
-from kvbench.bench import results
+from kvbench.bench import results, timing
 from kvbench.cli import table
 from kvbench.demo import measurement, pictures
 from kvbench.evaluate import driver as eval_driver
@@ -41,30 +41,87 @@ def main() -> None:
 
 
 def results_table(folder: Path) -> str:
-    """Every timed case of one machine as Markdown, with its pictures; nothing for a folder without complete results."""
+    """The timed cases of one machine as Markdown, with pictures; nothing for a folder without complete results.
+
+    Attention as one table for each way to flush the caches; the rest as a list.  Every case is listed beside them.
+    """
     runs, _ = contents.load(sorted(folder.glob("*.json")))
     documents = [document for document in runs if document["complete"] and not document["quick"]]
     if not documents:
         return ""
     held = contents.contents(documents, [])
-    cases = [case for document in documents for case in document["cases"] if case["cold"]]
-    rows = [_row(case) for case in sorted(cases, key=_order)]
-    machine = documents[0]["machine"]
+    cases = sorted(((document, case) for document in documents for case in document["cases"] if case["cold"]),
+                   key=_order)
+    head, columns = ["kernel", "problem", "backend", "flush", "us", "GB/s", "% of copy"], "llllrrr"
+    compared = ["best alternative", "us", "speed-up"]
+    (folder / "README.md").write_text(
+        f"# Every result of `kvbench bench` in this folder\n\n{_machine(documents[0])}\n\n"
+        + table(head + compared, [_row(*case) + _compared(case[1]) for case in cases], columns + "lrr") + "\n",
+        encoding="utf-8")
+    tables = [_attention_table(held["rows"], flush) for flush in timing.FLUSHES]
+    own = [i for i, name in enumerate(head) if name not in ("backend", "flush")]
+    others = [[_row(*case)[i] for i in own] for case in cases
+              if not case[1]["baselines"] and results.flush_of(case[0]) == "write"]
+    return (f"{_machine(documents[0])} [Every result]({folder.relative_to(HERE.parent)}/README.md).\n\n"
+            + "".join(tables) + "".join(results_pictures(folder, held))
+            + ("Other kernels, other data written over the caches before every call:\n\n"
+               + table([head[i] for i in own], others, "".join(columns[i] for i in own)) + "\n\n" if others else ""))
+
+
+def _machine(document: dict) -> str:
+    machine = document["machine"]
     name = machine["gpu"]["name"] if machine.get("gpu") else machine["processor"]
-    copy = documents[0]["yardsticks"]["copy"]["gbps"]
-    flushes = {results.flush_of(document) for document in documents}
-    if len(flushes) > 1:
-        raise ValueError(f"{folder}: its results flush the caches in different ways; keep them in different folders")
-    how = "written" if flushes == {"write"} else "read"
-    return (f"{name}; copying memory reaches {copy:.0f} GB/s. Times are cold: other data {how} over the caches before "
-            "every call.\n\n"
-            + table(["kernel", "problem", "backend", "us", "GB/s", "% of copy", "best alternative", "us", "speed-up"],
-                    rows, "lllrrrlrr") + "\n\n" + "".join(results_pictures(folder, held)))
+    return f"{name}; copying memory reaches {document['yardsticks']['copy']['gbps']:.0f} GB/s."
+
+
+def _attention_table(rows: list[dict], flush: str) -> str:
+    """Methods down, caches across: microseconds, and times the speed of the best attention on 16 bits."""
+    rows = [row for row in rows if row["attends"] and row["cold_us"] and row["flush"] == flush]
+    shapes = Counter(_form(row) for row in rows)
+    rows = [row for row in rows if _form(row) == shapes.most_common(1)[0][0]]
+    if not rows:
+        return ""
+    columns = sorted({_cache(row) for row in rows}, key=lambda cache: (cache[1], cache[2], cache[0]))
+    best = {cache: min((row["cold_us"] for row in rows if row["exact"] and _cache(row) == cache), default=None)
+            for cache in columns}
+    found = {(row["method"], _cache(row)): row for row in rows if not row["baseline"]}
+
+    def cell(row):
+        if row is None:
+            return ""
+        return f"{row['cold_us']:.1f}" + (f" ({row['speedup']:.2f}x)" if row["speedup"] else "")
+
+    body = [["best 16-bit attention", *("" if best[cache] is None else f"{best[cache]:.1f}" for cache in columns)],
+            *([name, *(cell(found.get((name, cache))) for cache in columns)]
+              for name in dict.fromkeys(name for name, _ in found))]
+    how = {"write": "other data written over the caches before every call",
+           "read": "other data read over the caches before every call, as a model's weights are before its attention"}
+    names = [f"{heads}, {_tokens(tokens)}" + (f", batch {batch}" if batch > 1 else "")
+             for heads, batch, tokens in columns]
+    return (f"Attention over a cache ({shapes.most_common(1)[0][0]}), microseconds; in brackets times the speed of the "
+            f"best attention on 16 bits in\nthe same run; {how[flush]}:\n\n"
+            + table(["query:KV heads, tokens", *names], body, "l" + "r" * len(columns)) + "\n\n")
+
+
+def _form(row: dict) -> str:
+    """What a table does not vary: head_dim and dtype."""
+    return ", ".join(part for part in row["shape"].split(", ") if "heads" not in part and "batch" not in part)
+
+
+def _cache(row: dict) -> tuple[str, int, int]:
+    """(query heads:KV heads, batch, tokens)"""
+    parts = row["shape"].split(", ")
+    batch = next((int(part.split()[1]) for part in parts if part.startswith("batch")), 1)
+    return parts[0].removesuffix(" heads"), batch, row["tokens"]
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
 def results_pictures(folder: Path, held: dict):
     """Draws what there is to draw beside a table, and yields the lines that show it."""
-    kernels = [row for row in held["rows"] if row["cold_us"] and not row["baseline"]]
+    kernels = [row for row in held["rows"] if row["cold_us"] and not row["baseline"] and row["flush"] == "write"]
     compared = [row for row in kernels if row["speedup"] and row["tokens"]]
     look = _look(row["method"] for row in kernels)
     for name, rows, draw, words in (
@@ -107,22 +164,26 @@ def model_tables(folder: Path) -> str:
                     "llrr") + "\n\n")
 
 
-def _order(case: dict) -> tuple:
+def _order(run_and_case: tuple[dict, dict]) -> tuple:
     """By kernel, then by how much is stored (bits), by tokens, by heads."""
-    problem = case["problem"]
+    problem = run_and_case[1]["problem"]
     bits = tuple(value for axis, value in problem.items() if axis.endswith("bits"))
-    return case["kernel"], bits, problem["tokens"], problem["batch"], problem["kv_heads"], str(problem)
+    return (run_and_case[1]["kernel"], bits, problem.get("tokens", 0), problem.get("batch", 1),
+            problem.get("kv_heads", 0), results.flush_of(run_and_case[0]), str(problem))
 
 
-def _row(case: dict) -> list[str]:
+def _row(run: dict, case: dict) -> list[str]:
     problem = case["problem"]
     parts = [f"{problem['kv_heads'] * problem['group']}:{problem['kv_heads']} heads"] if "group" in problem else []
     parts += [f"{problem[axis]}" if isinstance(problem[axis], str) else f"{axis} {problem[axis]}"
               for axis in problem if axis not in ("kv_heads", "group") and problem[axis] != 1]
+    return [case["kernel"], ", ".join(parts), case["backend"], results.flush_of(run),
+            f"{case['cold']['median_us']:.1f}", f"{case['gbps']:.0f}", f"{case['percent_of_copy']:.0f}"]
+
+
+def _compared(case: dict) -> list[str]:
     best = next((entry for entry in case["baselines"] if entry["name"] == case["best_baseline"]), None)
-    compared = [best["name"], f"{best['cold']['median_us']:.1f}", f"{case['speedup']:.2f}"] if best else [""] * 3
-    return [case["kernel"], ", ".join(parts), case["backend"], f"{case['cold']['median_us']:.1f}",
-            f"{case['gbps']:.0f}", f"{case['percent_of_copy']:.0f}", *compared]
+    return [best["name"], f"{best['cold']['median_us']:.1f}", f"{case['speedup']:.2f}"] if best else [""] * 3
 
 
 @pictures.picture
@@ -142,7 +203,7 @@ def speedup_picture(rows: list[dict], look: dict[str, dict], run: dict):
         tokens = sorted({row["tokens"] for row in rows if row["shape"] == shape})
         axis.set_xscale("log", base=2)
         axis.set(title=shape, xlabel="tokens in the cache", ylim=(0, None))
-        axis.set_xticks(tokens, [f"{count // 1024}K" if count % 1024 == 0 else str(count) for count in tokens])
+        axis.set_xticks(tokens, [_tokens(count) for count in tokens])
         axis.minorticks_off()
         axis.grid(True, axis="y")
     panels[0].set_ylabel("times the best exact")

@@ -333,6 +333,8 @@ def shown_results(path) -> str:
 def test_readme_shows_the_committed_results(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     assert remade(tmp_path) == shown_results(ROOT / "README.md"), "run `make figures`"
+    for listed in (tmp_path / "results").glob("*/README.md"):
+        assert listed.read_text() == (ROOT / listed.relative_to(tmp_path)).read_text(), "run `make figures`"
     for path in re.findall(r"\]\((results/.*?)\)", shown_results(ROOT / "README.md")):
         assert (tmp_path / path).is_file() and (ROOT / path).is_file(), "run `make figures`"
 
@@ -348,10 +350,14 @@ def test_results_become_a_table(tmp_path):
     assert case["kernel"] not in remade(tmp_path), "a quick look is no result"
     results.document["quick"] = False
     results.write(path)
-    _, _, cells = table_rows(remade(tmp_path))
+    (_, cache), _, (_, best), (name, cell) = table_rows(remade(tmp_path))
+    assert cache == "6:2, 96" and name == "attention.decode"
+    assert best == f"{case['baselines'][0]['cold']['median_us']:.1f}"
+    assert cell == f"{case['cold']['median_us']:.1f} ({case['speedup']:.2f}x)"
+    _, _, cells = table_rows((tmp_path / "results" / "machine" / "README.md").read_text())
     assert cells[1].startswith("6:2 heads") and "tokens 96" in cells[1] and "float16" in cells[1]
-    assert cells[3] == f"{case['cold']['median_us']:.1f}"
-    assert cells[6] == "numpy" and cells[8] == f"{case['speedup']:.2f}"
+    assert cells[3:5] == ["write", f"{case['cold']['median_us']:.1f}"]
+    assert cells[7] == "numpy" and cells[9] == f"{case['speedup']:.2f}"
     for name, words in (("speedup", ("attention.decode", "6:2 heads")), ("roofline", ("attention.decode", "GB/s"))):
         assert f"](results/machine/{name}.svg)" in remade(tmp_path)
         drawn = (tmp_path / "results" / "machine" / f"{name}.svg").read_text(encoding="utf-8")

@@ -97,7 +97,8 @@ def _rows(number: int, run: dict) -> list[dict]:
         interval = timing.median_interval(cold["samples_us"]) if cold else None
         rows.append({
             "run": number, "machine": tables.machine_name(run["machine"]), "backend": case["backend"],
-            "kernel": case["kernel"], "baseline": entry is not case, "storage": entry.get("storage"),
+            "flush": results.flush_of(run), "kernel": case["kernel"], "baseline": entry is not case,
+            "storage": entry.get("storage"),
             "method": method(case) if entry is case else name, "of": method(case), "shape": shape(case["problem"]),
             "attends": _attends(case["kernel"]), "exact": _exact(case, entry),
             "tokens": case["problem"].get("tokens"), "bytes": moved,
@@ -112,7 +113,8 @@ def _rows(number: int, run: dict) -> list[dict]:
 
 
 def _compare_with_best(rows: list[dict]) -> None:
-    """Speed-up of every attention over the best exact attention of the same shape on the same machine and backend.
+    """Speed-up of every attention over the best exact attention of the same shape on the same machine and backend, with
+    caches flushed alike.
 
     That is a baseline on a cache of 16 bits, or on the CPU of the 32 bits that it multiplies.  It comes from the same
     run where that has one, otherwise from another.
@@ -130,7 +132,7 @@ def _compare_with_best(rows: list[dict]) -> None:
 
 
 def _place(row: dict) -> tuple:
-    return row["machine"], row["backend"], row["shape"], row["tokens"]
+    return row["machine"], row["backend"], row["flush"], row["shape"], row["tokens"]
 
 
 def _exact(case: dict, entry: dict) -> bool:
