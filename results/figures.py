@@ -7,6 +7,7 @@ sample.
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +28,7 @@ README = HERE.parent / "README.md"
 MARKERS = ("o", "s", "^", "D")
 PANELS = 2             # shapes whose speed-up is drawn, those with most results
 EVAL = "eval.json"     # in the folder of a model
+PUBLISHED = "published.json"
 GOALS = (4, 3, 2)      # bits; a cache counts for one if it really takes at most half a bit more
 BEGIN, END = "<!-- results: made by results/figures.py -->\n", "<!-- end of results -->\n"
 
@@ -63,7 +65,7 @@ def results_table(folder: Path) -> str:
     others = [[_row(*case)[i] for i in own] for case in cases
               if not case[1]["baselines"] and results.flush_of(case[0]) == "write"]
     return (f"{_machine(documents[0])} [Every result]({folder.relative_to(HERE.parent)}/README.md).\n\n"
-            + "".join(tables) + "".join(results_pictures(folder, held))
+            + "".join(tables) + _published_table(held["rows"], folder.name) + "".join(results_pictures(folder, held))
             + ("Other kernels, other data written over the caches before every call:\n\n"
                + table([head[i] for i in own], others, "".join(columns[i] for i in own)) + "\n\n" if others else ""))
 
@@ -72,6 +74,27 @@ def _machine(document: dict) -> str:
     machine = document["machine"]
     name = machine["gpu"]["name"] if machine.get("gpu") else machine["processor"]
     return f"{name}; copying memory reaches {document['yardsticks']['copy']['gbps']:.0f} GB/s."
+
+
+def _published_table(rows: list[dict], machine: str) -> str:
+    """Kernels as their authors publish them, measured on this machine in another run, over ours for the same codes."""
+    published = json.loads((HERE / PUBLISHED).read_text(encoding="utf-8")).get(machine, [])
+    ours = {(row["method"], _column(_cache(row))): row["cold_us"] for row in rows
+            if row["cold_us"] and not row["baseline"] and row["flush"] == "write"}
+    columns = list(dict.fromkeys(cache for entry in published for cache in entry["us"]
+                                 if (entry["method"], cache) in ours))
+
+    def cell(entry, cache):
+        if cache not in entry["us"]:
+            return ""
+        own = ours.get((entry["method"], cache))
+        return f"{entry['us'][cache]:g}" + (f" ({entry['us'][cache] / own:.1f}x)" if own else "")
+
+    body = [[entry["kernel"], *(cell(entry, cache) for cache in columns)] for entry in published]
+    return ("" if not columns else
+            "Kernels as their authors publish them, microseconds on the same kind of machine in another run; in "
+            "brackets, times what\nours needs for the same codes:\n\n"
+            + table(["query:KV heads, tokens", *columns], body, "l" + "r" * len(columns)) + "\n\n")
 
 
 def _attention_table(rows: list[dict], flush: str) -> str:
@@ -96,11 +119,9 @@ def _attention_table(rows: list[dict], flush: str) -> str:
               for name in dict.fromkeys(name for name, _ in found))]
     how = {"write": "other data written over the caches before every call",
            "read": "other data read over the caches before every call, as a model's weights are before its attention"}
-    names = [f"{heads}, {_tokens(tokens)}" + (f", batch {batch}" if batch > 1 else "")
-             for heads, batch, tokens in columns]
     return (f"Attention over a cache ({shapes.most_common(1)[0][0]}), microseconds; in brackets times the speed of the "
             f"best attention on 16 bits in\nthe same run; {how[flush]}:\n\n"
-            + table(["query:KV heads, tokens", *names], body, "l" + "r" * len(columns)) + "\n\n")
+            + table(["query:KV heads, tokens", *map(_column, columns)], body, "l" + "r" * len(columns)) + "\n\n")
 
 
 def _form(row: dict) -> str:
@@ -113,6 +134,11 @@ def _cache(row: dict) -> tuple[str, int, int]:
     parts = row["shape"].split(", ")
     batch = next((int(part.split()[1]) for part in parts if part.startswith("batch")), 1)
     return parts[0].removesuffix(" heads"), batch, row["tokens"]
+
+
+def _column(cache: tuple[str, int, int]) -> str:
+    heads, batch, tokens = cache
+    return f"{heads}, {_tokens(tokens)}" + (f", batch {batch}" if batch > 1 else "")
 
 
 def _tokens(count: int) -> str:

@@ -341,7 +341,8 @@ def test_readme_shows_the_committed_results(tmp_path):
 
 def test_results_become_a_table(tmp_path):
     (tmp_path / "results" / "machine").mkdir(parents=True)
-    shutil.copy(ROOT / "results" / "figures.py", tmp_path / "results")
+    for name in ("figures.py", "published.json"):
+        shutil.copy(ROOT / "results" / name, tmp_path / "results")
     axes = {"heads": ["6:2"], "tokens": [96], "head_dim": [64], "dtype": ["float16"]}
     results = bench.run(["attention.decode"], "cpu", axes, ["numpy"], quick=True, report=lambda line: None)
     case, = results.document["cases"]
