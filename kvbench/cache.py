@@ -1,7 +1,7 @@
 """KVCache: a codec for keys, one for values, an index with its selector if wanted, and tokens that are kept exact."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -199,7 +199,7 @@ class KVCache:
     @property
     def nbytes_used(self) -> int:
         """Bytes of these arrays that the present tokens occupy."""
-        return sum(view.nbytes for _, view in self._views())
+        return sum(view.nbytes for view in self.contents().values())
 
     @property
     def bits_per_element(self) -> float:
@@ -358,12 +358,15 @@ class KVCache:
 
     # --------------------------------------------------------------------------------------------------------- attend
 
-    def attend(self, q, scale: float | None = None, out=None, return_lse: bool = False):
+    def attend(self, q, scale: float | None = None, out=None, return_lse: bool = False, lse=None):
         """softmax(scale q K^T) V of one decode step over all tokens (with a selector: the exact and the selected ones).
 
         q     : [batch, q_heads, head_dim], the cache's dtype and device
         scale : factor of the logits (default head_dim ** -0.5)
         out   : where to write, [batch, q_heads, head_dim] in q's dtype or float32 (default: a new array in q's dtype)
+        lse   : where to write the log-sum-exp, [batch, q_heads] float32 (default: a new array, if it is wanted)
+
+        With `out`, and `lse` if it is wanted, a step allocates nothing.
 
         Returns the output in q's framework or, with return_lse, (output, lse [batch, q_heads] float32).  An empty
         sequence gives output 0 and lse -inf.
@@ -373,7 +376,8 @@ class KVCache:
         self._require_device(arguments, "q")
         scale = attention.check_scale(arguments, scale, self.head_dim)
         result = arguments.result("out", out, query.shape, (query.dtype, "float32"))
-        lse = arguments.result("lse", None, query.shape[:2], "float32") if return_lse else None
+        wants_lse = return_lse or lse is not None
+        lse = arguments.result("lse", lse, query.shape[:2], "float32") if wants_lse else None
 
         self._follow(arguments.stream)
         options = dict(stream=arguments.stream, backend=self.backend)
@@ -405,11 +409,10 @@ class KVCache:
         arguments.require(arguments.device == self.device, name, f"an array on the cache's device {self.device}",
                           f"one on {arguments.device}")
 
-    def stored(self, sequence: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def stored(self, sequence: int = 0, dtype: str = "float16") -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one sequence as attention sees them: [kv_heads, tokens, head_dim] each, on the host.
 
-        In the order of their arrival.  A diagnostic: what is encoded is decoded by its codec, in float16 where the
-        codec gives no more.
+        In the order of their arrival.  A diagnostic: what is encoded is decoded by its codec, to `dtype`.
         """
         length = int(self._lengths[sequence])
         exact, encoded = (int(n) for n in self._split(self._lengths)[:, sequence])
@@ -420,7 +423,8 @@ class KVCache:
             pieces = [buffer[:, :sinks]]
             if encoded:
                 codec, packed = self._stores[f"store.{side}"]
-                decoded = codec.decode(codec.used(packed, sequence, encoded))
+                rounded = {} if isinstance(codec, codecs.Float16) else {"dtype": dtype}
+                decoded = codec.decode(codec.used(packed, sequence, encoded), **rounded)
                 pieces.append(arrays.borrow(decoded, "decoded").to_host()[0])
             for _, slot, n in self.tail.runs(encoded, length - sinks, encoded):
                 pieces.append(buffer[:, sinks + slot:sinks + slot + n])
@@ -429,14 +433,32 @@ class KVCache:
 
     # ---------------------------------------------------------------------------------------------------- save, load
 
-    def _views(self) -> Iterator[tuple[str, arrays.Array]]:
-        """Name and view of everything that the present tokens occupy, sequence by sequence."""
-        counts = dict(zip(("exact", "store"), self._split(self._lengths)))
+    def contents(self, lengths=None) -> dict[str, arrays.Array]:
+        """Views of everything that the present tokens occupy, or that sequences of these lengths would.
+
+        By name, PART.SIDE.ARRAY.SEQUENCE such as "store.keys.sign.0"; all are [1, kv_heads, ...].
+        """
+        lengths = self._lengths if lengths is None else np.asarray(lengths, np.int64)
+        counts, views = dict(zip(("exact", "store"), self._split(lengths))), {}
         for name, (codec, packed) in self._stores.items():
-            for sequence in np.flatnonzero(self._lengths):
+            for sequence in np.flatnonzero(lengths):
                 used = codec.used(packed, int(sequence), int(counts[name.split(".")[0]][sequence]))
-                for field, view in used.arrays().items():
-                    yield f"{name}.{field}.{sequence}", view
+                views |= {f"{name}.{field}.{sequence}": view for field, view in used.arrays().items()}
+        return views
+
+    def restore(self, lengths, contents: Mapping[str, object]) -> None:
+        """Hold what `contents` of a cache with the same parameters gave, on any device, for sequences of these lengths.
+
+        ValueError for lengths that do not fit, and for arrays that are not those of such a cache.
+        """
+        lengths = np.asarray(lengths, np.int64)
+        _require(lengths.shape == (self.batch,) and lengths.min() >= 0 and lengths.max() <= self.capacity, "lengths",
+                 f"{self.batch} lengths of at most {self.capacity}", lengths.tolist())
+        self._set_lengths(lengths)
+        views = self.contents()
+        _require(views.keys() == contents.keys(), "arrays", sorted(views), sorted(contents))
+        for name, view in views.items():
+            view.copy_from(contents[name])
 
     def save(self, path) -> None:
         """Write the present tokens and all parameters to a safetensors file; `load` gives the same cache.
@@ -446,7 +468,8 @@ class KVCache:
         parts = {name: part and part.config() for name, part in self._part_objects().items()}
         content = {"parameters": self._parameters(), "parts": parts, "tail": asdict(self.tail),
                    "lengths": self._lengths.tolist()}
-        storage.write(path, {name: view.to_host() for name, view in self._views()}, content, _FORMAT, _VERSION)
+        tensors = {name: view.to_host() for name, view in self.contents().items()}
+        storage.write(path, tensors, content, _FORMAT, _VERSION)
 
     def _parameters(self) -> dict:
         return {name: getattr(self, name) for name in
@@ -462,11 +485,9 @@ class KVCache:
         copy = KVCache(**{**self._parameters(), "batch": len(sequences)}, **self._part_objects(), tail=self.tail,
                        device=self.device, backend=self.backend)
         copy._follow(self._stream)
-        copy._set_lengths(self._lengths[np.asarray(sequences, np.int64)])
-        views = dict(self._views())
-        for name, target in copy._views():
-            part, _, sequence = name.rpartition(".")
-            target.copy_from(views[f"{part}.{sequences[int(sequence)]}"])
+        lengths, views = self._lengths[np.asarray(sequences, np.int64)], self.contents()
+        names = (name.rpartition(".") for name in copy.contents(lengths))
+        copy.restore(lengths, {f"{part}.{i}": views[f"{part}.{sequences[int(i)]}"] for part, _, i in names})
         return copy
 
     def __deepcopy__(self, memo) -> KVCache:
@@ -497,13 +518,7 @@ def load(path, device="cpu", capacity: int | None = None, backend: str | None = 
             parameters = {**parameters, "capacity": capacity}
         parts = {name: config and codecs.rebuild(config) for name, config in content["parts"].items()}
         cache = KVCache(**parameters, **parts, tail=Tail(**content["tail"]), device=device, backend=backend)
-        _require(lengths.shape == (cache.batch,) and lengths.min() >= 0 and lengths.max() <= cache.capacity, "lengths",
-                 f"{cache.batch} lengths of at most {cache.capacity}", lengths.tolist())
-        cache._set_lengths(lengths)
-        views = dict(cache._views())
-        _require(views.keys() == tensors.keys(), "arrays", sorted(views), sorted(tensors))
-        for name, view in views.items():
-            view.copy_from(tensors[name])
+        cache.restore(lengths, tensors)
     except CapacityError:
         raise
     except (KeyError, TypeError, ValueError) as error:

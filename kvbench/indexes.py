@@ -49,6 +49,10 @@ class Index(Store):
                          for wanted in (True, self.noise))
         return Scores(logits, sigma)
 
+    def reads(self, name: str) -> bool:
+        """Whether `score` reads the array of that name in `KVCache.contents`."""
+        return name.startswith("store.index.")
+
     @abstractmethod
     def encode(self, keys) -> Packed:
         """keys : [batch, kv_heads, tokens, head_dim] float16, bfloat16 or float32, after RoPE -> packed arrays in their
@@ -411,6 +415,9 @@ class SignVQ(Index):
         arguments.require(self.centre in CENTRES, "centre", f"one of {', '.join(CENTRES)}", repr(self.centre))
         arguments.require(_is_integer(self.sinks) and self.sinks >= 0, "sinks", "an integer of at least 0",
                           repr(self.sinks))
+
+    def reads(self, name: str) -> bool:
+        return super().reads(name) or name.startswith("store.keys.sign.")
 
     def encode(self, keys) -> SignVQCodebook:
         """As `Index.encode`, with the statistics of these keys; the signs come with the codebook."""

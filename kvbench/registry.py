@@ -106,8 +106,9 @@ def select(names: Iterable[str] | None = None) -> list[Kernel]:
 
 
 def load() -> None:
-    """Import the operators, which register themselves."""
-    import kvbench.ops  # noqa: F401  (here, not above: the operators import this module)
+    """Import what registers itself: the operators, and the decode step of the caches that are made of them."""
+    import kvbench.cache_records
+    import kvbench.ops  # noqa: F401  (here, not above: both import this module)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -346,8 +346,8 @@ def test_a_cache_depends_on_its_tokens_alone(tmp_path_factory, seed, cuts, centr
 
     query = normal(seed + 3, (2, 4, 64))
     whole, pieces = filled(slice(0, 2), []), filled(slice(0, 2), sorted(cuts))
-    held = {name: view.to_host().tobytes() for name, view in whole._views()}
-    assert held == {name: view.to_host().tobytes() for name, view in pieces._views()}
+    held = {name: view.to_host().tobytes() for name, view in whole.contents().items()}
+    assert held == {name: view.to_host().tobytes() for name, view in pieces.contents().items()}
     output = whole.attend(query)
     path = tmp_path_factory.mktemp("cache") / "layer.safetensors"
     whole.save(path)

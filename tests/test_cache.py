@@ -1,4 +1,5 @@
 """KVCache: contents as a pure function of the tokens, exact attention, errors that change nothing, files that hold."""
+import contextlib
 import copy
 import functools
 import io
@@ -8,6 +9,7 @@ import os
 import pickle
 import tempfile
 import tracemalloc
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import needs
-from kvbench import arrays, caches, codecs, loaders, storage, trees
+from kvbench import arrays, cache_records, caches, codecs, loaders, registry, storage, trees
 from kvbench import data as data_of_the_package
+from kvbench.bench import calls
 from kvbench.cache import KVCache, Tail
 from kvbench.errors import CapacityError
 from kvbench.ops import attention
@@ -231,7 +234,7 @@ def state(made):
 
 
 def used(made):
-    return {name: view.to_host().tobytes() for name, view in made._views()}
+    return {name: view.to_host().tobytes() for name, view in made.contents().items()}
 
 
 def assert_attends_to(made, keys, values, lengths, query, scale=None, **options):
@@ -457,7 +460,8 @@ def test_nan_in_one_token_stays_with_its_head(problem, data):
     spoilt.append(bad["keys"], bad["values"], lengths=lengths)
 
     differing = [(name, np.argwhere(np.any(spoiled != view.to_host(), axis=-1)))
-                 for (name, view), spoiled in zip(clean._views(), (v.to_host() for _, v in spoilt._views()))]
+                 for (name, view), spoiled in zip(clean.contents().items(),
+                                                  (v.to_host() for v in spoilt.contents().values()))]
     assert [len(rows) for _, rows in differing if len(rows)] == [1]         # one token of one head, in the whole memory
     hit = np.zeros((sizes[0], sizes[2]), bool)
     hit[b, g * sizes[2] // sizes[1]:(g + 1) * sizes[2] // sizes[1]] = True
@@ -632,7 +636,7 @@ def test_r15_tokens_one_by_one_give_the_bytes_of_one_append(name):
     for t in range(70, 150):
         one_by_one.append(keys[:, :, t:t + 1], values[:, :, t:t + 1])
     assert set(written) == {16}                         # a block at a time, and no step has more than one
-    for (first, x), (second, y) in zip(at_once._views(), one_by_one._views(), strict=True):
+    for (first, x), (second, y) in zip(at_once.contents().items(), one_by_one.contents().items(), strict=True):
         assert first == second and x.to_host().tobytes() == y.to_host().tobytes()
     assert step(at_once, query, "cpu")[0].tobytes() == step(one_by_one, query, "cpu")[0].tobytes()
     assert addresses == {path: x.pointer for path, x in trees.arrays_of(
@@ -812,7 +816,7 @@ def test_turboquant_keeps_nan_to_its_token(side, centred):
     (keys if side == "keys" else values)[1, 0, 11, 5] = np.nan
     spoilt.append(keys, values)
     expected, actual = clean.attend(query), spoilt.attend(query)
-    for (name, one), (_, other) in zip(clean._views(), spoilt._views()):
+    for (name, one), (_, other) in zip(clean.contents().items(), spoilt.contents().items()):
         one, other = (x.to_host().reshape(2, -1) for x in (one, other))
         if f"store.{side}" in name and name.endswith(".1"):             # a mean is that of the other tokens
             assert one[1].tobytes() == other[1].tobytes()
@@ -1404,6 +1408,64 @@ def test_a_saved_cache_is_an_ordinary_safetensors_file(saved):
     assert (about["format"], about["version"]) == ("kvbench.cache", 1) and len(about["sha256"]) == 64
 
 
+# ----------------------------------------------------------------------------------------- the decode step as a record
+
+
+def step_inputs(preset, tokens=3000, **axes):
+    kernel = registry.get("cache.decode_step")
+    problem = kernel.problem(preset=preset, tokens=tokens, kv_heads=2, head_dim=64, **axes)
+    return kernel, problem, kernel.inputs(problem, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("percent", [2, 10])
+@pytest.mark.parametrize("preset", caches.PRESETS)
+def test_a_step_attends_to_as_much_as_its_record_says(preset, percent):
+    """The drawn share is what selectors list, for a KV head as for a query head; dense attention gives the same."""
+    kernel, problem, inputs = step_inputs(preset, percent=percent)
+    made = cache_records.workspace(**inputs)
+    output, _ = kernel.operator(**inputs, workspace=made)
+    assert len(made) == 3000 and (made.lengths == 3000).all()
+    if made.index is not None:
+        stored = 3000 - kept_exact(made)
+        wanted = {"quest": 1024, "self_indexing": 96}.get(preset, stored * percent // 100)
+        assert (np.abs(made.last_selection.counts.to_host() - wanted) <= 0.02 * wanted).all()
+    dense = reference.decode(inputs["query"], **kernel.exact(inputs, "float32"), return_lse=False)
+    assert np.linalg.norm(output - dense) <= 4 * EPSILON["float16"] * np.linalg.norm(dense)
+
+
+def kept_exact(made):
+    return int(made._split(made.lengths)[0, 0])
+
+
+@pytest.mark.parametrize("preset", caches.PRESETS)
+def test_a_step_moves_the_bytes_of_what_it_reads(preset):
+    kernel, problem, inputs = step_inputs(preset)
+    made, traffic = cache_records.workspace(**inputs), kernel.traffic(problem)
+    outputs = 8 * 64 * 2
+    assert traffic.bytes_written == outputs + 8 * 4
+    read = traffic.bytes_read - outputs
+    if made.index is None:
+        assert read == made.nbytes_used
+        return
+    exact, stored = kept_exact(made), 3000 - kept_exact(made)
+    frozen = 64 * 4                                                           # a mean, or the scales of channels
+    index, row, chosen, fixed = {
+        "rabitq": (10, 256, stored * 2 // 100, frozen), "twilight": (34, 256, stored * 2 // 100, frozen),
+        "quest": (256 / 16, 256, 1024, 0),
+        "self_indexing": (8, 2 * (16 + 8), 96, 2 * frozen + 16 * 16 * 16)}[preset]
+    assert read == pytest.approx(2 * (stored * index + chosen * row + exact * 256 + fixed), rel=0.001)
+
+
+def test_a_timed_step_is_given_its_filled_cache_and_outputs_again():
+    _, problem, inputs = step_inputs("rabitq")
+    place = types.SimpleNamespace(device="cpu", framework="numpy", current=lambda framework: contextlib.nullcontext())
+    call = calls.OperatorCall(cache_records.decode_step, "cpu", inputs, problem, place)
+    first = call()
+    made = call._arguments["workspace"]
+    again = call()
+    assert made is call._arguments["workspace"] and all(one is other for one, other in zip(first, again))
+
+
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
 gpu_cases = pytest.mark.parametrize("tail, sinks", [(Tail(), 0), (Tail(17), 3), (Tail(1, 16), 0), (Tail(16, 16), 4)])
@@ -1538,8 +1600,8 @@ def test_gpu_turboquant_holds_what_the_host_holds(sinks, tail):
             cache.append(k[:, :, t:t + 1], v[:, :, t:t + 1])
         results[device] = [x.cpu().numpy() for x in cache.attend(q, out=torch.empty_like(q, dtype=torch.float32),
                                                                  return_lse=True)]
-    on_host = dict(made["cpu"]._views())
-    for name, view in made["cuda"]._views():
+    on_host = made["cpu"].contents()
+    for name, view in made["cuda"].contents().items():
         one, other = view.to_host(), on_host[name].to_host()
         if one.dtype == np.uint32:                  # a code next to a decision may be one cell off
             assert np.unpackbits((one ^ other).view(np.uint8)).mean() < 1e-4, name

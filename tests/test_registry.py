@@ -15,10 +15,11 @@ from kvbench.registry import Kernel, Traffic
 
 registry.load()
 ROOT = pathlib.Path(__file__).parents[1]
-STEMS = sorted({kernel.stem for kernel in registry.KERNELS.values()})
+COMPOSED = "cache"      # the stem whose steps are made of the operators of others: no layer but its own file
+STEMS = sorted({kernel.stem for kernel in registry.KERNELS.values()} - {COMPOSED})
 KERNELS = list(registry.KERNELS.values())
 # How much of some arrays these move hangs on a list: tests/test_<stem>.py count it.
-LISTS = ("attention.sparse_attention", "selection.select_top_p", "selection.select_top_k")
+LISTS = ("attention.sparse_attention", "selection.select_top_p", "selection.select_top_k", "cache.decode_step")
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -28,6 +29,12 @@ def test_one_stem_leads_through_all_layers(stem):
         assert (ROOT / path).exists(), path
     on_gpus = any("cuda" in kernel.backends for kernel in KERNELS if kernel.stem == stem)
     assert (ROOT / f"cuda_src/{stem}.cu").exists() == on_gpus
+
+
+def test_whole_steps_are_a_stem_too():
+    for path in ("kvbench/cache.py", "kvbench/cache_records.py", "tests/test_cache.py", "tests/strategies/cache.py"):
+        assert (ROOT / path).exists(), path
+    assert [kernel.name for kernel in KERNELS if kernel.stem == COMPOSED] == ["cache.decode_step"]
 
 
 def test_no_stray_kernel_or_operator_file():
@@ -99,8 +106,8 @@ def test_a_name_cannot_be_registered_twice():
 def test_imports_point_down():
     """The table of folders in the architecture: nothing imports what stands above it."""
     order = ["errors", "trees", "driver", "arrays", "registry", "loaders", "cpu", "scores", "ops", "storage", "codecs",
-             "indexes", "selectors", "cache", "caches", "claims", "verify", "bench", "demo", "report", "doctor",
-             "integrations", "evaluate", "cli"]
+             "indexes", "selectors", "cache", "caches", "cache_records", "claims", "verify", "bench", "demo", "report",
+             "doctor", "integrations", "evaluate", "cli"]
     rank = {name: i for i, name in enumerate(order)}
     for path in (ROOT / "kvbench").rglob("*.py"):
         own = path.relative_to(ROOT / "kvbench").parts[0].removesuffix(".py")

@@ -239,7 +239,7 @@ def test_index_and_codec_have_one_sign_plane():
 
 def held(cache):
     """Bytes of all that a cache holds, by name."""
-    return {name: view.to_host().tobytes() for name, view in cache._views()}
+    return {name: view.to_host().tobytes() for name, view in cache.contents().items()}
 
 
 @pytest.mark.parametrize("value_bits", [2, 4])

@@ -12,7 +12,8 @@ class OperatorCall:
     """An operator with the memory that it would otherwise allocate: workspace and, after the first call, outputs.
 
     The outputs of an operator stand together in its signature, from `out` on, in the order in which they are returned;
-    a module whose operators take a `workspace` has a function of that name, whose parameters are axes of the problem.
+    a module whose operators take a `workspace` has a function of that name, whose parameters are axes of the problem,
+    or arguments of the operator.
     """
 
     def __init__(self, operator: Callable, backend: str, inputs: dict, problem: dict, place):
@@ -26,7 +27,7 @@ class OperatorCall:
     def __call__(self):
         if self._needs_workspace:          # with the first call, so that its memory counts with that of the outputs
             with self._place.current(self._place.framework):
-                self._arguments["workspace"] = _workspace(self._operator, self._problem, self._place)
+                self._arguments["workspace"] = _workspace(self._operator, self._arguments, self._problem, self._place)
             self._needs_workspace = False
         result = self._operator(**self._arguments)
         if self._outputs:
@@ -71,9 +72,9 @@ def input_sets(size: int, cache_bytes: int, most: int) -> int | None:
     return sets if 1 < sets <= most else None
 
 
-def _workspace(operator: Callable, problem: dict, place):
+def _workspace(operator: Callable, arguments: dict, problem: dict, place):
     make = sys.modules[inspect.unwrap(operator).__module__].workspace
-    known = {**problem, "device": place.device, "framework": place.framework}
+    known = {**arguments, **problem, "device": place.device, "framework": place.framework}
     if "kv_heads" in problem and "group" in problem:
         known["q_heads"] = problem["kv_heads"] * problem["group"]
     return make(**{name: known[name] for name in inspect.signature(make).parameters if name in known})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvbench.bench import axes
+from kvbench.caches import PRESETS
 from kvbench.registry import Kernel, nearest
 
 
@@ -22,9 +23,14 @@ class Suite:
     quick: bool = False
 
 
+def _is_step(kernel: Kernel) -> bool:
+    """A whole decode step, made of other kernels."""
+    return kernel.stem == "cache"
+
+
 def _attends(kernel: Kernel) -> bool:
     """Attention of a query over a cache: operators of this kind can return their log-sum-exp, to be merged."""
-    return "return_lse" in inspect.signature(kernel.operator).parameters
+    return "return_lse" in inspect.signature(kernel.operator).parameters and not _is_step(kernel)
 
 
 def _verb(*words: str) -> Callable[[Kernel], bool]:
@@ -37,8 +43,10 @@ SUITES = {
     "encode": Suite("writing keys and values into a cache", _verb("encode"), {"kv_heads": (8,), "tokens": (32768,)}),
     "select": Suite("scoring tokens cheaply, and choosing those to attend to",
                     _verb("score", "select", "top", "quantize"), {"heads": ("32:8",), "tokens": (32768, 131072)}),
-    "smoke": Suite("every kernel on a small case, quickly: does it all run?", lambda kernel: True, {"tokens": (256,)},
-                   quick=True),
+    "step": Suite("a whole decode step of every preset's cache", _is_step,
+                  {"preset": tuple(PRESETS), "heads": ("32:8",), "tokens": (32768, 131072)}),
+    "smoke": Suite("every kernel on a small case, quickly: does it all run?", lambda kernel: True,
+                   {"tokens": (256,), "preset": tuple(PRESETS)}, quick=True),
 }
 
 
