@@ -41,6 +41,8 @@
 //             reaches 89 %.
 //
 // attention_sparse_kernel: the same over listed tokens alone, with one list per KV head or per query head.
+//   Leading   slots of the cache, those of exact sinks and tail, may stand in front of every list: all that a sparse
+//             cache attends to is one launch, without a second one for them and a third that merges.
 //   Rows      A lane loads one of the 16 positions of a tile, two tiles ahead; copies take them by shuffles.  Whole rows
 //             of 2 * D bytes, so that segments of 128 bytes or more are read, and nothing of any other row.
 //   Bytes     2 * D * 2 per listed token and list, and 4 for its position.
@@ -75,20 +77,26 @@ struct EveryToken {
   __device__ __forceinline__ int token(int i) const { return i < count ? i : -1; }
 };
 
-// Entries outside the sequence count as no token: -1.
+// The first `leading` slots, then those of the list, which counts from slot `first`.  Entries outside the sequence are
+// no token: -1.
 struct ListedTokens {
   static constexpr bool kListed = true;
+  int first, leading;
   int count;
   int length;
-  const int* list;
+  const int* list;   // of position 0, so that position `leading` is the first entry
   __device__ __forceinline__ ListedTokens(const int* lengths, int b, int tokens, const int* indices, const int* counts,
-                                          u64 batch_stride, u64 list_stride, int slots, int list_id, int lists)
-      : count(min(max(counts[b * lists + list_id], 0), slots)),
-        length(lengths ? min(max(lengths[b], 0), tokens) : tokens),
-        list(indices + b * batch_stride + list_id * list_stride) {}
+                                          u64 batch_stride, u64 list_stride, int slots, int list_id, int lists,
+                                          const int* leading_counts, int first)
+      : first(first),
+        leading(leading_counts ? min(max(leading_counts[b], 0), first) : 0),
+        count(leading + min(max(counts[b * lists + list_id], 0), slots)),
+        length(lengths ? min(max(lengths[b], 0), tokens - first) : tokens - first),
+        list(indices + b * batch_stride + list_id * list_stride - leading) {}
   __device__ __forceinline__ int token(int i) const {
+    if (i < leading) return i;
     const int token = i < count ? __ldg(list + i) : -1;
-    return token < length ? token : -1;
+    return static_cast<u32>(token) < static_cast<u32>(length) ? first + token : -1;
   }
 };
 
@@ -424,6 +432,7 @@ __device__ __forceinline__ void attend_simple(const DecodeArguments<float>& argu
 
 // lengths : (batch,) or null for `tokens`; the other arguments as in DecodeArguments.
 // indices : (batch, lists, slots) with strides in elements        counts : (batch, lists)
+// leading : (batch,) or null, slots in front of every list, of the first `first`; indices and lengths count from there
 #define KVB_DECODE_PARAMETERS(T)                                                                                    \
   const T *__restrict__ query, const T *__restrict__ keys, const T *__restrict__ values,                            \
       const int *__restrict__ lengths, void *output, float *lse, float *partial_output, float2 *partial_statistics, \
@@ -431,13 +440,13 @@ __device__ __forceinline__ void attend_simple(const DecodeArguments<float>& argu
       u64 value_head_stride, u64 value_token_stride, int tokens, int group, float scale_log2, int output_float32
 #define KVB_LIST_PARAMETERS                                                                                   \
   const int *__restrict__ indices, const int *__restrict__ counts, u64 index_batch_stride, u64 index_list_stride, \
-      int slots, int lists_per_head
+      int slots, int lists_per_head, const int *__restrict__ leading, int first
 #define KVB_DECODE_ARGUMENTS                                                                                     \
   query, keys, values, output, lse, partial_output, partial_statistics, tickets, key_batch_stride, key_head_stride, \
       key_token_stride, value_batch_stride, value_head_stride, value_token_stride, group, scale_log2, output_float32
 #define KVB_LISTED_TOKENS                                                                                     \
   ListedTokens(lengths, blockIdx.z, tokens, indices, counts, index_batch_stride, index_list_stride, slots, blockIdx.y, \
-               gridDim.y)
+               gridDim.y, leading, first)
 
 template <class T, int D, int HEADS>
 __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)

@@ -217,6 +217,19 @@ class Array:
         return self._view(self.pointer + start * self.strides[axis] * self.itemsize,
                           (*self.shape[:axis], stop - start, *self.shape[axis + 1:]), self.strides)
 
+    def joined(self, other: Array, axis: int) -> Array:
+        """The view of this array and of `other`, which continues it along `axis`, as two views of one array may."""
+        # Strides along axes of length 1 mean nothing.
+        strides = tuple(own if length > 1 else step
+                        for own, step, length in zip(self.strides, other.strides, self.shape))
+        alike = all(i == axis or (own == length and (length == 1 or strides[i] == step)) for i, (own, length, step)
+                    in enumerate(zip(self.shape, other.shape, other.strides)))
+        end = self.pointer + self.shape[axis] * strides[axis] * self.itemsize
+        if not alike or (end, self.dtype, self.device) != (other.pointer, other.dtype, other.device):
+            raise ValueError(f"joined: expected memory that continues {self!r} along axis {axis}, got {other!r}")
+        length = self.shape[axis] + other.shape[axis]
+        return self._view(self.pointer, (*self.shape[:axis], length, *self.shape[axis + 1:]), strides)
+
     def reshape(self, *shape: int) -> Array:
         """The same contiguous memory under another shape of the same size."""
         if not self.is_contiguous:

@@ -88,9 +88,10 @@ class KVCache:
         | exact sinks | store: encoded by `keys` and `values`        | exact tail                |
         0           sinks                                  sinks + n(T)                         T
 
-    `tail` says when tokens move from the tail to the store (see `Tail`).  Sinks and tail share one exact buffer; each
-    of the two parts is attended by the operator of its pair of codecs and the results are merged exactly by
-    log-sum-exp.  Without sinks and tail the store holds everything and nothing is merged.  What the cache holds is a
+    `tail` says when tokens move from the tail to the store (see `Tail`).  Sinks and tail share one exact buffer.  With
+    a selector, one operator attends to it and to the selected tokens (`codecs.Fused.joint`); otherwise each of the two
+    parts is attended by the operator of its pair of codecs and the results are merged exactly by log-sum-exp.  Without
+    sinks and tail the store holds everything and nothing is merged.  What the cache holds is a
     pure function of the tokens: appending one by one gives the same bytes as one prompt (codecs with statistics freeze
     them at the first append).  Everything is preallocated; `append` and `attend` allocate nothing that grows.
 
@@ -139,21 +140,27 @@ class KVCache:
         self.device, self.backend = arrays.Device.parse(device), backend
         self.last_selection = None
 
-        codecs.fused(keys, values, sparse=index is not None)                 # refuses a pair without an operator
+        operators = codecs.fused(keys, values, sparse=index is not None)     # refuses a pair without an operator
         exact = codecs.Float16(head_dim, dtype)
         exact_slots = min(capacity, sinks + tail.slots)
         store_slots = int(tail.encoded(max(capacity - sinks, 0)))
+        self._parts = [part for part, slots in (("exact", exact_slots), ("store", store_slots)) if slots]
+        self._joint = index is not None and operators.joint is not None and len(self._parts) == 2
         self._owned: dict[str, tuple[codecs.Store, codecs.Packed]] = {}      # what holds tokens, by name
+        if self._joint and keys == values == exact:                          # one array: all rows have one base
+            for side in _SIDES:
+                whole = exact.allocate(batch, kv_heads, exact_slots + store_slots, self.device).tokens
+                for part, start, slots in (("exact", 0, exact_slots), ("store", exact_slots, store_slots)):
+                    self._owned[f"{part}.{side}"] = exact, codecs.Float16Tokens(whole.narrow(2, start, start + slots))
         for name, codec, slots in (("exact.keys", exact, exact_slots), ("exact.values", exact, exact_slots),
                                    ("store.keys", keys, store_slots), ("store.values", values, store_slots),
                                    ("store.index", index, store_slots)):
-            if codec is not None:                       # without slots too: the statistics of a prompt need a place
+            if codec is not None and name not in self._owned:   # without slots too: statistics of a prompt need a place
                 self._owned[name] = codec, codec.allocate(batch, kv_heads, slots, self.device)
-        self._parts = [part for part, slots in (("exact", exact_slots), ("store", store_slots)) if slots]
 
         self._lengths = np.zeros(batch, np.int64)
         self._owned_scratch = {"counts": arrays.zeros((2, batch), "int32", self.device)}     # tokens: exact part, store
-        if len(self._parts) > 1:
+        if len(self._parts) > 1 and not self._joint:
             self._owned_scratch["outputs"] = arrays.empty((2, batch, q_heads, head_dim), "float32", self.device)
             self._owned_scratch["lses"] = arrays.empty((2, batch, q_heads), "float32", self.device)
             self._owned_scratch["lse"] = arrays.empty((batch, q_heads), "float32", self.device)
@@ -381,8 +388,8 @@ class KVCache:
 
         self._follow(arguments.stream)
         options = dict(stream=arguments.stream, backend=self.backend)
-        if len(self._parts) == 1:
-            self._attend_part(self._parts[0], query, scale, result, lse, options)
+        if len(self._parts) == 1 or self._joint:
+            self._attend_part(self._parts[-1], query, scale, result, lse, options)
         else:
             outputs, lses = self._scratch["outputs"], self._scratch["lses"]
             for i, part in enumerate(self._parts):
@@ -393,8 +400,10 @@ class KVCache:
     def _attend_part(self, part: str, query: arrays.Array, scale: float, out: arrays.Array, lse: arrays.Array | None,
                      options: dict) -> None:
         (key_codec, keys), (value_codec, values) = self._stores[f"{part}.keys"], self._stores[f"{part}.values"]
-        lengths = _row(self._scratch["counts"], 0 if part == "exact" else 1)
-        selection = None
+        exact_lengths, store_lengths = (_row(self._scratch["counts"], i) for i in range(2))
+        lengths, selection, exact = exact_lengths if part == "exact" else store_lengths, None, None
+        if self._joint:
+            exact = codecs.Exact(*(self._stores[f"exact.{side}"][1] for side in _SIDES), exact_lengths)
         if part == "store" and self.index is not None:
             scores = self.index.score(query, self._stores["store.index"][1], keys, lengths=lengths, scale=scale,
                                       out=self._scratch["scores"], **options)
@@ -403,7 +412,7 @@ class KVCache:
                                       **options)
             self.last_selection = selection
         codecs.attend(query, key_codec, keys, value_codec, values, lengths=lengths, scale=scale, out=out, lse=lse,
-                      workspace=self._workspace, selection=selection, **options)
+                      workspace=self._workspace, selection=selection, exact=exact, **options)
 
     def _require_device(self, arguments: arrays.Arguments, name: str) -> None:
         arguments.require(arguments.device == self.device, name, f"an array on the cache's device {self.device}",

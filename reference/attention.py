@@ -52,20 +52,25 @@ def decode(query, keys, values, *, lengths=None, scale=None, return_lse=True):
     return (output, lse) if return_lse else output
 
 
-def sparse_attention(query, keys, values, indices, counts, *, lengths=None, scale=None, return_lse=True):
+def sparse_attention(query, keys, values, indices, counts, *, lengths=None, first=0, leading=None, scale=None,
+                     return_lse=True):
     """`decode` over listed tokens alone; no other slot is read.
 
     indices : [batch, lists, slots] int, lists = kv_heads or q_heads; entries outside 0 .. length - 1 are left out
     counts  : [batch, lists] int, entries of each list        other arguments and results as in `decode`
+    first   : slot of token 0: indices and lengths count from there
+    leading : [batch] int, how many of the `first` slots in front are attended in any case (default: none)
     """
     (batch, q_heads, head_dim), (_, kv_heads, tokens, _), lists = np.shape(query), np.shape(keys), np.shape(counts)[1]
     group = q_heads // lists
-    lengths = np.full(batch, tokens) if lengths is None else np.asarray(lengths)
+    lengths = np.full(batch, tokens - first) if lengths is None else np.asarray(lengths)
+    leading = np.zeros(batch, int) if leading is None else np.asarray(leading)
     output, lse = np.zeros((batch, q_heads, head_dim)), np.full((batch, q_heads), -np.inf)
     for b, i in np.ndindex(batch, lists):
         g, heads, one = i // (lists // kv_heads), slice(i * group, (i + 1) * group), slice(b, b + 1)
         listed = np.asarray(indices)[b, i, : counts[b, i]]
         listed = listed[(listed >= 0) & (listed < lengths[b])]
+        listed = np.concatenate([np.arange(leading[b]), first + listed])
         (output[b, heads],), (lse[b, heads],) = decode(query[one, heads], keys[one, g : g + 1, listed],
                                                        values[one, g : g + 1, listed], scale=scale)
     return (output, lse) if return_lse else output

@@ -247,6 +247,18 @@ def test_any_numpy_view_is_described_exactly_or_refused(data):
     assert_same_bits(array.to_host(), view)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 9, 4), (1, 1, 2, 4), (1, 3, 2, 1), (2, 1, 5, 4)])
+def test_two_views_of_one_array_are_joined_again(shape):
+    array = arrays.upload(np.arange(np.prod(shape), dtype=np.int32).reshape(shape), "cpu")
+    for length in range(1, shape[2]):
+        one, other = array.narrow(2, 0, length), array.narrow(2, length, shape[2])
+        assert (one.joined(other, 2).numpy() == array.numpy()).all()
+        with pytest.raises(ValueError, match="joined: expected memory that continues"):
+            other.joined(one, 2)
+        with pytest.raises(ValueError, match="joined: expected memory that continues"):
+            one.joined(arrays.upload(other.to_host(), "cpu"), 2)
+
+
 @given(st.data())
 def test_narrow_and_reshape_agree_with_numpy(data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))

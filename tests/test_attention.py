@@ -200,6 +200,24 @@ def test_lists_of_any_length_in_any_number_of_splits(backend, count, splits, gro
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_leading_slots_and_a_list_are_one_softmax(backend, dtype):
+    """Whatever their number, and whatever the list holds: attention to the slots that both name."""
+    inputs = case(tokens=90, dtype=dtype)
+    indices, counts = some_lists(0, 2, 2, 60, [[60, 7], [0, 33]])
+    counts[1, 0] = -3                                                   # clamped, as values of `leading` are
+    leading, first = np.array([30, -1], np.int32), 30
+    sparse = {**inputs, "indices": indices, "counts": counts, "leading": leading, "first": first, "return_lse": True}
+    output, lse = run(registry.get("attention.sparse_attention"), sparse, backend)
+    for b, g in np.ndindex(2, 2):
+        heads, kept = slice(3 * g, 3 * g + 3), [*range(30 * (b == 0)), *(30 + indices[b, g, :max(counts[b, g], 0)])]
+        part = {"query": inputs["query"][b:b + 1, heads], **{
+            side: inputs[side][b:b + 1, g:g + 1, np.array(kept, int)] for side in ("keys", "values")}}
+        registry.get("attention.decode").agreement(part, reference.decode(**part),
+                                                   (output[b:b + 1, heads], lse[b:b + 1, heads]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_r4_rows_that_are_not_listed_are_not_read(backend, dtype):
     """The release masked logits and read all of the cache, NaN included."""
     inputs = case(tokens=200, dtype=dtype)
@@ -240,6 +258,8 @@ def test_the_bytes_of_sparse_attention_are_those_of_the_listed_rows():
     (dict(indices=np.zeros((1, 2, 4), np.int64)), TypeError, "indices: expected dtype int32, got int64"),
     (dict(counts=np.zeros((1, 6), np.int32)), ValueError, "counts: expected shape .* with lists = 2 as in indices"),
     (dict(counts=None), TypeError, "counts: expected an array"),
+    (dict(first=5), ValueError, "first: expected an integer from 0 to the 4 tokens, got 5"),
+    (dict(leading=np.zeros(2, np.int32)), ValueError, "leading: expected shape .* with batch = 1"),
     (dict(splits=0), ValueError, "splits: expected an integer from 1 to 256, got 0"),
 ])
 def test_sparse_errors_name_the_argument(changes, error, message):

@@ -1408,6 +1408,36 @@ def test_a_saved_cache_is_an_ordinary_safetensors_file(saved):
     assert (about["format"], about["version"]) == ("kvbench.cache", 1) and len(about["sha256"]) == 64
 
 
+# ------------------------------------------------------------------------------------------------- launches of a step
+
+ATTENTION = {"exact": "attention_decode", "kivi": "kivi_attention", "turboquant": "turboquant_attention",
+             "block_gtq": "block_gtq_attention", "rabitq": "attention_sparse", "quest": "attention_sparse",
+             "twilight": "attention_sparse", "self_indexing": "self_indexing_attention"}
+SCORE = {"rabitq": "rabitq_score", "quest": "quest_score", "twilight": "turboquant_logits",
+         "self_indexing": "self_indexing_score"}
+
+
+@pytest.mark.skipif(loaders.availability("simt") is not None, reason=str(loaders.availability("simt")))
+@pytest.mark.parametrize("name", caches.PRESETS)
+def test_a_step_launches_what_its_docstring_says_and_nothing_else(name):
+    """Each launch costs 2 to 4 us of a step that is to take 40: exact tokens are part of the sparse one."""
+    rng = np.random.default_rng(0)
+    made = caches.PRESETS[name].function(1, 2, 8, 64, 600, backend="simt")
+    made.append(normal(rng, (1, 2, 500, 64)), normal(rng, (1, 2, 500, 64)))
+    query = normal(rng, (1, 8, 64))
+    out, lse = np.empty_like(query), np.empty((1, 8), np.float32)
+    with loaders.record() as launches:
+        made.attend(query, out=out, lse=lse)
+    names = [launch["kernel"].removeprefix("kvb::").partition("<")[0].removesuffix("_kernel") for launch in launches]
+    if made.index is not None:
+        assert names[0] == SCORE[name] and names[-1] == ATTENTION[name]
+        assert all(inner.startswith("selection_") for inner in names[1:-1])
+    elif name == "exact":
+        assert names == ["attention_decode"]
+    else:
+        assert sorted(names) == sorted([ATTENTION[name], "attention_decode", "attention_merge"])
+
+
 # ----------------------------------------------------------------------------------------- the decode step as a record
 
 

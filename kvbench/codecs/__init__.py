@@ -10,14 +10,14 @@ The same codec lays out the storage of a cache (`Store`): packed arrays of fixed
 """
 from __future__ import annotations
 
-from kvbench.codecs.base import FUSED, Codec, Fused, Packed, Part, Store, attend, fused, part, rebuild
+from kvbench.codecs.base import FUSED, Codec, Exact, Fused, Packed, Part, Store, attend, fused, part, rebuild
 from kvbench.codecs.block_gtq import BlockGTQ, BlockGTQTokens, load_calibration, save_calibration
 from kvbench.codecs.exact import Float16, Float16Tokens
 from kvbench.codecs.kivi import KiviKeys, KiviTokens, KiviValues, TokenInt
 from kvbench.codecs.self_indexing import SignVQ, SignVQTokens
 from kvbench.codecs.turboquant import TurboQuantMSE, TurboQuantProd, TurboQuantProdTokens, TurboQuantTokens
 
-__all__ = ["FUSED", "BlockGTQ", "BlockGTQTokens", "Codec", "Float16", "Float16Tokens", "Fused", "KiviKeys",
+__all__ = ["FUSED", "BlockGTQ", "BlockGTQTokens", "Codec", "Exact", "Float16", "Float16Tokens", "Fused", "KiviKeys",
            "KiviTokens", "KiviValues", "Packed", "Part", "SignVQ", "SignVQTokens", "Store", "TokenInt", "TurboQuantMSE",
            "TurboQuantProd", "TurboQuantProdTokens", "TurboQuantTokens", "attend", "fused", "load_calibration", "part",
            "rebuild", "save_calibration"]

@@ -5,6 +5,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvbench import arrays
 from kvbench.registry import nearest
@@ -127,6 +128,15 @@ class Codec(Store):
 # ---------------------------------------------------------------------------------------------------- decode attention
 
 
+class Exact(NamedTuple):
+    """The exact tokens of a cache, which are always attended: keys and values (`Float16Tokens`), and lengths, [batch]
+    int32: how many of them there are."""
+
+    keys: Packed
+    values: Packed
+    lengths: object
+
+
 @dataclass(frozen=True)
 class Fused:
     """The operators that attend to one pair of codecs.
@@ -136,6 +146,8 @@ class Fused:
             given (a codec that centres keys adds scale <q, centre> again, so that parts merge)
     sparse  the same with `selection=`, what the cache's selector returned: attends to the selected slots alone; None if
             there is no such operator
+    joint   as sparse, with `exact=`: the selected slots and those exact tokens in one launch, and no merge; None: each
+            has a launch of its own.  Of `Float16` codecs, `exact` and the store follow one another in one array
     check   (key_codec, value_codec): ValueError for codecs of these classes that do not go together; None: all do
 
     workspace is the scratch of `attention.workspace`: with it a step allocates nothing.
@@ -143,6 +155,7 @@ class Fused:
 
     dense: Callable
     sparse: Callable | None = None
+    joint: Callable | None = None
     check: Callable | None = None
 
 
@@ -164,15 +177,18 @@ def fused(keys: Codec, values: Codec, *, sparse: bool = False) -> Fused:
 
 
 def attend(query, key_codec: Codec, keys: Packed, value_codec: Codec, values: Packed, *, lengths, out, lse=None,
-           scale=None, workspace=None, selection=None, stream=None, backend=None) -> None:
+           scale=None, workspace=None, selection=None, exact: Exact | None = None, stream=None, backend=None) -> None:
     """out = softmax(scale <q, k_hat>) v_hat over the packed tokens, by the operator of this pair of codecs.
 
     query : [batch, q_heads, head_dim]        out : same shape, written        lse : [batch, q_heads] float32, written
     lengths : [batch] int32, tokens in the packed arrays        selection : of these slots only (default: all)
+    exact : with a selection, where the pair has a joint operator: these tokens, too
     """
     operators = fused(key_codec, value_codec, sparse=selection is not None)
     options = dict(lengths=lengths, scale=scale, out=out, lse=lse, workspace=workspace, stream=stream, backend=backend)
     if selection is None:
         operators.dense(query, key_codec, keys, value_codec, values, **options)
-    else:
+    elif exact is None:
         operators.sparse(query, key_codec, keys, value_codec, values, selection=selection, **options)
+    else:
+        operators.joint(query, key_codec, keys, value_codec, values, selection=selection, exact=exact, **options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbench import arrays
-from kvbench.codecs.base import FUSED, Codec, Fused, Packed, part
+from kvbench.codecs.base import FUSED, Codec, Exact, Fused, Packed, part
 from kvbench.ops import attention
 
 
@@ -93,4 +93,12 @@ def _attend_selected(query, key_codec: Float16, keys: Float16Tokens, value_codec
                                scale=scale, out=out, lse=lse, workspace=workspace, stream=stream, backend=backend)
 
 
-FUSED[Float16, Float16] = Fused(_attend_exact, _attend_selected)
+def _attend_jointly(query, key_codec: Float16, keys: Float16Tokens, value_codec: Float16, values: Float16Tokens, *,
+                    selection, exact: Exact, lengths, scale, out, lse, workspace, stream, backend) -> None:
+    whole = (front.tokens.joined(store.tokens, 2) for front, store in ((exact.keys, keys), (exact.values, values)))
+    attention.sparse_attention(query, *whole, selection.indices, selection.counts, lengths=lengths,
+                               first=exact.keys.tokens.shape[2], leading=exact.lengths, scale=scale, out=out, lse=lse,
+                               workspace=workspace, stream=stream, backend=backend)
+
+
+FUSED[Float16, Float16] = Fused(_attend_exact, _attend_selected, _attend_jointly)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbench import arrays
-from kvbench.codecs.base import FUSED, Codec, Fused, Packed, part
+from kvbench.codecs.base import FUSED, Codec, Exact, Fused, Packed, part
 from kvbench.codecs.kivi import KiviTokens, KiviValues, TokenInt
 from kvbench.ops import self_indexing
 from kvbench.ops.attention import check_scale
@@ -181,12 +181,14 @@ def _narrowed(storage: SignVQTokens, sequences: slice, start: int, stop: int) ->
 
 
 def _attend(query, key_codec: SignVQ, keys: SignVQTokens, value_codec: TokenInt, values: KiviTokens, *, lengths, scale,
-            out, lse, workspace, stream, backend, selection=None) -> None:
+            out, lse, workspace, stream, backend, selection=None, exact: Exact | None = None) -> None:
     """A store of values may have more slots than one of keys."""
     tokens = arrays.borrow(keys.sign, "keys").shape[2]
     values = KiviTokens(**{name: arrays.borrow(array, name).narrow(2, 0, tokens)
                            for name, array in values.arrays().items()})
     chosen = {} if selection is None else {"indices": selection.indices, "counts": selection.counts}
+    if exact is not None:
+        chosen |= {"exact_keys": exact.keys.tokens, "exact_values": exact.values.tokens, "exact_lengths": exact.lengths}
     self_indexing.sparse_attention_packed(
         query, key_codec.encoded(keys), value_codec.encoded(values), rows_of(keys.channel_scale), **chosen,
         lengths=lengths, mean=rows_of(keys.mean), scale=scale, out=out, lse=lse, workspace=workspace, stream=stream,
@@ -199,4 +201,4 @@ def _check(key_codec: SignVQ, value_codec: TokenInt) -> None:
                          f"channels, got {value_codec.bits} bits in groups of {value_codec.group}")
 
 
-FUSED[SignVQ, TokenInt] = FUSED[SignVQ, KiviValues] = Fused(_attend, _attend, _check)
+FUSED[SignVQ, TokenInt] = FUSED[SignVQ, KiviValues] = Fused(_attend, _attend, _attend, _check)

@@ -17,22 +17,26 @@ def decode(query, keys, values, lengths, scale, out, lse) -> None:
     """
     batch, kv_heads, tokens, _ = keys.shape
     counts = np.full(batch, tokens, np.int32) if lengths is None else lengths
-    counts = np.broadcast_to(counts[:, None], (batch, kv_heads))
-    _attend(query, keys, values, np.empty((batch, kv_heads, 0), np.int32), counts, tokens, counts[:, 0], scale, out,
+    none = np.broadcast_to(np.zeros(1, np.int32), (batch, kv_heads))
+    _attend(query, keys, values, np.empty((batch, kv_heads, 0), np.int32), none, counts, tokens, counts, scale, out,
             lse)
 
 
-def sparse_attention(query, keys, values, indices, counts, lengths, scale, out, lse) -> None:
-    """indices : [batch, lists, slots] int32   counts : [batch, lists] int32   lengths : [batch] int32   others above"""
-    _attend(query, keys, values, indices, counts, int(counts.max(initial=0)), lengths, scale, out, lse)
+def sparse_attention(query, keys, values, indices, counts, lengths, first, leading, scale, out, lse) -> None:
+    """indices : [batch, lists, slots] int32   counts : [batch, lists] int32   lengths, leading : [batch] int32
+    others above"""
+    _attend(query, keys, values, indices, counts, leading, first, lengths, scale, out, lse)
 
 
-def _attend(query, keys, values, indices, counts, most, lengths, scale, out, lse):
+def _attend(query, keys, values, indices, counts, leading, first, lengths, scale, out, lse):
+    """Of each list: the first `leading` slots, then `counts` entries, which count from slot `first`."""
     batch, q_heads, head_dim = query.shape
+    most = int(leading.max(initial=0)) + int(counts.max(initial=0))
     splits = max(-(-most // TOKENS_PER_TASK), 1)
     outputs = np.zeros((splits, batch, q_heads, head_dim), np.float32)
     lses = np.full((splits, batch, q_heads), -np.inf, np.float32)
-    _decode(bits(query), bits(keys), bits(values), indices, counts, lengths, np.float32(scale), outputs, lses)
+    _decode(bits(query), bits(keys), bits(values), indices, counts, leading, first, lengths, np.float32(scale), outputs,
+            lses)
     merge(outputs, lses, out, np.empty((batch, q_heads), np.float32) if lse is None else lse)
 
 
@@ -43,25 +47,30 @@ def merge(outputs, lses, out, lse) -> None:
 
 
 @numba.njit(parallel=True, **COMPILE_SUMS)
-def _decode(query, keys, values, indices, counts, lengths, scale, outputs, lses):
-    """counts : [batch, lists], tokens that the query heads of each list attend to: the first, or those in `indices`"""
+def _decode(query, keys, values, indices, counts, leading, start, lengths, scale, outputs, lses):
+    """The query heads of a list attend to slots 0 ... leading - 1 and to start + indices[0 ... counts - 1]."""
     batch, q_heads, head_dim = query.shape
-    lists, listed = counts.shape[1], indices.shape[2] > 0
+    lists = counts.shape[1]
     group, lists_per_head = q_heads // lists, lists // keys.shape[1]
     splits = outputs.shape[0]
     for task in numba.prange(batch * lists * splits):
         b, i, split = task // (lists * splits), task // splits % lists, task % splits
         g = i // lists_per_head
-        first, last = split * TOKENS_PER_TASK, min((split + 1) * TOKENS_PER_TASK, counts[b, i])
+        before = leading[b]
+        first, last = split * TOKENS_PER_TASK, min((split + 1) * TOKENS_PER_TASK, before + counts[b, i])
         if first >= last:
             continue
         tokens = np.empty(TOKENS_PER_TASK, np.int64)
         n = 0
         for t in range(first, last):
-            token = np.int64(indices[b, i, t]) if listed else t
-            if 0 <= token < lengths[b]:
-                tokens[n] = token
+            if t < before:
+                tokens[n] = t
                 n += 1
+            else:
+                token = np.int64(indices[b, i, t - before])
+                if 0 <= token < lengths[b]:
+                    tokens[n] = start + token
+                    n += 1
         q = np.empty((group, head_dim), np.float32)
         for h in range(group):
             for d in range(head_dim):
@@ -71,11 +80,11 @@ def _decode(query, keys, values, indices, counts, lengths, scale, outputs, lses)
         largest = np.full(group, -np.inf, np.float32)
         total = np.zeros(group, np.float32)
         output = np.zeros((group, head_dim), np.float32)
-        for start in range(0, n, TILE):
-            count = min(TILE, n - start)
+        for done in range(0, n, TILE):
+            count = min(TILE, n - done)
             for t in range(count):
                 for d in range(head_dim):
-                    row[d] = load(keys[b, g, tokens[start + t], d])
+                    row[d] = load(keys[b, g, tokens[done + t], d])
                 for h in range(group):
                     logit = np.float32(0)
                     for d in range(head_dim):
@@ -96,7 +105,7 @@ def _decode(query, keys, values, indices, counts, lengths, scale, outputs, lses)
                     total[h] += weights[h, t]
             for t in range(count):
                 for d in range(head_dim):
-                    row[d] = load(values[b, g, tokens[start + t], d])
+                    row[d] = load(values[b, g, tokens[done + t], d])
                 for h in range(group):
                     weight = weights[h, t]
                     for d in range(head_dim):

@@ -113,9 +113,9 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     return (out.give(), lse.give()) if return_lse else out.give()
 
 
-def sparse_attention(query, keys, values, indices, counts, *, lengths=None, scale: float | None = None,
-                     splits: int | None = None, return_lse: bool = False, out=None, lse=None,
-                     workspace: Workspace | None = None, backend: str | None = None, stream=None):
+def sparse_attention(query, keys, values, indices, counts, *, lengths=None, first: int = 0, leading=None,
+                     scale: float | None = None, splits: int | None = None, return_lse: bool = False, out=None,
+                     lse=None, workspace: Workspace | None = None, backend: str | None = None, stream=None):
     """output_h = sum_(t in list) softmax_t(scale <q_h, k_t>) v_t: attention to listed tokens, no other row is read.
 
     query     : [batch, q_heads, head_dim] float16, bfloat16 or float32
@@ -126,6 +126,9 @@ def sparse_attention(query, keys, values, indices, counts, *, lengths=None, scal
                 of 0: output 0, lse -inf
     lengths   : [batch] int32, tokens of each sequence (default: all), clamped to 0..tokens; entries outside
                 0..length - 1 are left out, since checking them would wait for the device
+    first     : slot of token 0: indices and lengths count from there
+    leading   : [batch] int32, how many of the `first` slots in front are attended in any case, by all query heads
+                (default: none), clamped to 0..first: the exact sinks and tail of a cache
 
     scale, splits, return_lse, out, lse, workspace and backend are as in `decode`, and so is the precision.  With lists
     per KV head each listed row is read once for all of its query heads; with lists per query head once for each.
@@ -138,25 +141,31 @@ def sparse_attention(query, keys, values, indices, counts, *, lengths=None, scal
     batch, q_heads, kv_heads, lists = (arguments.sizes[n] for n in ("batch", "q_heads", "kv_heads", "lists"))
     arguments.require(lists in (kv_heads, q_heads), "indices",
                       f"lists for the {kv_heads} KV heads or the {q_heads} query heads", lists)
+    tokens = keys.shape[2]
+    arguments.require(isinstance(first, int) and not isinstance(first, bool) and 0 <= first <= tokens, "first",
+                      f"an integer from 0 to the {tokens} tokens", repr(first))
+    leading = arguments.take("leading", leading, "batch", ("int32",), optional=True)
     out, lse = take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
 
     if backend in HOST_BACKENDS:
-        tokens = keys.shape[2]
-        host_lengths = np.full(batch, tokens, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, tokens)
+        most = tokens - first
+        host_lengths = np.full(batch, most, np.int32) if lengths is None else np.clip(lengths.numpy(), 0, most)
         host_counts = np.clip(counts.numpy(), 0, indices.shape[2])
+        before = np.zeros(batch, np.int32) if leading is None else np.clip(leading.numpy(), 0, first)
     if backend == "reference":
         _store_reference(out, lse, reference.sparse_attention(
             query.numpy(), keys.numpy(), values.numpy(), indices.numpy(), host_counts, lengths=host_lengths,
-            scale=scale))
+            first=first, leading=before, scale=scale))
     elif backend == "cpu":
         cpu_attention.sparse_attention(query.numpy(), keys.numpy(), values.numpy(), indices.numpy(), host_counts,
-                                       host_lengths, scale, out.numpy(), None if lse is None else lse.numpy())
+                                       host_lengths, first, before, scale, out.numpy(),
+                                       None if lse is None else lse.numpy())
     else:
         _check_cuda(arguments, backend, query, keys, values, out)
         if batch:
-            _launch_decode(query, keys, values, lengths, (indices, counts), scale, splits, out, lse, workspace, backend,
-                           arguments)
+            _launch_decode(query, keys, values, lengths, (indices, counts, leading, first), scale, splits, out, lse,
+                           workspace, backend, arguments)
     return (out.give(), lse.give()) if return_lse else out.give()
 
 
@@ -249,9 +258,12 @@ def split_shared_bytes(copies: int, heads: int, head_dim: int, threads: int) -> 
 
 
 def _launch_decode(query, keys, values, lengths, listed, scale, splits, out, lse, workspace, backend, arguments):
-    """listed : (indices, counts), or None for all tokens"""
+    """listed : (indices, counts, leading, first), or None for all tokens"""
     batch, kv_heads, tokens, head_dim = keys.shape
     lists, most = (kv_heads, tokens) if listed is None else listed[0].shape[1:]
+    if listed is not None:
+        indices, counts, leading, first = listed
+        slots, most = most, most + first
     group, device = query.shape[1] // lists, query.device
     kernel = "attention_decode" if listed is None else "attention_sparse"
     if query.dtype == "float32":
@@ -270,8 +282,8 @@ def _launch_decode(query, keys, values, lengths, listed, scale, splits, out, lse
         shared_bytes += MAX_GROUP * head_dim * 4    # the copies follow the queries
     scratch = take_workspace(arguments, workspace, splits, device, out.framework)
     function = loaders.get_function("attention", f"kvb::{name}", backend, device)
-    extra = () if listed is None else (*listed, *map(np.uint64, listed[0].strides[:2]), np.int32(most),
-                                       np.int32(lists // kv_heads))
+    extra = () if listed is None else (indices, counts, *map(np.uint64, indices.strides[:2]), np.int32(slots),
+                                       np.int32(lists // kv_heads), leading, np.int32(first))
     function((splits, lists, batch), (256,), (
         query, keys, values, lengths, out, lse, scratch.partial_output,
         scratch.partial_statistics, scratch.tickets, *map(np.uint64, keys.strides[:3]),
@@ -415,13 +427,14 @@ def _sparse_agreement(inputs, expected, actual):
     query, keys, values, indices, counts = (inputs[n] for n in ("query", "keys", "values", "indices", "counts"))
     (batch, lists), dtype = counts.shape, query.dtype.name
     group, lists_per_head = query.shape[1] // lists, lists // keys.shape[1]
-    lengths = inputs.get("lengths")
+    lengths, first, leading = inputs.get("lengths"), inputs.get("first", 0), inputs.get("leading")
     output, lse = np.zeros(query.shape), np.zeros(query.shape[:2])
     for b, i in np.ndindex(batch, lists):
         heads, pair = slice(i * group, (i + 1) * group), (slice(b, b + 1), slice(i // lists_per_head,
                                                                                i // lists_per_head + 1))
         listed = indices[b, i, : min(max(counts[b, i], 0), indices.shape[2])]
-        listed = listed[(listed >= 0) & (listed < (keys.shape[2] if lengths is None else lengths[b]))]
+        listed = listed[(listed >= 0) & (listed < (keys.shape[2] - first if lengths is None else lengths[b]))]
+        listed = np.concatenate([np.arange(0 if leading is None else leading[b]), first + listed])
         (output[b, heads],), (lse[b, heads],) = decode_tolerance(
             query[pair[0], heads], keys[pair][:, :, listed], values[pair][:, :, listed], None, inputs.get("scale"),
             dtype)

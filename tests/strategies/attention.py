@@ -49,7 +49,14 @@ def sparse_attention(draw):
         unread[b, i // (lists // kv_heads), listed[listed < lengths[b]]] = False
     for name in ("keys", "values"):
         arguments[name][unread] = np.nan
-    return {**arguments, "indices": indices, "counts": counts.astype(np.int32)}
+    first = draw(st.sampled_from((0, 0, 1, 20)))
+    if first:                   # slots in front of the tokens, of which some are attended in any case
+        leading = arguments["leading"] = rng.integers(0, first + 1, batch).astype(np.int32)
+        for name in ("keys", "values"):
+            front = fill(rng, (batch, kv_heads, first, arguments[name].shape[3]), arguments[name].dtype.name, "normal")
+            front[np.broadcast_to((np.arange(first) >= leading[:, None])[:, None], front.shape[:3])] = np.nan
+            arguments[name] = np.concatenate([front, arguments[name]], axis=2)
+    return {**arguments, "first": first, "indices": indices, "counts": counts.astype(np.int32)}
 
 
 @st.composite
