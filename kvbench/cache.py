@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 
 from kvbench import arrays, codecs, storage, trees
+from kvbench.driver import Loan, driver
 from kvbench.errors import CapacityError
 from kvbench.ops import attention
 
@@ -105,6 +106,7 @@ class KVCache:
         alone, must have none
     sinks : the first tokens, kept exact forever and always attended
     dtype : of the tokens that are appended, of those kept exact, and of queries and outputs
+    encode_stream : None, or the CUDA stream on which tokens are encoded while the caller's stream goes on; see there
     last_selection : what the selector chose in the last step, positions counted in the store: slot i is token
         sinks + i.  The next step writes into the same arrays.  None before the first one
     device : "cpu", "cuda", "cuda:1"        backend : of the operators (default: that of the device)
@@ -158,7 +160,11 @@ class KVCache:
             if codec is not None and name not in self._owned:   # without slots too: statistics of a prompt need a place
                 self._owned[name] = codec, codec.allocate(batch, kv_heads, slots, self.device)
 
-        self._lengths = np.zeros(batch, np.int64)
+        self._lengths, self._prepared = np.zeros(batch, np.int64), False
+        # Tokens of each sequence that are in the store, or on their way; whether the caller's stream has not yet waited
+        # for all of them, and for some that count as stored.
+        self._ahead, self._room = np.zeros(batch, np.int64), store_slots
+        self._encode_stream, self._encoding, self._queued, self._awaited = None, None, False, False
         self._owned_scratch = {"counts": arrays.zeros((2, batch), "int32", self.device)}     # tokens: exact part, store
         if len(self._parts) > 1 and not self._joint:
             self._owned_scratch["outputs"] = arrays.empty((2, batch, q_heads, head_dim), "float32", self.device)
@@ -186,6 +192,46 @@ class KVCache:
         self._scratch = trees.apply(move, self._owned_scratch)
         self._workspace = trees.apply(move, self._owned_workspace)
         self._stream = stream
+
+    # ------------------------------------------------------------------------------------------- asynchronous encoding
+
+    @property
+    def encode_stream(self):
+        """The stream on which tokens are encoded, a handle (int); None (default): that of the caller.
+
+        Set it to an object with `__cuda_stream__`, or to the handle of a stream that you keep, one that does not
+        synchronise with the legacy default stream; caches of many layers may share one.  Then `append` only queues the
+        encoding, behind an event on the caller's stream, and the caller's stream waits for it, on the device, where its
+        result is first needed:
+
+        - A block is encoded as soon as all of its tokens have arrived, and counts as stored when `tail` says so,
+          `recent` tokens later: until then its tokens are attended in the tail.  The append that moves it to the store
+          waits, by then for nothing.
+        - What an append puts into the store at once, most of a prompt, is waited for by the next append or attend.
+
+        So contents and results are at any time those of a cache without the stream, bit for bit.  The host never waits
+        (`prepare` does, and with statistics the first append of a sequence).  The memory of k and v is kept until the
+        encoder is done, but must not be overwritten before the next append or attend.  A captured `attend` does not
+        wait for a prompt: append a token, or attend once, before it is replayed.  In host memory nothing is queued, and
+        the order of encoding is the same.
+        """
+        return self._encode_stream
+
+    @encode_stream.setter
+    def encode_stream(self, stream) -> None:
+        self._join()
+        handle = None if stream is None else arrays.Arguments("KVCache: encode_stream", stream=stream).stream
+        self._encode_stream = handle
+        # Made once: every borrowing of an array orders the streams, and one order is enough for an append.
+        self._encoding = None if handle is None else {
+            name: (codec, trees.apply(lambda _, array: arrays.borrow(array, "KVCache", stream=handle), packed))
+            for name, (codec, packed) in self._owned.items() if name.startswith("store.")}
+
+    def _join(self) -> None:
+        """Make the stream in use wait for all that is queued on the stream of the encoder."""
+        if self._queued and self.device.kind == "cuda":
+            driver().order(self.device.index, self._stream, self._encode_stream)
+        self._queued = self._awaited = False
 
     # ------------------------------------------------------------------------------------------------------- contents
 
@@ -220,8 +266,10 @@ class KVCache:
                 f"tokens={self._lengths.tolist()})")
 
     def clear(self) -> None:
-        """Forget all tokens; the memory is kept."""
+        """Forget all tokens; the memory is kept, and so are statistics by `prepare`."""
+        self._join()
         self._set_lengths(np.zeros(self.batch, np.int64))
+        self._ahead = np.zeros(self.batch, np.int64)
         self.last_selection = None
 
     # --------------------------------------------------------------------------------------------------------- append
@@ -234,9 +282,59 @@ class KVCache:
                   them), for methods that look at the prompt's queries
         lengths : [batch] int, how many of these tokens belong to each sequence (default: all); the others are padding
 
+        What is frozen of a prompt (means, scales of channels, codebooks, bits) is that of the first append of a
+        sequence: where a prompt comes in chunks, of its first chunk.  `prepare` freezes that of other tokens.
+
         CapacityError if any sequence would outgrow the capacity; like every error, before anything is written.
         """
         arguments = arrays.Arguments("KVCache.append")
+        new, queries = self._take_tokens(arguments, k, v, q)
+        tokens = arguments.sizes["tokens"]
+        added = self._added(arguments, lengths, tokens)
+        grown = self._lengths + added
+        if grown.max() > self.capacity:
+            sequence = int(grown.argmax())
+            room = self.capacity - self._lengths[sequence]
+            raise CapacityError(f"KVCache.append: k: expected at most {room} more tokens for sequence {sequence} "
+                                f"(capacity {self.capacity}), got {added[sequence]}; nothing was written: "
+                                "make the cache with a larger capacity")
+
+        self._follow(arguments.stream)
+        if self._awaited:
+            self._join()
+        options = dict(stream=arguments.stream, backend=self.backend)
+        for sequences in _equal_runs(self._lengths, added, self._ahead):
+            old, count = int(self._lengths[sequences.start]), int(added[sequences.start])
+            if count:
+                chunk = {name: _part(x, sequences, 0, count) for name, x in new.items()}
+                if old == 0 and not self._prepared:
+                    # Query i belongs to token tokens - queries + i: those of padding are left out.
+                    known = 0 if queries is None else max(count - (tokens - queries.shape[2]), 0)
+                    asked = _part(queries, sequences, 0, known) if known else None
+                    for encoder, packed, side in self._encoders(self._stores):
+                        encoder.prepare(packed, sequences, chunk[side], asked, **options)
+                self._extend(sequences, old, count, chunk, options)
+        self._set_lengths(grown)
+        Loan.collect()                                          # a prompt that an encoder is done with
+
+    def prepare(self, k, v, q=None) -> None:
+        """Freeze the statistics of every sequence by these tokens, which are not stored: not by its first append.
+
+        k, v, q : as for `append`: a whole prompt that will be appended in chunks, or a sample of a layer's tokens
+
+        Statistics are made on the host: this waits for the device, and later appends do not.  ValueError if the cache
+        holds tokens.
+        """
+        arguments = arrays.Arguments("KVCache.prepare")
+        new, queries = self._take_tokens(arguments, k, v, q)
+        arguments.require(not self._lengths.any(), "k", "an empty cache", f"one with {self._lengths.tolist()} tokens")
+        self._follow(arguments.stream)
+        for encoder, packed, side in self._encoders(self._stores):
+            encoder.prepare(packed, slice(0, self.batch), new[side], queries, stream=arguments.stream,
+                            backend=self.backend)
+        self._prepared = True
+
+    def _take_tokens(self, arguments: arrays.Arguments, k, v, q) -> tuple[dict[str, arrays.Array], arrays.Array | None]:
         shape = f"{self.batch} {self.kv_heads} tokens {self.head_dim}"
         new = {"keys": arguments.take("k", k, shape, (self.dtype,), strided=True),
                "values": arguments.take("v", v, shape, (self.dtype,), strided=True)}
@@ -248,29 +346,7 @@ class KVCache:
                               queries.shape[2])
         self._require_device(arguments, "k")
         arguments.require(tokens > 0, "k", "at least one token", tokens)
-        added = self._added(arguments, lengths, tokens)
-        grown = self._lengths + added
-        if grown.max() > self.capacity:
-            sequence = int(grown.argmax())
-            room = self.capacity - self._lengths[sequence]
-            raise CapacityError(f"KVCache.append: k: expected at most {room} more tokens for sequence {sequence} "
-                                f"(capacity {self.capacity}), got {added[sequence]}; nothing was written: "
-                                "make the cache with a larger capacity")
-
-        self._follow(arguments.stream)
-        options = dict(stream=arguments.stream, backend=self.backend)
-        for sequences in _equal_runs(self._lengths, added):
-            old, count = int(self._lengths[sequences.start]), int(added[sequences.start])
-            if count:
-                chunk = {name: _part(x, sequences, 0, count) for name, x in new.items()}
-                if old == 0:
-                    # Query i belongs to token tokens - queries + i: those of padding are left out.
-                    known = 0 if queries is None else max(count - (tokens - queries.shape[2]), 0)
-                    asked = _part(queries, sequences, 0, known) if known else None
-                    for encoder, packed, side in self._encoders():
-                        encoder.prepare(packed, sequences, chunk[side], asked, **options)
-                self._extend(sequences, old, count, chunk, options)
-        self._set_lengths(grown)
+        return new, queries
 
     def _added(self, arguments: arrays.Arguments, lengths, tokens: int) -> np.ndarray:
         if lengths is None:
@@ -295,13 +371,14 @@ class KVCache:
         # what the store holds from `encoded` to `goal`.  New token number i has position i + shift.
         shift = old - self.sinks
         first, last = shift + sinks, shift + count
-        encoded, goal = int(self.tail.encoded(first)), int(self.tail.encoded(last))
+        encoded, goal, ahead = (int(n) for n in (*self.tail.encoded(np.array([first, last])),
+                                                 self._ahead[sequences.start]))
         block = self.tail.block
         while encoded < goal:
             if first - encoded >= block:                        # whole blocks lie in the tail: they leave it
                 stop = min(first - (first - encoded) % block, goal)
-                for position, slot, n in self.tail.runs(encoded, stop, encoded):
-                    self._write_store(sequences, position, self._exact_views(sequences, self.sinks + slot, n), options)
+                self._encode_tail(sequences, max(ahead, encoded), stop, encoded, options)
+                self._join()                                    # slots that the encoder reads are filled again now
                 self._close_gap(sequences, encoded, stop, first, options["stream"])
                 encoded = stop
             elif first > encoded:                               # a block began in the tail: the new tokens complete it
@@ -310,8 +387,20 @@ class KVCache:
             else:                                               # the other blocks never enter the tail
                 self._write_store(sequences, encoded, {name: x.narrow(2, first - shift, goal - shift)
                                                        for name, x in new.items()}, options)
+                self._awaited = self._queued
                 first = encoded = goal
         self._write_tail(sequences, new, shift, first, last, encoded, options)
+        ahead = max(ahead, encoded)
+        if self._encode_stream is not None:                     # whole blocks of the tail, before they leave it
+            complete = min(last // block * block, self._room)
+            self._encode_tail(sequences, ahead, complete, encoded, options)
+            ahead = max(ahead, complete)
+        self._ahead[sequences] = ahead
+
+    def _encode_tail(self, sequences: slice, first: int, last: int, encoded: int, options: dict) -> None:
+        """Write tokens [first, last), whole blocks of a tail that begins at `encoded`, into the store."""
+        for position, slot, n in self.tail.runs(first, last, encoded):
+            self._write_store(sequences, position, self._exact_views(sequences, self.sinks + slot, n), options)
 
     def _close_gap(self, sequences: slice, encoded: int, stop: int, last: int, stream: int) -> None:
         """Tokens [encoded, stop) have left the tail, which ends at `last`: move those behind the ring to new slots.
@@ -338,14 +427,19 @@ class KVCache:
             codec.write(packed, sequences, slot, x[name].narrow(2, start, start + count), **options)
 
     def _write_store(self, sequences: slice, position: int, x: dict[str, arrays.Array], options: dict) -> None:
-        for encoder, packed, side in self._encoders():
+        stores = self._stores
+        if self._encode_stream is not None:
+            # Borrowing makes this stream wait for the caller's, and keeps the memory until the encoder is done.
+            options, stores, self._queued = {**options, "stream": self._encode_stream}, self._encoding, True
+            x = {side: arrays.borrow(array, "KVCache", stream=self._encode_stream) for side, array in x.items()}
+        for encoder, packed, side in self._encoders(stores):
             encoder.write(packed, sequences, position, x[side], **options)
 
-    def _encoders(self) -> list[tuple[codecs.Store, codecs.Packed, str]]:
+    def _encoders(self, stores) -> list[tuple[codecs.Store, codecs.Packed, str]]:
         """The codecs and the index, what they write into, and which of the new tokens they encode."""
-        return [(*self._stores[f"store.{name}"], side)
+        return [(*stores[f"store.{name}"], side)
                 for name, side in (("keys", "keys"), ("values", "values"), ("index", "keys"))
-                if f"store.{name}" in self._stores]
+                if f"store.{name}" in stores]
 
     def _exact_views(self, sequences: slice, slot: int, count: int) -> dict[str, arrays.Array]:
         return {name: _part(self._stores[f"exact.{name}"][1].tokens, sequences, slot, slot + count)
@@ -387,6 +481,8 @@ class KVCache:
         lse = arguments.result("lse", lse, query.shape[:2], "float32") if wants_lse else None
 
         self._follow(arguments.stream)
+        if self._awaited:
+            self._join()
         options = dict(stream=arguments.stream, backend=self.backend)
         if len(self._parts) == 1 or self._joint:
             self._attend_part(self._parts[-1], query, scale, result, lse, options)
@@ -423,6 +519,7 @@ class KVCache:
 
         In the order of their arrival.  A diagnostic: what is encoded is decoded by its codec, to `dtype`.
         """
+        self._join()
         length = int(self._lengths[sequence])
         exact, encoded = (int(n) for n in self._split(self._lengths)[:, sequence])
         sinks, rows = min(self.sinks, length), slice(sequence, sequence + 1)
@@ -447,6 +544,7 @@ class KVCache:
 
         By name, PART.SIDE.ARRAY.SEQUENCE such as "store.keys.sign.0"; all are [1, kv_heads, ...].
         """
+        self._join()
         lengths = self._lengths if lengths is None else np.asarray(lengths, np.int64)
         counts, views = dict(zip(("exact", "store"), self._split(lengths))), {}
         for name, (codec, packed) in self._stores.items():
@@ -464,6 +562,7 @@ class KVCache:
         _require(lengths.shape == (self.batch,) and lengths.min() >= 0 and lengths.max() <= self.capacity, "lengths",
                  f"{self.batch} lengths of at most {self.capacity}", lengths.tolist())
         self._set_lengths(lengths)
+        self._ahead = self._split(lengths)[1]
         views = self.contents()
         _require(views.keys() == contents.keys(), "arrays", sorted(views), sorted(contents))
         for name, view in views.items():

@@ -148,15 +148,16 @@ class Loan:
 
     def __init__(self, value, index: int, stream: int):
         self._value, self._index, self._stream = value, index, stream
-        self._collect()
+        self.collect()
 
     def __del__(self):
         if not sys.is_finalizing():
             self._waiting.append((driver().record(self._index, self._stream), self._value))
-            self._collect()
+            self.collect()
 
     @classmethod
-    def _collect(cls):
+    def collect(cls):
+        """Let go of what nobody uses any more."""
         for _ in range(len(cls._waiting)):
             try:
                 event, value = cls._waiting.popleft()

@@ -750,7 +750,7 @@ def emulated_driver():
         monkeypatch.setattr(arrays, "driver", lambda: driver)
         yield library
         library.busy = False
-        driver_module.Loan._collect()
+        driver_module.Loan.collect()
         assert not driver_module.Loan._waiting
     assert not library.context, "a context was left current"
     assert not library.events, "an event was leaked"
@@ -930,7 +930,7 @@ def test_dlpack_producers_are_told_our_stream(emulated, ours, asked):
     del array
     assert producer.deleted == 0, "the work on our stream may still use it"
     emulated.busy = False
-    driver_module.Loan._collect()
+    driver_module.Loan.collect()
     assert producer.deleted == 1
 
 
