@@ -20,6 +20,8 @@
 //   Softmax   Online, base 2, reference (subtracted exponent) 8 below the largest logit seen, raised only when a logit
 //             exceeds it by 12: p < 4096 fits fp16, and tokens down to 2^-32 of the largest still count.  The total
 //             sums the rounded p.
+//   Earlier   The result of an earlier launch over other tokens, packed ones say, is merged where this one's is stored:
+//             no third launch, each of which costs 2 to 4 us.
 //   Bytes     2 * D * 2 per token and KV head, once.  In flight per block: 8 warps * 8 KiB = 64 KiB at D = 128; 3 TB/s
 //             at 800 ns need 18 KiB per multiprocessor.
 //   Counts    Per 16 tokens at D = 128, 8 heads: 16 cp.async, 16 LDS.128, 24 mma, 32 PRMT, about 40 for softmax: 130
@@ -43,8 +45,8 @@
 // attention_sparse_kernel: the same over listed tokens alone, with one list per KV head or per query head.
 //   Leading   slots of the cache, those of exact sinks and tail, may stand in front of every list: all that a sparse
 //             cache attends to is one launch, without a second one for them and a third that merges.
-//   Rows      A lane loads one of the 16 positions of a tile, two tiles ahead; copies take them by shuffles.  Whole rows
-//             of 2 * D bytes, so that segments of 128 bytes or more are read, and nothing of any other row.
+//   Rows      A lane loads one of the 16 positions of a tile, two tiles ahead; copies take them by shuffles.  Whole
+//             rows of 2 * D bytes, so that segments of 128 bytes or more are read, and nothing of any other row.
 //   Bytes     2 * D * 2 per listed token and list, and 4 for its position.
 //
 // attention_decode_simple_kernel, attention_sparse_simple_kernel (fp32; also the plainly readable version): a warp per
@@ -106,6 +108,7 @@ struct ListedTokens {
 // tickets : (batch, lists), zero               output : (batch, lists * group, D) T, or float if output_float32
 // lse : (batch, lists * group) or null         partial_output : (batch, lists * group, splits, D)
 // partial_statistics : (batch, lists * group, splits)
+// earlier_output : (batch, lists * group, D), earlier_lse : (batch, lists * group): merged with the result, or null
 // scale_log2 = softmax scale * log2(e)         HEADS = 8 or 16 >= group
 // Every token: lists = kv_heads.  Listed tokens: list i belongs to KV head i / lists_per_head.
 template <class T>
@@ -118,6 +121,8 @@ struct DecodeArguments {
   float* partial_output;
   float2* partial_statistics;
   u32* tickets;
+  const float* earlier_output;
+  const float* earlier_lse;
   u64 key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride, value_token_stride;
   int group;
   float scale_log2;
@@ -128,7 +133,9 @@ template <class T>
 __device__ __forceinline__ DecodeTarget target_of(const DecodeArguments<T>& arguments, u64 pair, int head_dim) {
   const u64 row = pair * arguments.group, splits = gridDim.x;
   return {arguments.lse ? arguments.lse + row : nullptr, nullptr, arguments.partial_output + row * splits * head_dim,
-          arguments.partial_statistics + row * splits, arguments.tickets + pair};
+          arguments.partial_statistics + row * splits, arguments.tickets + pair,
+          arguments.earlier_lse ? arguments.earlier_output + row * head_dim : nullptr,
+          arguments.earlier_lse ? arguments.earlier_lse + row : nullptr};
 }
 
 template <class T, int D, int HEADS, class Tokens>
@@ -436,14 +443,16 @@ __device__ __forceinline__ void attend_simple(const DecodeArguments<float>& argu
 #define KVB_DECODE_PARAMETERS(T)                                                                                    \
   const T *__restrict__ query, const T *__restrict__ keys, const T *__restrict__ values,                            \
       const int *__restrict__ lengths, void *output, float *lse, float *partial_output, float2 *partial_statistics, \
-      u32 *tickets, u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride, u64 value_batch_stride,        \
+      u32 *tickets, const float *__restrict__ earlier_output, const float *__restrict__ earlier_lse,                \
+      u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride, u64 value_batch_stride,                      \
       u64 value_head_stride, u64 value_token_stride, int tokens, int group, float scale_log2, int output_float32
 #define KVB_LIST_PARAMETERS                                                                                   \
   const int *__restrict__ indices, const int *__restrict__ counts, u64 index_batch_stride, u64 index_list_stride, \
       int slots, int lists_per_head, const int *__restrict__ leading, int first
 #define KVB_DECODE_ARGUMENTS                                                                                     \
-  query, keys, values, output, lse, partial_output, partial_statistics, tickets, key_batch_stride, key_head_stride, \
-      key_token_stride, value_batch_stride, value_head_stride, value_token_stride, group, scale_log2, output_float32
+  query, keys, values, output, lse, partial_output, partial_statistics, tickets, earlier_output, earlier_lse,       \
+      key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride,                   \
+      value_token_stride, group, scale_log2, output_float32
 #define KVB_LISTED_TOKENS                                                                                     \
   ListedTokens(lengths, blockIdx.z, tokens, indices, counts, index_batch_stride, index_list_stride, slots, blockIdx.y, \
                gridDim.y, leading, first)

@@ -91,8 +91,8 @@ class KVCache:
 
     `tail` says when tokens move from the tail to the store (see `Tail`).  Sinks and tail share one exact buffer.  With
     a selector, one operator attends to it and to the selected tokens (`codecs.Fused.joint`); otherwise each of the two
-    parts is attended by the operator of its pair of codecs and the results are merged exactly by log-sum-exp.  Without
-    sinks and tail the store holds everything and nothing is merged.  What the cache holds is a
+    parts is attended by the operator of its pair of codecs, the exact one second, which merges the results exactly by
+    log-sum-exp.  Without sinks and tail the store holds everything and nothing is merged.  What the cache holds is a
     pure function of the tokens: appending one by one gives the same bytes as one prompt (codecs with statistics freeze
     them at the first append).  Everything is preallocated; `append` and `attend` allocate nothing that grows.
 
@@ -167,8 +167,7 @@ class KVCache:
         self._encode_stream, self._encoding, self._queued, self._awaited = None, None, False, False
         self._owned_scratch = {"counts": arrays.zeros((2, batch), "int32", self.device)}     # tokens: exact part, store
         if len(self._parts) > 1 and not self._joint:
-            self._owned_scratch["outputs"] = arrays.empty((2, batch, q_heads, head_dim), "float32", self.device)
-            self._owned_scratch["lses"] = arrays.empty((2, batch, q_heads), "float32", self.device)
+            self._owned_scratch["output"] = arrays.empty((batch, q_heads, head_dim), "float32", self.device)
             self._owned_scratch["lse"] = arrays.empty((batch, q_heads), "float32", self.device)
         if index is not None and store_slots:
             ranked = kv_heads if index.per_kv_head else q_heads
@@ -484,23 +483,25 @@ class KVCache:
         if self._awaited:
             self._join()
         options = dict(stream=arguments.stream, backend=self.backend)
-        if len(self._parts) == 1 or self._joint:
-            self._attend_part(self._parts[-1], query, scale, result, lse, options)
-        else:
-            outputs, lses = self._scratch["outputs"], self._scratch["lses"]
-            for i, part in enumerate(self._parts):
-                self._attend_part(part, query, scale, _row(outputs, i), _row(lses, i), options)
-            attention.merge(outputs, lses, out=result, lse=self._scratch["lse"] if lse is None else lse, **options)
+        exact_lengths, store_lengths = (_row(self._scratch["counts"], i) for i in range(2))
+        exact = codecs.Exact(*(self._stores[f"exact.{side}"][1] for side in _SIDES), exact_lengths)
+        earlier = None
+        if "store" in self._parts:
+            if len(self._parts) > 1 and not self._joint:
+                earlier = self._scratch["output"], self._scratch["lse"]
+            self._attend_store(query, scale, *(earlier or (result, lse)), store_lengths,
+                               exact if self._joint else None, options)
+        if not self._joint and "exact" in self._parts:
+            attention.decode(query, exact.keys.tokens, exact.values.tokens, lengths=exact_lengths, scale=scale,
+                             earlier=earlier, out=result, lse=lse, workspace=self._workspace, **options)
         return (result.give(), lse.give()) if return_lse else result.give()
 
-    def _attend_part(self, part: str, query: arrays.Array, scale: float, out: arrays.Array, lse: arrays.Array | None,
-                     options: dict) -> None:
-        (key_codec, keys), (value_codec, values) = self._stores[f"{part}.keys"], self._stores[f"{part}.values"]
-        exact_lengths, store_lengths = (_row(self._scratch["counts"], i) for i in range(2))
-        lengths, selection, exact = exact_lengths if part == "exact" else store_lengths, None, None
-        if self._joint:
-            exact = codecs.Exact(*(self._stores[f"exact.{side}"][1] for side in _SIDES), exact_lengths)
-        if part == "store" and self.index is not None:
+    def _attend_store(self, query: arrays.Array, scale: float, out: arrays.Array, lse: arrays.Array | None,
+                      lengths: arrays.Array, exact: codecs.Exact | None, options: dict) -> None:
+        """Attention to the store, and to `exact` tokens if there are any, in one launch after those that select."""
+        (key_codec, keys), (value_codec, values) = self._stores["store.keys"], self._stores["store.values"]
+        selection = None
+        if self.index is not None:
             scores = self.index.score(query, self._stores["store.index"][1], keys, lengths=lengths, scale=scale,
                                       out=self._scratch["scores"], **options)
             chosen, scratch = self._scratch["selection"]

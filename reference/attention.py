@@ -17,13 +17,14 @@ from scipy import special
 from .claim import Claim, Evidence, bound, identity, weakest
 
 
-def decode(query, keys, values, *, lengths=None, scale=None, return_lse=True):
+def decode(query, keys, values, *, lengths=None, scale=None, earlier=None, return_lse=True):
     """One decode step of softmax attention with grouped query heads.
 
     query   : [batch, q_heads, head_dim]
     keys    : [batch, kv_heads, tokens, head_dim]        values : same shape
     lengths : [batch] int, tokens of each sequence (default: all); slots from there on are not read
     scale   : factor of the logits (default head_dim ** -0.5)
+    earlier : (output, lse) of other tokens, to be merged with these
 
     Returns (output [batch, q_heads, head_dim], lse [batch, q_heads]), float64, natural logarithm; the output alone
     without `return_lse`.  An empty sequence gives output 0 and lse -inf.
@@ -49,6 +50,9 @@ def decode(query, keys, values, *, lengths=None, scale=None, return_lse=True):
             total = weights.sum(axis=-1, keepdims=True)
             output[b, heads] = (weights / total) @ values[b, g, :n]
             lse[b, heads] = (largest + np.log(total))[:, 0]
+    if earlier is not None:
+        output, lse = merge(*(np.stack([np.asarray(x).astype(np.float64) for x in pair])
+                              for pair in zip(earlier, (output, lse))))
     return (output, lse) if return_lse else output
 
 

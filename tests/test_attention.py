@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from conftest import needs
 from kvbench import arrays, loaders, registry
 from kvbench.ops import attention
+from kvbench.ops.dispatch import EPSILON
 from kvbench.reference import attention as reference
 from kvbench.verify import compare, run, to_host
 from strategies.arrays import fill, groups, head_dims, schedules, seeds
@@ -196,6 +197,25 @@ def test_lists_of_any_length_in_any_number_of_splits(backend, count, splits, gro
         actual = attention.sparse_attention(**{name: x if name == "return_lse" else on(backend, x)
                                                for name, x in inputs.items()}, splits=splits, backend=backend)
     kernel.agreement(inputs, kernel.reference(**inputs), to_host(actual))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("splits", [None, 3])
+def test_an_earlier_result_is_merged_as_merge_merges_it(backend, dtype, splits):
+    """In one split and in several, of which the last block merges; parts without tokens are not read."""
+    inputs = case(tokens=400, dtype=dtype)
+    inputs["lengths"] = np.array([400, 0], np.int32)
+    output, lse = reference.decode(**case(seed=1, tokens=50, dtype=dtype))
+    lse[:, 1], output[:, 1] = -np.inf, np.nan
+    earlier = output.astype(np.float32), lse.astype(np.float32)
+    actual = to_host(attention.decode(
+        **{name: on(backend, x) for name, x in inputs.items()}, earlier=tuple(on(backend, x) for x in earlier),
+        splits=splits, return_lse=True, backend=backend))
+    expected = reference.merge(*(np.stack(pair) for pair in zip(reference.decode(**inputs), earlier)))
+    registry.get("attention.decode").agreement({**inputs, "earlier": earlier}, expected, actual)
+    assert not actual[0][1, 1].any() and np.isneginf(actual[1][1, 1])
+    np.testing.assert_allclose(np.asarray(actual[0][1, 0], float), earlier[0][1, 0], rtol=2 * EPSILON[dtype], atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

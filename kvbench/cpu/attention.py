@@ -10,33 +10,37 @@ TILE = 64                 # tokens whose logits are held at a time
 TOKENS_PER_TASK = 1024    # one task is a (sequence, KV head, split of this many tokens)
 
 
-def decode(query, keys, values, lengths, scale, out, lse) -> None:
+def decode(query, keys, values, lengths, scale, earlier, out, lse) -> None:
     """query, out : [batch, q_heads, head_dim]   keys, values : [batch, kv_heads, tokens, head_dim], any strides
     lengths : [batch] int32, or None for all tokens   lse : [batch, q_heads] float32 or None
+    earlier : (output, lse) float32 of other tokens, or None
     out : query's dtype or float32
     """
     batch, kv_heads, tokens, _ = keys.shape
     counts = np.full(batch, tokens, np.int32) if lengths is None else lengths
     none = np.broadcast_to(np.zeros(1, np.int32), (batch, kv_heads))
-    _attend(query, keys, values, np.empty((batch, kv_heads, 0), np.int32), none, counts, tokens, counts, scale, out,
-            lse)
+    _attend(query, keys, values, np.empty((batch, kv_heads, 0), np.int32), none, counts, tokens, counts, scale,
+            earlier, out, lse)
 
 
 def sparse_attention(query, keys, values, indices, counts, lengths, first, leading, scale, out, lse) -> None:
     """indices : [batch, lists, slots] int32   counts : [batch, lists] int32   lengths, leading : [batch] int32
     others above"""
-    _attend(query, keys, values, indices, counts, leading, first, lengths, scale, out, lse)
+    _attend(query, keys, values, indices, counts, leading, first, lengths, scale, None, out, lse)
 
 
-def _attend(query, keys, values, indices, counts, leading, first, lengths, scale, out, lse):
+def _attend(query, keys, values, indices, counts, leading, first, lengths, scale, earlier, out, lse):
     """Of each list: the first `leading` slots, then `counts` entries, which count from slot `first`."""
     batch, q_heads, head_dim = query.shape
     most = int(leading.max(initial=0)) + int(counts.max(initial=0))
     splits = max(-(-most // TOKENS_PER_TASK), 1)
-    outputs = np.zeros((splits, batch, q_heads, head_dim), np.float32)
-    lses = np.full((splits, batch, q_heads), -np.inf, np.float32)
-    _decode(bits(query), bits(keys), bits(values), indices, counts, leading, first, lengths, np.float32(scale), outputs,
-            lses)
+    parts = splits + (earlier is not None)
+    outputs = np.zeros((parts, batch, q_heads, head_dim), np.float32)
+    lses = np.full((parts, batch, q_heads), -np.inf, np.float32)
+    _decode(bits(query), bits(keys), bits(values), indices, counts, leading, first, lengths, np.float32(scale),
+            outputs[:splits], lses[:splits])
+    if earlier is not None:
+        outputs[-1], lses[-1] = earlier
     merge(outputs, lses, out, np.empty((batch, q_heads), np.float32) if lse is None else lse)
 
 

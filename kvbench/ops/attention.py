@@ -70,8 +70,8 @@ def _workspace(rows, parts, head_dim, device, framework, stream=None):
 
 
 def decode(query, keys, values, *, lengths=None, scale: float | None = None, splits: int | None = None,
-           return_lse: bool = False, out=None, lse=None, workspace: Workspace | None = None, backend: str | None = None,
-           stream=None):
+           return_lse: bool = False, earlier=None, out=None, lse=None, workspace: Workspace | None = None,
+           backend: str | None = None, stream=None):
     """output_h = sum_t softmax_t(scale <q_h, k_t>) v_t: one decode step, each key and value byte read once per KV head.
 
     query     : [batch, q_heads, head_dim] float16, bfloat16 or float32
@@ -84,6 +84,8 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     splits    : thread blocks per sequence and KV head (default: enough to fill the GPU, and what a workspace has room
                 for); the cpu and reference backends do not split
     return_lse: also return the natural log-sum-exp of the logits, with which partial results merge
+    earlier   : (output [batch, q_heads, head_dim], lse [batch, q_heads]) float32, of other tokens: what is returned is
+                of these and those, as `merge` would make it of both, without a launch of its own
     out, lse  : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
     workspace : from `workspace(...)`, so that nothing is allocated (default: a temporary one)
     backend   : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256,
@@ -95,21 +97,26 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
     """
     arguments = Arguments("attention.decode", stream=stream)
     query, keys, values, lengths, scale = _take_inputs(arguments, query, keys, values, lengths, scale)
+    if earlier is not None:
+        earlier = (arguments.take("earlier[0]", earlier[0], "batch q_heads head_dim", ("float32",)),
+                   arguments.take("earlier[1]", earlier[1], "batch q_heads", ("float32",)))
     out, lse = take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
     tokens = keys.shape[2]
+    host_earlier = None if earlier is None or backend not in HOST_BACKENDS else tuple(x.numpy() for x in earlier)
     host_lengths = None if lengths is None or backend not in HOST_BACKENDS else np.clip(lengths.numpy(), 0, tokens)
 
     if backend == "reference":
         _store_reference(out, lse, reference.decode(query.numpy(), keys.numpy(), values.numpy(), lengths=host_lengths,
-                                                    scale=scale))
+                                                    scale=scale, earlier=host_earlier))
     elif backend == "cpu":
-        cpu_attention.decode(query.numpy(), keys.numpy(), values.numpy(), host_lengths, scale, out.numpy(),
-                             None if lse is None else lse.numpy())
+        cpu_attention.decode(query.numpy(), keys.numpy(), values.numpy(), host_lengths, scale, host_earlier,
+                             out.numpy(), None if lse is None else lse.numpy())
     else:
         _check_cuda(arguments, backend, query, keys, values, out)
         if query.shape[0]:
-            _launch_decode(query, keys, values, lengths, None, scale, splits, out, lse, workspace, backend, arguments)
+            _launch_decode(query, keys, values, lengths, None, earlier or (None, None), scale, splits, out, lse,
+                           workspace, backend, arguments)
     return (out.give(), lse.give()) if return_lse else out.give()
 
 
@@ -164,8 +171,8 @@ def sparse_attention(query, keys, values, indices, counts, *, lengths=None, firs
     else:
         _check_cuda(arguments, backend, query, keys, values, out)
         if batch:
-            _launch_decode(query, keys, values, lengths, (indices, counts, leading, first), scale, splits, out, lse,
-                           workspace, backend, arguments)
+            _launch_decode(query, keys, values, lengths, (indices, counts, leading, first), (None, None), scale, splits,
+                           out, lse, workspace, backend, arguments)
     return (out.give(), lse.give()) if return_lse else out.give()
 
 
@@ -257,8 +264,9 @@ def split_shared_bytes(copies: int, heads: int, head_dim: int, threads: int) -> 
     return max(copies * heads * (head_dim + 2) * 4, threads * 24)
 
 
-def _launch_decode(query, keys, values, lengths, listed, scale, splits, out, lse, workspace, backend, arguments):
-    """listed : (indices, counts, leading, first), or None for all tokens"""
+def _launch_decode(query, keys, values, lengths, listed, earlier, scale, splits, out, lse, workspace, backend,
+                   arguments):
+    """listed : (indices, counts, leading, first), or None for all tokens        earlier : (output, lse), or two None"""
     batch, kv_heads, tokens, head_dim = keys.shape
     lists, most = (kv_heads, tokens) if listed is None else listed[0].shape[1:]
     if listed is not None:
@@ -286,7 +294,7 @@ def _launch_decode(query, keys, values, lengths, listed, scale, splits, out, lse
                                        np.int32(lists // kv_heads), leading, np.int32(first))
     function((splits, lists, batch), (256,), (
         query, keys, values, lengths, out, lse, scratch.partial_output,
-        scratch.partial_statistics, scratch.tickets, *map(np.uint64, keys.strides[:3]),
+        scratch.partial_statistics, scratch.tickets, *earlier, *map(np.uint64, keys.strides[:3]),
         *map(np.uint64, values.strides[:3]), np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e)),
         np.int32(out.dtype == "float32"), *extra), shared_bytes=max(ring_bytes, shared_bytes), stream=arguments.stream)
 
@@ -395,8 +403,27 @@ def _decode_agreement(inputs, expected, actual):
     output, lse = decode_tolerance(inputs["query"], inputs["keys"], inputs["values"], inputs.get("lengths"),
                                    inputs.get("scale"), dtype)
     stored = np.asarray(actual[0]).dtype.name
+    if inputs.get("earlier") is not None:
+        output, lse = merged_tolerance(inputs, output, lse)
     assert_close(expected[0], actual[0], stored, output, "output")
     assert_close(expected[1], actual[1], "float32", lse, "log-sum-exp")
+
+
+def merged_tolerance(inputs, output, lse) -> tuple[np.ndarray, np.ndarray]:
+    """That of `decode_tolerance`, for a result that is merged with an earlier one.
+
+    Of output = w o + (1 - w) o', w = 1 / (1 + e^(l' - l)), the first part is off by w times its own allowance, and w by
+    at most a quarter of the error of l' - l, which the rounding of both and of the difference adds to.
+    """
+    own, own_lse = reference.decode(*(inputs[name] for name in ("query", "keys", "values")),
+                                    lengths=inputs.get("lengths"), scale=inputs.get("scale"))
+    earlier, earlier_lse = (np.asarray(x).astype(np.float64) for x in inputs["earlier"])
+    finite = [np.where(np.isfinite(x), np.abs(x), 0) for x in (own_lse, earlier_lse)]
+    delta = np.where(np.isneginf(own_lse), 0, lse) + EPSILON["float32"] * (8 + 4 * (finite[0] + finite[1]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        own, earlier = (np.where(np.isneginf(own_of)[..., None], 0, np.abs(x))
+                        for own_of, x in ((own_lse, own), (earlier_lse, earlier)))
+        return output + (delta[..., None] + 8 * EPSILON["float32"]) * (own + earlier) + 2 * SMALLEST_NORMAL, delta
 
 
 def _sparse_counts(problem):

@@ -27,6 +27,13 @@ def decode(draw):
         for b, length in enumerate(arguments["lengths"]):   # what lies beyond a sequence must not be read into a result
             arguments["keys"][b, :, length:] = np.nan
             arguments["values"][b, :, length:] = np.inf
+    if draw(st.booleans()):                                     # an earlier result, some of it of no token at all
+        shape = arguments["query"].shape
+        lses = (draw(st.sampled_from((0.0, 1.0, 30.0))) * rng.standard_normal(shape[:2])).astype(np.float32)
+        lses[rng.random(lses.shape) < draw(st.sampled_from((0.0, 0.3, 1.0)))] = -np.inf
+        outputs = fill(rng, shape, "float32", "normal")
+        outputs[np.isneginf(lses)] = np.nan                     # not read
+        arguments["earlier"] = outputs, lses
     return arguments
 
 
@@ -34,6 +41,7 @@ def decode(draw):
 def sparse_attention(draw):
     """Rows that no list names are NaN, and so are entries beyond the counts, as far as integers can be."""
     arguments = draw(decode())
+    arguments.pop("earlier", None)
     batch, kv_heads, tokens, _ = arguments["keys"].shape
     lists = kv_heads if draw(st.booleans()) else arguments["query"].shape[1]
     rng = np.random.default_rng(draw(seeds))

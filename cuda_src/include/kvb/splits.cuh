@@ -34,6 +34,10 @@ struct DecodeTarget {
   float* partial_output;    // (rows, splits, D)
   float2* partial_statistics;   // (rows, splits): reference, total
   u32* ticket;              // counts the splits that have stored their part; zero before and after every launch
+  // The result of an earlier launch over other tokens, (rows, D) and (rows,) natural log-sum-exp, which is merged with
+  // this one's where that is stored; or null.
+  const float* earlier_output;
+  const float* earlier_lse;
 };
 
 // Stores four numbers of the output in its storage type.
@@ -85,6 +89,20 @@ __device__ __forceinline__ void add_part(float& reference, float& total, float4&
   add_scaled(sum, other_weight, other_sum);
 }
 
+// Stores the numbers d .. d + 3 of row h, merged with those of an earlier launch.
+template <int D, class Store>
+__device__ __forceinline__ void store_merged(const DecodeTarget& target, const Store& store, int h, int d,
+                                             float reference, float total, float4 sum) {
+  if (target.earlier_lse) {
+    const float earlier = target.earlier_lse[h] * 1.44269504088896341f;
+    if (earlier != -infinity())   // else it has seen no token
+      add_part(reference, total, sum, earlier, 1.f,
+               *reinterpret_cast<const float4*>(target.earlier_output + static_cast<u64>(h) * D + d));
+  }
+  store(h * D + d, scaled(inverse_total(total), sum));
+  if (d == 0) store_lse(target, h, reference, total);
+}
+
 // Called by all THREADS threads of a block once its tokens are done.
 //   copies      shared (COPIES, HEADS, D): partial outputs, one copy per warp that took its own tokens
 //   statistics  shared (COPIES, HEADS): their reference and total
@@ -111,8 +129,7 @@ __device__ __forceinline__ bool finish_split(const float* copies, const float2* 
       add_scaled(sum, weight, *reinterpret_cast<const float4*>(copies + (c * HEADS + h) * D + d));
     }
     if (active == 1) {
-      store(h * D + d, scaled(inverse_total(total), sum));
-      if (d == 0) store_lse(target, h, reference, total);
+      store_merged<D>(target, store, h, d, reference, total, sum);
     } else {
       *reinterpret_cast<float4*>(target.partial_output + (static_cast<u64>(h) * splits + split) * D + d) = sum;
       if (d == 0) target.partial_statistics[h * splits + split] = make_float2(reference, total);
@@ -176,10 +193,7 @@ __device__ __forceinline__ bool finish_split(const float* copies, const float2* 
           add_part(reference, total, sum, other.x, other.y, sums[threadIdx.x + k * quads]);
         }
     }
-    if (share == 0 && present) {
-      store(i * 4, scaled(inverse_total(total), sum));
-      if (d == 0) store_lse(target, h, reference, total);
-    }
+    if (share == 0 && present) store_merged<D>(target, store, h, d, reference, total, sum);
   }
   return true;
 }
