@@ -21,6 +21,7 @@ from scipy import stats
 from kvbench import arrays, bench, loaders, registry, trees
 from kvbench.bench import (axes, baselines, calls, check, cpu, driver, gpu, machine, overview, results, suites, tables,
                            timing, yardsticks)
+from kvbench.caches import PRESETS
 from kvbench.errors import BackendUnavailable
 from kvbench.registry import Kernel, Traffic
 
@@ -1424,6 +1425,19 @@ def test_a_small_run_on_the_gpu(kernel, backend, dtype, tmp_path):
     for entry in case["baselines"]:
         assert entry["missing"] or entry["checked"]["agrees"], entry["checked"]
         assert entry["missing"] or entry["timer"] == "graph", entry["note"]
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_whole_step_on_the_gpu(preset):
+    """In one graph, on tokens that were drawn, and a cache that was filled, on the device."""
+    outcome, text = quiet(["cache.decode_step"], "cuda", {"preset": [preset], "tokens": [8192]}, ["all"])
+    assert outcome.exit_status == 0, text
+    case, = outcome.document["cases"]
+    assert (case["timer"], case["note"], case["inputs"]) == ("graph", None, "device"), (case["note"], case["inputs"])
+    for entry in case["baselines"]:
+        assert entry["missing"] or entry["checked"]["agrees"], entry["checked"]
 
 
 @pytest.mark.gpu
