@@ -11,55 +11,85 @@
 //   no sort, no   sums are those of integers, so the result does not depend on the order in which blocks arrive.  Equal
 //   float sums    logits have equal masses, on every machine: exp is a polynomial of rounded float32 operations.
 //
-// selection_moments_kernel   ("shrink" only) mean and variance of the candidates, in double, per block
-// selection_bounds_kernel    largest key and largest weight of each query head
-// selection_histogram_kernel counts and masses in 1024 bins of equal width in the key, from the largest key down to 22
-//                            below it, where masses vanish.  The last block of a query head finds the bin in which the
-//                            prefix ends.
-// selection_collect_kernel   bits for the tokens above that bin, a list of the few inside it.  The last block of a list
-//                            (of the query heads of a KV head) finds the key at which the prefix ends by radix descent,
-//                            a warp per query head, and turns bits into positions.
+// selection_moments_kernel   ("shrink" only) mean and variance of the candidates, in double, per part
+// selection_histogram_kernel per part of a row: largest key and weight, and how many keys share each bin of width 1/64.
+//                            Bins are those of the key itself, modulo 2048, so the largest need not be known first.
+// selection_collect_kernel   Each block adds up the bins of its row.  Masses of a bin are known within exp(1/64), so
+//                            they bracket the key at which the prefix ends: it is among some hundred tokens.  The block
+//                            sums exact masses of its part, sets bits for tokens above the bracket, lists those inside.
+//                            The last block of a list (of the query heads of a KV head) finds the last token of each
+//                            prefix among the listed ones, digit by digit of (key, token), all query heads at once,
+//                            sets their bits and turns bits into positions.
+//                            The bracket is but a hint: where the exact sums contradict it, or more tokens fall into it
+//                            than a list holds, the last block searches the whole row.
 //
-//   Grid      (blocks of a row, query heads, batch), 512 threads; a block takes `span` tokens.  "The last block
-//             continues" needs no waiting: whoever takes the last ticket sees what the others wrote.
-//   Bytes     4 per token and query head in each of three passes (8 with sigma), the later two mostly from L2; 1/4 for
-//             the bits, and 4 per listed token.
-//   Counts    Per token and query head about 10 instructions for bounds, 30 for the histogram, 20 for the collection:
-//             at 32 heads of 128K tokens 4.2 M * 60 / 32 = 8 M warp instructions, 9 us of the 900 G/s that an H100
-//             issues.
+//   Grid      (parts of a row, query heads, batch), 512 threads, one block to a multiprocessor; a block takes `span`
+//             tokens.  "The last block continues" needs no waiting: whoever takes the last ticket sees what the others
+//             wrote.
+//   Bytes     4 per token and query head in each of two passes (8 with sigma), the second mostly from L2; 1/8 for bits,
+//             8 per listed token, and 8 KB of bins per part, which every block of the row reads.
+//   Counts    Per token and query head 10 instructions and an addition to shared memory for the histogram, 21 for the
+//             collection: at 32 heads of 128K tokens 4.2 M * 32 / 32 = 4.2 M warp instructions, 5 us of the 900 G/s
+//             that an H100 issues.  The histogram hides behind its loads (4 us from L2, 6 us from memory), the
+//             collection does not; 1 to 2 us before it (bins) and 3 to 4 us after it (ticket, search, positions) are
+//             latency.
+//   Loads     Four of 16 bytes per thread are under way, 32 KB per multiprocessor.  Neither kernel branches on a
+//             token: the four of a load overlap.
+//   Code      What a block executes but once waits for its instructions, so it is kept short by loops.
+//   Shared    Additions are of 32 bits: those of 64 would be loops of compare and swap.
+//   Tried     On an H100, 32 heads of 128K tokens, 2 % chosen, caches flushed and not: three passes, with a list
+//             reserved in global memory by each warp and a search of each head by one warp: 126 and 109 us.  The two
+//             passes above, but unrolled throughout, with branches on tokens and a load for each bin and part: 47 and
+//             36 us.
 //   Memory    is left as it was found: what must be zero before a launch is zero after it.
 #include "kvb/device.cuh"
 
 namespace kvb {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kBins = 1024;
-constexpr float kBinsPerUnit = 46.f;              // 1024 / 46 > ln 2^32: masses of the last bin are 0
-constexpr int kDigits = 256;                      // of the radix descent
-constexpr int kNoBin = -1;                        // nothing is chosen
+constexpr int kMaxParts = 32;                     // of a row: a lane each
+constexpr int kMaxGroup = kWarps;                 // query heads of a list: a warp each
+constexpr int kQuads = 8;                         // groups of four tokens that a lane takes of a tile: 32 bits
+constexpr int kBins = 2048;
+constexpr float kBinsPerUnit = 64.f;              // a power of two: the bounds of a bin are exact
+constexpr int kDigits = 256;                      // of the search among listed tokens
+constexpr int kChunk = 4096;                      // words of 32 tokens that are turned into positions at a time
 constexpr u32 kShareOne = 1u << 16;
+constexpr float kLargestFinite = 3.402823466e38f;
 enum Calibration { kPlain, kShrink, kShift };
 
-// Of one query head.  Zero between launches: all that is added to or maximised.
-struct RowState {
-  u64 outside;           // mass of what is always kept
-  u64 everything;        // and of the candidates
-  u64 mass_before;       // of the bins above the crossing one
-  long long target;      // of the candidates' mass
-  u32 largest_key, largest_weight;   // order keys
-  u32 ticket, list_ticket;
-  u32 listed;            // tokens of the crossing bin
-  int crossing, count_before, least, most;
-  u32 unused[3];
+// Of a part of a row, for the collection.
+struct PartBounds {
+  u32 largest_key, largest_weight;   // order keys; 0: no candidate
+  u32 candidates;                    // and kInfinite, if a logit is +infinity
+  float outside;                     // mass of what is always kept, relative to largest_weight, about
 };
-static_assert(sizeof(RowState) == 80, "STATE_WORDS of kvbench/ops/selection.py");
+constexpr u32 kInfinite = 1u << 31;
+static_assert(sizeof(PartBounds) == 16, "BOUNDS_WORDS of kvbench/ops/selection.py");
 
-struct Entry {           // a token of the crossing bin
-  u32 key, mass;
+// Of a part of a row, for the last block.
+struct PartSums {
+  u64 candidates, above, outside;    // masses; above: the bracket
+  u32 count_above, listed;
+};
+static_assert(sizeof(PartSums) == 32, "SUMS_WORDS of kvbench/ops/selection.py");
+
+// Where the prefix of a query head ends: the last key is in [low, high).
+struct Bracket {
+  float largest_key, largest_weight;
+  float low, high;                   // low is finite
+  int candidates;
+  u32 infinite;                      // whether a logit is +infinity
+  int unused[2];
+};
+static_assert(sizeof(Bracket) == 32, "BRACKET_WORDS of kvbench/ops/selection.py");
+
+struct alignas(8) Entry {            // a listed token
+  u32 key;
   int token;
 };
 
-__device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= kLargestFinite; }
 
 // Sorts as finite numbers do, both zeros alike; never 0.
 __device__ __forceinline__ u32 order_key(float x) {
@@ -69,44 +99,51 @@ __device__ __forceinline__ u32 order_key(float x) {
 __device__ __forceinline__ float from_order_key(u32 key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
-
-// 2^31 exp(weight - largest), rounded to an integer; relative error below 2^-21 where the result is large.
-__device__ __forceinline__ u32 mass_of(float weight, float largest) {
-  const float x = __fsub_rn(weight, largest);                                       // <= 0
-  if (x < -23.f) return 0;
-  const int n = __float2int_rn(__fmul_rn(x, 1.44269504f));
-  float f = __fmaf_rn(x, 1.44269502f, -__int2float_rn(n));                          // log2(e) in two parts
-  f = __fmaf_rn(x, 1.92596299e-8f, f);
-  float p = 1.5403530e-4f;                                                          // Taylor series of 2^f, |f| <= 1/2
-  p = __fmaf_rn(p, f, 1.3333558e-3f);
-  p = __fmaf_rn(p, f, 9.6181291e-3f);
-  p = __fmaf_rn(p, f, 5.5504109e-2f);
-  p = __fmaf_rn(p, f, 2.4022651e-1f);
-  p = __fmaf_rn(p, f, 6.9314718e-1f);
-  p = __fmaf_rn(p, f, 1.f);
-  return __float2uint_rn(__fmul_rn(p, __uint_as_float(static_cast<u32>(127 + 31 + n) << 23)));
+// Ascends in the order of tokens: key descending, token ascending.
+__device__ __forceinline__ u64 rank_of(u32 key, int token) {
+  return static_cast<u64>(~key) << 32 | static_cast<u32>(token);
 }
 
-// Falls as the key grows, and is the same for equal keys.
-__device__ __forceinline__ int bin_of(float key, float largest) {
-  return min(__float2int_rd(__fmul_rn(fmaxf(__fsub_rn(largest, key), 0.f), kBinsPerUnit)), kBins - 1);
+// 2^31 exp(weight - largest), rounded to an integer, for finite weights; relative error below 2^-21 where the result is
+// large.  0 for what is not a number.
+__device__ __forceinline__ u32 mass_of(float weight, float largest) {
+  const float x = fmaxf(__fsub_rn(weight, largest), -80.f);                         // <= 0; below -23 the mass is 0
+  // Adding 1.5 2^23 rounds to an integer, which is then in the low bits: a conversion would be slower.
+  const float shifted = __fmaf_rn(x, 1.44269502f, 12582912.f);
+  const float f = __fmaf_rn(x, 1.44269502f, -__fsub_rn(shifted, 12582912.f));
+  constexpr float ONE = 2147483648.f;
+  float p = 0.00132647506f * ONE;                                                   // 2^(31 + f), |f| <= 1/2
+  p = __fmaf_rn(p, f, 0.00967151299f * ONE);
+  p = __fmaf_rn(p, f, 0.0555073358f * ONE);
+  p = __fmaf_rn(p, f, 0.240222424f * ONE);
+  p = __fmaf_rn(p, f, 0.693147004f * ONE);
+  p = __fmaf_rn(p, f, ONE);
+  return __float2uint_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)));
+}
+
+// Grows with the key.
+__device__ __forceinline__ int bin_of(float key) { return __float2int_rd(__fmul_rn(key, kBinsPerUnit)); }
+
+// Adds to a sum of 64 bits in two words of shared memory, where an addition of 64 bits would be a loop.
+__device__ __forceinline__ void add_mass(u32* low, u32* high, u32 mass) {
+  const u32 before = atomicAdd(low, mass);
+  if (before + mass < before) atomicAdd(high, 1u);
 }
 
 // The arguments that all kernels share.
 // logits, sigma : (batch, q_heads, tokens), sigma null if plain      lengths : (batch,) or null for `tokens`
-// state : (batch, q_heads)                 moments : (batch, q_heads, blocks, 4), or null unless shrink
-// span : tokens of a block, a multiple of 32
+// moments : (batch, q_heads, parts, 4), or null unless shrink
+// span : tokens of a part, a multiple of 32        quads : groups of four tokens that a lane takes of a tile, at most 8
 struct SelectionArguments {
   const float* logits;
   const float* sigma;
   const int* lengths;
-  RowState* state;
   const double* moments;
-  int tokens, span, sinks, recent, block;
+  int tokens, span, quads, sinks, recent, block;
 };
 #define KVB_SELECTION_PARAMETERS                                                                                \
   const float *__restrict__ logits, const float *__restrict__ sigma, const int *__restrict__ lengths,           \
-      RowState *state, int tokens, int span, int sinks, int recent, int block
+      int tokens, int span, int quads, int sinks, int recent, int block
 
 // One query head of a sequence.
 template <int C>
@@ -120,8 +157,8 @@ struct Row {
       : logits(a.logits + row * a.tokens), sigma(C == kPlain ? nullptr : a.sigma + row * a.tokens) {
     length = a.lengths ? min(max(a.lengths[b], 0), a.tokens) : a.tokens;
     start = min(a.sinks, length);
-    const long long middle = static_cast<long long>(length) - a.sinks - a.recent;
-    stop = start + (middle > 0 ? static_cast<int>(middle / a.block) * a.block : 0);
+    const int middle = max(length - start - min(a.recent, length), 0);
+    stop = start + (a.block == 1 ? middle : middle / a.block * a.block);
     if (C == kShrink && a.moments) {   // parts of the row in their order: count, mean, sum of squares about it, sigma^2
       double count = 0., squares = 0., noise = 0.;
       mean = 0.;
@@ -137,15 +174,13 @@ struct Row {
       prior = count == 0. ? 0. : fmax(squares / count - noise / count, 0.);
     }
   }
-  __device__ __forceinline__ bool always(int t) const { return t < start || t >= stop; }   // t < length
-  // Whether token t of [start, stop) is a candidate; its key and weight.
-  __device__ __forceinline__ bool candidate(int t, float& key, float& weight) const {
-    const float y = logits[t];
+  // Whether a token of [start, stop) with this logit and noise is a candidate; its key and weight.
+  __device__ __forceinline__ bool correct(float y, float noise, float& key, float& weight) const {
     if (C == kPlain) {
       key = weight = y;
       return is_finite(y);
     }
-    const float noise = sigma[t], square = __fmul_rn(noise, noise);
+    const float square = __fmul_rn(noise, noise);
     if (C == kShift) {
       key = __fsub_rn(y, square);
       weight = __fsub_rn(y, __fmul_rn(0.5f, square));
@@ -156,31 +191,105 @@ struct Row {
     key = weight = static_cast<float>(mean + keep * (y - mean) + keep * wide / 2.);
     return is_finite(key);
   }
+  __device__ __forceinline__ bool candidate(int t, float& key, float& weight) const {
+    return correct(logits[t], C == kPlain ? 0.f : sigma[t], key, weight);
+  }
+  // The number that decides in the end.
+  __device__ __forceinline__ float deciding(int t, float key) const { return C == kShift ? logits[t] : key; }
 };
 
-// Calls visit(t, in_range) for the block's tokens below the row's length, all lanes of a warp together.
-template <class Visit>
-__device__ __forceinline__ void for_tokens(int span, int length, const Visit& visit) {
-  const int first = blockIdx.x * span, last = min(first + span, length);
-#pragma unroll 4
-  for (int t = first + static_cast<int>(threadIdx.x); t - static_cast<int>(threadIdx.x % 32) < last; t += kThreads)
-    visit(t, t < last);
+// The tokens [begin, end) of the block's part, in tiles of 128 quads tokens, one per warp at a time.
+// kAtOnce : quads that are loaded together
+template <int C, int kAtOnce>
+struct Tiles {
+  const Row<C>& row;
+  int first, begin, end, span, quads;
+  bool aligned;
+
+  __device__ __forceinline__ Tiles(const Row<C>& row, int span, int quads) : row(row), span(span), quads(quads) {
+    first = static_cast<int>(blockIdx.x) * span;
+    begin = max(first, row.start);
+    end = min(first + span, row.stop);
+    aligned = (reinterpret_cast<u64>(row.logits) | (C == kPlain ? 0 : reinterpret_cast<u64>(row.sigma))) % 16 == 0;
+  }
+  // values[i] = source[t + 128 i .. t + 128 i + 3], not a number outside [begin, end).
+  __device__ __forceinline__ void load(float (&values)[kAtOnce][4], const float* source, int tile, int from) const {
+    const int t = tile + from * 128 + static_cast<int>(threadIdx.x % 32) * 4;
+    if (aligned && tile >= begin && tile + 128 * quads <= end) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (from + i < quads) {
+          const float4 loaded = *reinterpret_cast<const float4*>(source + t + i * 128);
+          values[i][0] = loaded.x, values[i][1] = loaded.y, values[i][2] = loaded.z, values[i][3] = loaded.w;
+        }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (from + i < quads)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = t + i * 128 + j;
+          values[i][j] = at >= begin && at < end ? source[at] : __uint_as_float(0x7fffffffu);
+        }
+  }
+  // Calls visit(i, j, y, noise) for token tile + 128 i + 4 lane + j, with y not a number outside the range, then
+  // done(tile); and prepare(), which the whole block does, when the first loads are under way.  It returns whether
+  // what is infinite is to be no number, too.
+  template <class Prepare, class Visit, class Done>
+  __device__ __forceinline__ void visit(const Prepare& prepare, const Visit& visit, const Done& done) const {
+    const int size = 128 * quads;
+    int tile = first + static_cast<int>(threadIdx.x / 32) * size;
+    bool only_finite = false;
+    for (int taken = 0; taken < span; taken += kWarps * size, tile += kWarps * size) {
+#pragma unroll 1
+      for (int from = 0; from < kQuads && from < quads; from += kAtOnce) {
+        float y[kAtOnce][4], noise[C == kPlain ? 1 : kAtOnce][4];
+        load(y, row.logits, tile, from);
+        if constexpr (C != kPlain) load(noise, row.sigma, tile, from);
+        if (from == 0 && taken == 0) only_finite = prepare();
+        if (tile >= end) continue;
+        if (only_finite)
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+              if (from + i < quads && !is_finite(y[i][j])) y[i][j] = __uint_as_float(0x7fffffffu);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          if (from + i < quads) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) visit(from + i, j, y[i][j], C == kPlain ? 0.f : noise[C == kPlain ? 0 : i][j]);
+          }
+      }
+      if (tile < end) done(tile);
+    }
+  }
+};
+
+// Calls visit(y) for the tokens of the block's part that are always kept.
+template <int C, class Visit>
+__device__ __forceinline__ void for_always_kept(const Row<C>& row, int span, const Visit& visit) {
+  const int first = static_cast<int>(blockIdx.x) * span, last = min(first + span, row.length);
+  for (int t = first + static_cast<int>(threadIdx.x); t < min(last, row.start); t += kThreads) visit(row.logits[t]);
+  for (int t = max(first, row.stop) + static_cast<int>(threadIdx.x); t < last; t += kThreads) visit(row.logits[t]);
 }
 
+// Loops that are not unrolled: what a block executes but once waits for its instructions.
 __device__ __forceinline__ u32 warp_max(u32 x) {
-#pragma unroll
+#pragma unroll 1
   for (int distance = 16; distance; distance /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, distance));
   return x;
 }
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
-#pragma unroll
+#pragma unroll 1
   for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
   return x;
 }
 template <class T>
 __device__ __forceinline__ T warp_prefix(T x) {   // inclusive
-#pragma unroll
+#pragma unroll 1
   for (int distance = 1; distance < 32; distance *= 2) {
     const T below = __shfl_up_sync(0xffffffffu, x, distance);
     if (threadIdx.x % 32 >= static_cast<u32>(distance)) x += below;
@@ -193,8 +302,7 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
-  T sum = 0;
-  for (int i = 0; i < kWarps; ++i) sum += scratch[i];
+  const T sum = warp_sum(threadIdx.x % 32 < kWarps ? scratch[threadIdx.x % 32] : T(0));
   __syncthreads();
   return sum;
 }
@@ -204,14 +312,11 @@ __device__ __forceinline__ T block_prefix(T x, T* scratch, T& total) {
   const T inclusive = warp_prefix(x);
   if (threadIdx.x % 32 == 31) scratch[threadIdx.x / 32] = inclusive;
   __syncthreads();
-  T before = 0;
-  total = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < static_cast<int>(threadIdx.x / 32)) before += scratch[i];
-    total += scratch[i];
-  }
+  const T upto = warp_prefix(threadIdx.x % 32 < kWarps ? scratch[threadIdx.x % 32] : T(0));
   __syncthreads();
-  return before + inclusive - x;
+  total = __shfl_sync(0xffffffffu, upto, 31);
+  const T before = __shfl_sync(0xffffffffu, upto, (threadIdx.x / 32 + 31) % 32);
+  return (threadIdx.x < 32 ? T(0) : before) + inclusive - x;
 }
 
 // Whether this block is the last of `blocks` to get here; it then sees what the others have written.
@@ -226,71 +331,138 @@ __device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks) {
   return is_last;
 }
 
-// moments : (batch, q_heads, blocks, 4), written: count, mean, sum of squared distances from it, sum of sigma^2
+// moments : (batch, q_heads, parts, 4), written: count, mean, sum of squared distances from it, sum of sigma^2
 __global__ void __launch_bounds__(kThreads, 2)
     selection_moments_kernel(KVB_SELECTION_PARAMETERS, double* moments) {
   KVB_SHARED(double, scratch, [kWarps]);
   const u64 row_id = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const Row<kShrink> row({logits, sigma, lengths, state, nullptr, tokens, span, sinks, recent, block}, row_id,
+  const Row<kShrink> row({logits, sigma, lengths, nullptr, tokens, span, quads, sinks, recent, block}, row_id,
                          blockIdx.z);
-  double count = 0., sum = 0., noise = 0., squares = 0.;
-  for_tokens(span, row.length, [&](int t, bool in_range) {
-    if (!in_range || row.always(t) || !is_finite(row.logits[t]) || !is_finite(row.sigma[t])) return;
+  const int first = static_cast<int>(blockIdx.x) * span, begin = max(first, row.start);
+  const int end = min(first + span, row.stop);
+  double count = 0., sum = 0., noises = 0., squares = 0.;
+#pragma unroll 4
+  for (int t = begin + static_cast<int>(threadIdx.x); t < end; t += kThreads) {
+    const float y = row.logits[t], noise = row.sigma[t];
+    if (!is_finite(y) || !is_finite(noise)) continue;
     count += 1.;
-    sum += row.logits[t];
-    noise += __fmul_rn(row.sigma[t], row.sigma[t]);
-  });
+    sum += y;
+    noises += __fmul_rn(noise, noise);
+  }
   count = block_sum(count, scratch);
   sum = block_sum(sum, scratch);
-  noise = block_sum(noise, scratch);
+  noises = block_sum(noises, scratch);
   const double mean = count == 0. ? 0. : sum / count;
-  for_tokens(span, row.length, [&](int t, bool in_range) {
-    if (!in_range || row.always(t) || !is_finite(row.logits[t]) || !is_finite(row.sigma[t])) return;
+#pragma unroll 4
+  for (int t = begin + static_cast<int>(threadIdx.x); t < end; t += kThreads) {
+    if (!is_finite(row.logits[t]) || !is_finite(row.sigma[t])) continue;
     const double apart = row.logits[t] - mean;
     squares += apart * apart;
-  });
+  }
   squares = block_sum(squares, scratch);
   if (threadIdx.x == 0) {
     double* part = moments + (row_id * gridDim.x + blockIdx.x) * 4;
     part[0] = count;
     part[1] = mean;
     part[2] = squares;
-    part[3] = noise;
+    part[3] = noises;
   }
 }
 
-// total : whether the mass of what is always kept counts, too
+// bounds : (batch, q_heads, parts)        counts, masses : (batch, q_heads, parts, kBins), masses for shift alone, and
+// both only where the part has candidates        total : whether the mass of what is always kept counts, too
 template <int C>
 __global__ void __launch_bounds__(kThreads, 1)
-    selection_bounds_kernel(KVB_SELECTION_PARAMETERS, const double* __restrict__ moments, int total) {
-  KVB_SHARED(u32, largest, [2]);
-  const u64 row_id = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const Row<C> row({logits, sigma, lengths, state, moments, tokens, span, sinks, recent, block}, row_id, blockIdx.z);
-  if (threadIdx.x < 2) largest[threadIdx.x] = 0;
-  __syncthreads();
-  u32 largest_key = 0, largest_weight = 0;   // below every order key
-  for_tokens(span, row.length, [&](int t, bool in_range) {
-    if (!in_range) return;
-    float key, weight;
-    if (!row.always(t)) {
-      if (!row.candidate(t, key, weight)) return;
-      largest_key = max(largest_key, order_key(key));
-      largest_weight = max(largest_weight, order_key(weight));
-    } else if (total && is_finite(row.logits[t])) {
-      largest_weight = max(largest_weight, order_key(row.logits[t]));
-    }
-  });
-  largest_key = warp_max(largest_key);
-  largest_weight = warp_max(largest_weight);
+    selection_histogram_kernel(KVB_SELECTION_PARAMETERS, const double* __restrict__ moments, PartBounds* bounds,
+                               u32* counts, float* masses, int total) {
+  KVB_SHARED(u32, bins, [C == kShift ? 3 : 1][kBins + 1]);   // and what is no candidate
+  KVB_SHARED(u32, reduced, [4]);   // largest order keys of key, -key and weight; candidates
+  KVB_SHARED(u64, sums, [kWarps]);
+  const u64 row_id = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y, part = row_id * gridDim.x + blockIdx.x;
+  const Row<C> row({logits, sigma, lengths, moments, tokens, span, quads, sinks, recent, block}, row_id, blockIdx.z);
+  const Tiles<C, C == kPlain ? 4 : 2> tiles(row, span, quads);
+  auto zero_bins = [&] {
+    for (int i = threadIdx.x; i < (C == kShift ? 3 : 1) * kBins; i += kThreads) bins[i / kBins][i % kBins] = 0;
+  };
+  float largest = -kLargestFinite, smallest = kLargestFinite, heaviest = -kLargestFinite;
+  u32 count = 0;
+  tiles.visit(
+      [&] {
+        zero_bins();
+        if (threadIdx.x < 4) reduced[threadIdx.x] = 0;
+        __syncthreads();
+        return false;
+      },
+      [&](int, int, float y, float noise) {
+        float key, weight;
+        const bool usable = row.correct(y, noise, key, weight);
+        count += usable;
+        // Without a branch tokens overlap.  fmaxf and fminf pass over what is not a number.
+        const float own = usable ? key : __uint_as_float(0x7fffffffu);
+        largest = fmaxf(largest, C == kPlain ? y : own);   // plain: infinite, if any is
+        smallest = fminf(smallest, own);
+        if (C == kShift && usable) heaviest = fmaxf(heaviest, weight);
+        if (C != kShift) atomicAdd(&bins[0][usable ? bin_of(own) & (kBins - 1) : kBins], 1u);
+      },
+      [](int) {});
+  const bool infinite = __syncthreads_or(largest > kLargestFinite);
+  if (infinite) {
+    largest = -kLargestFinite;
+    for (int t = tiles.begin + static_cast<int>(threadIdx.x); t < tiles.end; t += kThreads)
+      if (is_finite(row.logits[t])) largest = fmaxf(largest, row.logits[t]), smallest = fminf(smallest, row.logits[t]);
+  }
+  const bool any = smallest < kLargestFinite || largest > -kLargestFinite;   // not of this thread's tiles, if infinite
+  if (C != kShift) heaviest = largest;
+  bool kept = false;
+  if (total)
+    for_always_kept(row, span, [&](float y) {
+      if (is_finite(y)) heaviest = fmaxf(heaviest, y), kept = true;
+    });
+  const u32 largest_order = warp_max(any ? order_key(largest) : 0u);
+  const u32 smallest_order = warp_max(any ? ~order_key(smallest) : 0u);
+  const u32 heaviest_order = warp_max(any || kept ? order_key(heaviest) : 0u);
+  count = warp_sum(count);
   if (threadIdx.x % 32 == 0) {
-    atomicMax(&largest[0], largest_key);
-    atomicMax(&largest[1], largest_weight);
+    atomicMax(&reduced[0], largest_order);
+    atomicMax(&reduced[1], smallest_order);
+    atomicMax(&reduced[2], heaviest_order);
+    atomicAdd(&reduced[3], count);
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    if (largest[0]) atomicMax(&state[row_id].largest_key, largest[0]);
-    if (largest[1]) atomicMax(&state[row_id].largest_weight, largest[1]);
+  heaviest = from_order_key(reduced[2]);
+  if (reduced[3]) {
+    // Keys 2048 bins apart share one: then only those count that are near the largest.  With "shift", masses must wait
+    // for the largest weight anyway.
+    const u32 top = static_cast<u32>(bin_of(from_order_key(reduced[0])));
+    if (C == kShift || top - static_cast<u32>(bin_of(from_order_key(~reduced[1]))) >= kBins) {
+      zero_bins();
+      __syncthreads();
+#pragma unroll 4
+      for (int t = tiles.begin + static_cast<int>(threadIdx.x); t < tiles.end; t += kThreads) {
+        float key, weight;
+        const bool usable = row.candidate(t, key, weight);
+        const u32 bin = usable ? static_cast<u32>(bin_of(key)) : 0;
+        if (!usable || top - bin >= kBins) continue;
+        atomicAdd(&bins[0][bin % kBins], 1u);
+        if constexpr (C == kShift) add_mass(&bins[1][bin % kBins], &bins[2][bin % kBins], mass_of(weight, heaviest));
+      }
+      __syncthreads();
+    }
+    for (int i = threadIdx.x; i < kBins; i += kThreads) {
+      counts[part * kBins + i] = bins[0][i];
+      if constexpr (C == kShift)
+        masses[part * kBins + i] = static_cast<float>(static_cast<u64>(bins[2][i]) << 32 | bins[1][i]);
+    }
   }
+  u64 outside = 0;
+  if (total) {
+    for_always_kept(row, span, [&](float y) {
+      if (is_finite(y)) outside += mass_of(y, heaviest);
+    });
+    outside = block_sum(outside, sums);
+  }
+  if (threadIdx.x == 0)
+    bounds[part] = {reduced[0], reduced[2], reduced[3] | (infinite ? kInfinite : 0u), static_cast<float>(outside)};
 }
 
 // Whether the sums over a prefix are enough.
@@ -303,426 +475,590 @@ struct Enough {
   }
 };
 
-// counts, masses : (batch, q_heads, kBins), zero        share : of the mass, in units of 2^-16
+// The bracket, from the histograms of the parts of a row.  The block calls it.
 template <int C>
-__global__ void __launch_bounds__(kThreads, 2)
-    selection_histogram_kernel(KVB_SELECTION_PARAMETERS, const double* __restrict__ moments, u32* counts, u64* masses,
-                               u32 share, int least, int most, int total) {
-  // Masses in two halves: 64-bit additions to shared memory would be loops.  65536 tokens of 16 bits fit.
-  KVB_SHARED(u32, bins, [3][kBins]);
-  KVB_SHARED(u64, sums, [kWarps]);
+__device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const u32* counts, const float* masses,
+                                                u32 share, int least, int most) {
   KVB_SHARED(u32, count_sums, [kWarps]);
-  const u64 row_id = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const Row<C> row({logits, sigma, lengths, state, moments, tokens, span, sinks, recent, block}, row_id, blockIdx.z);
-  RowState& own = state[row_id];
-  const float largest_key = from_order_key(own.largest_key), largest_weight = from_order_key(own.largest_weight);
-  const int first = blockIdx.x * span;
-  if (first < row.length && own.largest_key) {   // there are candidates
-    for (int i = threadIdx.x; i < 3 * kBins; i += kThreads) bins[i / kBins][i % kBins] = 0;
-    __syncthreads();
-    u64 outside = 0;
-    for_tokens(span, row.length, [&](int t, bool in_range) {
-      if (!in_range) return;
-      float key, weight;
-      if (!row.always(t)) {
-        if (!row.candidate(t, key, weight)) return;
-        const int bin = bin_of(key, largest_key);
-        const u32 mass = mass_of(weight, largest_weight);
-        atomicAdd(&bins[0][bin], 1u);
-        if (mass & 0xffff) atomicAdd(&bins[1][bin], mass & 0xffff);
-        if (mass >> 16) atomicAdd(&bins[2][bin], mass >> 16);
-      } else if (total && is_finite(row.logits[t])) {
-        outside += mass_of(row.logits[t], largest_weight);
-      }
-    });
-    if (total) {
-      outside = block_sum(outside, sums);
-      if (threadIdx.x == 0 && outside) atomicAdd(&own.outside, outside);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kBins; i += kThreads)
-      if (bins[0][i]) {
-        atomicAdd(counts + row_id * kBins + i, bins[0][i]);
-        const u64 mass = (static_cast<u64>(bins[2][i]) << 16) + bins[1][i];
-        if (mass) atomicAdd(masses + row_id * kBins + i, mass);
-      }
-  }
-  if (!is_last_block(&own.ticket, gridDim.x)) return;
-
+  KVB_SHARED(u64, mass_sums, [kWarps]);
+  KVB_SHARED(int, ends, [2]);   // the first bin up to which the prefix may be long enough, and surely is
+  KVB_SHARED(u32, row_counts, [kBins]);
+  KVB_SHARED(float, row_masses, [C == kShift ? kBins : 1]);
   constexpr int PER_THREAD = kBins / kThreads;
-  u32 count[PER_THREAD];
-  u64 mass[PER_THREAD], own_mass = 0;
-  u32 own_count = 0;
+  const int parts = gridDim.x, lane = threadIdx.x % 32;
+  PartBounds own = {0, 0, 0, 0.f};
+  if (lane < parts) own = bounds[lane];
+  const u32 largest_order = warp_max(own.largest_key), heaviest_order = warp_max(own.largest_weight);
+  const u32 infinite = __any_sync(0xffffffffu, own.candidates & kInfinite);
+  own.candidates &= ~kInfinite;
+  const int candidates = static_cast<int>(warp_sum(own.candidates));
+  const float infinity = __uint_as_float(0x7f800000u);
+  if (candidates == 0)
+    return {0.f, heaviest_order ? from_order_key(heaviest_order) : 0.f, kLargestFinite, infinity, 0, infinite, {}};
+  Bracket bracket = {from_order_key(largest_order), from_order_key(heaviest_order), 0.f, 0.f, candidates, infinite, {}};
+  constexpr float LOG2_E = 1.44269504f;
+  const float scale = own.largest_weight
+      ? exp2_approx((from_order_key(own.largest_weight) - bracket.largest_weight) * LOG2_E) : 0.f;
+  const float outside = warp_sum(own.outside * scale);
+  const u32 top = static_cast<u32>(bin_of(bracket.largest_key));
+  // A part's bins reach from its own largest key downwards.
+  const u32 gap = own.candidates ? top - static_cast<u32>(bin_of(from_order_key(own.largest_key))) : 0xffffffffu;
+  auto bound = [&](int below) {   // of a bin, from below; exact up to 2^18
+    return (static_cast<float>(static_cast<int>(top)) - static_cast<float>(below)) / kBinsPerUnit;
+  };
+  static_assert(PER_THREAD == 4, "a load of 16 bytes");
+  u32 count[PER_THREAD] = {};
+  u64 mass[PER_THREAD];
+  float sums[PER_THREAD] = {};
+  const int own_bin = threadIdx.x * PER_THREAD;
+  constexpr int AT_ONCE = 8;   // parts; their loads are under way together
+#pragma unroll 1
+  for (int first = 0; first < parts; first += AT_ONCE) {
+    uint4 loaded[AT_ONCE];
 #pragma unroll
-  for (int i = 0; i < PER_THREAD; ++i) {
-    const u64 at = row_id * kBins + threadIdx.x * PER_THREAD + i;
-    count[i] = __ldcg(counts + at);
-    mass[i] = __ldcg(masses + at);
-    counts[at] = 0;
-    masses[at] = 0;
-    own_count += count[i];
-    own_mass += mass[i];
-  }
-  u32 usable;
-  u64 candidates;
-  u32 count_before = block_prefix(own_count, count_sums, usable);
-  u64 mass_before = block_prefix(own_mass, sums, candidates);
-  const u64 outside = total ? __ldcg(&own.outside) : 0, everything = outside + candidates;
-  least = min(least, static_cast<int>(usable));
-  most = min(most, static_cast<int>(usable));
-  // ceil(share everything / 65536) without overflow
-  long long target = static_cast<long long>(share * (everything >> 16) +
-                                            ((share * (everything & 0xffff) + 0xffff) >> 16)) -
-                     static_cast<long long>(outside);
-  if (share >= kShareOne) target = 0x7fffffffffffffffll;   // what has no mass, too
-  const Enough reached = {target, least, most};
-  if (threadIdx.x == 0) {
-    own.everything = everything;
-    own.target = target;
-    own.least = least;
-    own.most = most;
-    if (reached(0, 0)) own.crossing = kNoBin;
-  }
-  bool before = reached(mass_before, count_before);
+    for (int i = 0; i < AT_ONCE; ++i)
+      loaded[i] = *reinterpret_cast<const uint4*>(counts + min(first + i, parts - 1) * kBins + own_bin);
 #pragma unroll
-  for (int i = 0; i < PER_THREAD; ++i) {
-    const bool now = reached(mass_before + mass[i], count_before + count[i]);
-    if (now && !before) {   // one bin of the row
-      own.crossing = threadIdx.x * PER_THREAD + i;
-      own.count_before = static_cast<int>(count_before);
-      own.mass_before = mass_before;
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const u32 part_gap = __shfl_sync(0xffffffffu, gap, first + i);
+      const float part_scale = C == kShift ? __shfl_sync(0xffffffffu, scale, first + i) : 0.f;
+      const u32 part_counts[PER_THREAD] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+#pragma unroll
+      for (int j = 0; j < PER_THREAD; ++j) {
+        const bool counts_here = ((top - own_bin - j) & (kBins - 1)) >= part_gap;
+        count[j] += counts_here ? part_counts[j] : 0;
+        if (C == kShift && counts_here) sums[j] += masses[(first + i) * kBins + own_bin + j] * part_scale;
+      }
     }
-    before = now;
-    mass_before += mass[i];
-    count_before += count[i];
   }
-}
-
-// Chosen are the tokens above `key`, and those equal to it up to token `last`.
-struct Threshold {
-  u32 key;
-  int last;
-  u64 mass;       // of all candidates that are chosen
-  u64 with_ties;  // and of all others with that key
-};
-constexpr int kEveryTie = 0x7fffffff;
-constexpr u32 kAboveAll = 0xffffffffu;   // no order key of a finite number
-
-struct OneWarp {
-  static constexpr int kSize = 32;
-  __device__ static int rank() { return threadIdx.x % 32; }
-  __device__ static void sync() { __syncwarp(); }
-};
-struct WholeBlock {
-  static constexpr int kSize = kThreads;
-  __device__ static int rank() { return threadIdx.x; }
-  __device__ static void sync() { __syncthreads(); }
-};
-
-// The first of 256 bins, in the order of `bin(i)`, at which `reached` holds for the sums up to and with it.
-// The sums before it are added to mass and count.  The first warp of the group calls it.
-__device__ __forceinline__ int find_digit(const u32* counts, const u64* masses, bool descending, u64& mass, u32& count,
-                                          const Enough& reached) {
-  constexpr int PER_LANE = kDigits / 32;
-  const int lane = threadIdx.x % 32;
-  auto bin = [&](int i) { return descending ? kDigits - 1 - (lane * PER_LANE + i) : lane * PER_LANE + i; };
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) {
+    row_counts[own_bin + j] = count[j];
+    if constexpr (C == kShift) row_masses[own_bin + j] = sums[j];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) {   // from the largest key downwards
+    count[j] = row_counts[(top - own_bin - j) & (kBins - 1)];
+    if constexpr (C == kShift) sums[j] = row_masses[(top - own_bin - j) & (kBins - 1)];
+  }
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) {
+    const float lowest = bound(static_cast<int>(threadIdx.x) * PER_THREAD + j) - bracket.largest_weight;
+    mass[j] = C == kShift ? static_cast<u64>(sums[j])
+                          : count[j] * static_cast<u64>(__float2uint_rn(exp2_approx(fminf(lowest, 0.f) * LOG2_E) *
+                                                                        2147483648.f));
+  }
+  if (threadIdx.x < 2) ends[threadIdx.x] = kBins;
+  u32 counted;
+  u64 everything;
   u32 own_count = 0;
   u64 own_mass = 0;
-  for (int i = 0; i < PER_LANE; ++i) {
-    own_count += counts[bin(i)];
-    own_mass += masses[bin(i)];
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) own_count += count[j], own_mass += mass[j];
+  u32 count_before = block_prefix(own_count, count_sums, counted);
+  u64 mass_before = block_prefix(own_mass, mass_sums, everything);
+  least = min(least, candidates);
+  most = min(most, candidates);
+  // What the masses of keys are times these at most; and each is rounded, here and there, to an integer.
+  constexpr float WIDEST = C == kShift ? 1.001f : 1.0158f, SLACK = 1.0001f;
+  const float taken = static_cast<float>(kShareOne - min(share, kShareOne)), left = static_cast<float>(share);
+  // Whether `outside + prefix >= share (outside + prefix + rest)`.
+  auto enough = [&](u64 prefix, u32 size, bool surely) {
+    const float rest = static_cast<float>(everything - prefix);
+    const float rounded = 2.f * static_cast<float>(size), others = 2.f * static_cast<float>(candidates - size);
+    const float inside = static_cast<float>(prefix);
+    const bool heavy = surely ? taken * (outside + fmaxf(inside - rounded, 0.f)) >=
+                                    left * (rest * WIDEST + others) * SLACK
+                              : taken * (outside + inside * WIDEST + rounded) * SLACK >=
+                                    left * fmaxf(rest - others, 0.f);
+    return (heavy && share < kShareOne && static_cast<int>(size) >= least) || static_cast<int>(size) >= most;
+  };
+  if (threadIdx.x == 0) {
+    if (enough(0, 0, false)) ends[0] = -1;
+    if (enough(0, 0, true)) ends[1] = -1;
   }
-  u32 now_count = count + warp_prefix(own_count) - own_count;
-  u64 now_mass = mass + warp_prefix(own_mass) - own_mass;
-  int found = -1;
-  u32 found_count = 0;
-  u64 found_mass = 0;
-  bool before = false;
-  for (int i = 0; i < PER_LANE; ++i) {
-    const u32 next_count = now_count + counts[bin(i)];
-    const u64 next_mass = now_mass + masses[bin(i)];
-    const bool now = reached(next_mass, next_count);
-    if (now && !before) found = bin(i), found_count = now_count, found_mass = now_mass;
-    before = now;
-    now_count = next_count;
-    now_mass = next_mass;
+#pragma unroll
+  for (int surely = 0; surely < 2; ++surely) {   // both sums grow: one thread has the bin
+    if (enough(mass_before, count_before, surely) ||
+        !enough(mass_before + own_mass, count_before + own_count, surely))
+      continue;
+    u64 prefix = mass_before;
+    u32 size = count_before;
+    int bin = -1;
+#pragma unroll
+    for (int j = 0; j < PER_THREAD; ++j) {
+      prefix += mass[j];
+      size += count[j];
+      if (bin < 0 && enough(prefix, size, surely)) bin = static_cast<int>(threadIdx.x) * PER_THREAD + j;
+    }
+    ends[surely] = bin;
   }
-  // Both sums grow: the first lane that found a bin has the right one.
-  const int source = __ffs(__ballot_sync(0xffffffffu, found >= 0)) - 1;
-  mass = __shfl_sync(0xffffffffu, found_mass, source);
-  count = __shfl_sync(0xffffffffu, found_count, source);
-  return __shfl_sync(0xffffffffu, found, source);
+  __syncthreads();
+  bracket.high = ends[0] <= 0 ? infinity : bound(ends[0] - 1);
+  bracket.low = ends[1] < 0 ? infinity : ends[1] == kBins ? -kLargestFinite : bound(ends[1]);
+  bracket.low = fminf(bracket.low, kLargestFinite);
+  return bracket;
 }
 
-// Three sets of tokens: visit<Group>(f) calls f(key, mass, token) for this thread's share of them.
-struct ListedEntries {          // what the blocks listed of the crossing bin
-  const u32* entries;
-  int count;
-  template <class Group, class Visit>
-  __device__ __forceinline__ void visit(const Visit& f) const {
-    for (int i = Group::rank(); i < count; i += Group::kSize)
-      f(__ldcg(entries + 3 * i), __ldcg(entries + 3 * i + 1), static_cast<int>(__ldcg(entries + 3 * i + 2)));
-  }
+// Of one query head: ranks in [low, high] whose prefix may be the first to be enough.
+struct Search {
+  Enough enough;
+  u64 low, high;         // kFound: all ranks up to `high` are chosen
+  u64 mass;              // of the candidates below `low`; kFound: of all that are chosen
+  u32 count;
+  int shift;             // of the digit
+  int state;
 };
-template <int C>
-struct TokensOfBin {            // the same from the whole row
-  const Row<C>& row;
-  float largest_key, largest_weight;
-  int bin;
-  template <class Group, class Visit>
-  __device__ __forceinline__ void visit(const Visit& f) const {
-    for (int t = row.start + Group::rank(); t < row.stop; t += Group::kSize) {
-      float key, weight;
-      if (row.candidate(t, key, weight) && bin_of(key, largest_key) == bin)
-        f(order_key(key), mass_of(weight, largest_weight), t);
-    }
-  }
-};
-template <int C>
-struct CandidatesByLogit {      // all, without mass
-  const Row<C>& row;
-  template <class Group, class Visit>
-  __device__ __forceinline__ void visit(const Visit& f) const {
-    for (int t = row.start + Group::rank(); t < row.stop; t += Group::kSize) {
-      float key, weight;
-      if (row.candidate(t, key, weight)) f(order_key(row.logits[t]), 0u, t);
-    }
-  }
+enum SearchState { kSearching, kFound, kNothing, kFailed };
+enum LastRank {
+  kAnyBetween,   // found is a rank that separates the last token that is chosen from the next of these
+  kItsKey,       // found has the last token's key
+  kEveryTie      // the same, and all tokens with that key are chosen
 };
 
-// The Threshold in a set of tokens; the tokens before them have sums mass and count.  All of the group return the same.
-// counts : shared (kDigits,)        masses : shared (kDigits + 2,)        found : shared
-template <class Group, class Each>
-__device__ __forceinline__ Threshold descend(const Each& each, long long target, int least, int most, u64 mass,
-                                             u32 count, u32* counts, u64* masses, int* found) {
-  auto zero = [&] {
-    Group::sync();
-    for (int i = Group::rank(); i < kDigits; i += Group::kSize) counts[i] = 0, masses[i] = 0;
-    Group::sync();
-  };
-  u64* sums = masses + kDigits;   // (2,), of what the first warp finds
-  auto find = [&](bool descending, const Enough& reached) {
-    Group::sync();
-    if (Group::rank() < 32) {
-      const int digit = find_digit(counts, masses, descending, mass, count, reached);
-      if (Group::rank() == 0) *found = digit, sums[0] = mass, sums[1] = count;
-    }
-    Group::sync();
-    mass = sums[0];
-    count = static_cast<u32>(sums[1]);
-    return *found;
-  };
-  u32 prefix = 0;
-  int digit = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    zero();
-    each.template visit<Group>([&](u32 key, u32 weight, int) {
-      if ((static_cast<u64>(key) >> (shift + 8)) != prefix) return;
-      atomicAdd(&counts[key >> shift & 255], 1u);
-      atomicAdd(&masses[key >> shift & 255], static_cast<u64>(weight));
+__device__ __forceinline__ int digit_shift(u64 low, u64 high) {
+  const u64 range = high - low;
+  const int upper = static_cast<int>(range >> 32);
+  const int bits = upper ? 64 - __clz(upper) : 32 - __clz(static_cast<int>(static_cast<u32>(range)));
+  return max(bits - 8, 0);
+}
+
+// Where a digit is counted: so the lanes of a warp, with eight neighbouring digits each, read different banks.
+__device__ __forceinline__ int digit_place(int digit) { return digit % 8 * 32 + digit / 8; }
+static_assert(kDigits == 8 * 32, "eight digits per lane");
+
+// One step of a search: the first digit at which the sums up to and with it are enough.  The warp calls it.
+// counts, lows, highs : (kDigits,)
+template <LastRank kLast>
+__device__ __forceinline__ void find_digit(const u32* counts, const u32* lows, const u32* highs, Search& search) {
+  constexpr int PER_LANE = kDigits / 32;
+  const int lane = threadIdx.x % 32;
+  u32 own_count = 0;
+  u64 own_mass = 0;
+  auto mass_at = [&](int place) { return static_cast<u64>(highs[place]) << 32 | lows[place]; };
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    own_count += counts[i * 32 + lane];
+    own_mass += mass_at(i * 32 + lane);
+  }
+  const Enough enough = search.enough;
+  u32 count = search.count + warp_prefix(own_count);
+  u64 mass = search.mass + warp_prefix(own_mass);
+  __syncwarp();   // all have read the search
+  // Both sums grow: the first lane that is enough has the digit; its eight are then those of as many lanes.
+  const int source = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, enough(mass, count)))) - 1;
+  if (source < 0) {
+    if (lane == 0) search.state = kFailed;
+    return;
+  }
+  const int place = lane % PER_LANE * 32 + source;
+  const u32 digit_count = counts[place];
+  const u64 digit_mass = mass_at(place);
+  count = __shfl_sync(0xffffffffu, count - own_count, source) + warp_prefix(lane < PER_LANE ? digit_count : 0u);
+  mass = __shfl_sync(0xffffffffu, mass - own_mass, source) + warp_prefix(lane < PER_LANE ? digit_mass : 0ull);
+  const int first = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, enough(mass, count)))) - 1;
+  if (lane != first) return;
+  const int digit = source * PER_LANE + first;
+  const u64 low = search.low + (static_cast<u64>(digit) << search.shift), others = (1ull << search.shift) - 1;
+  const u64 high = search.high - low < others ? search.high : low + others;   // a sum may overflow
+  search.low = low;
+  search.high = high;
+  search.count = count - digit_count;
+  search.mass = mass - digit_mass;
+  search.shift = digit_shift(low, high);
+  const bool one_key = low >> 32 == high >> 32, one_token = digit_count == 1 || low == high;
+  if (kLast == kEveryTie ? one_key : one_token && (kLast == kAnyBetween || one_key)) {
+    search.state = kFound;
+    search.mass = mass;
+    if (kLast == kEveryTie) search.high |= 0xffffffffu;
+  }
+}
+
+// Ends the searches [first, last) that are kSearching.  each.visit(f) calls f(head, rank, mass) for this thread's share
+// of their tokens.  digits : shared (last - first, 3, kDigits)
+template <LastRank kLast, class Each>
+__device__ __forceinline__ void find_last(Search* searches, int first, int last, u32* digits, const Each& each) {
+  const int head = first + static_cast<int>(threadIdx.x / 32);
+  auto open = [&] { return head < last && searches[head].state == kSearching; };
+  while (__syncthreads_or(open())) {
+    for (int i = threadIdx.x; i < (last - first) * 3 * kDigits; i += kThreads) digits[i] = 0;
+    __syncthreads();
+    each.visit([&](int h, u64 rank, u32 mass) {
+      const Search& search = searches[h];
+      if (search.state != kSearching || rank < search.low || rank > search.high) return;
+      u32* digit = digits + (h - first) * 3 * kDigits +
+                   digit_place(static_cast<int>((rank - search.low) >> search.shift));
+      atomicAdd(digit, 1u);
+      if (mass) add_mass(digit + kDigits, digit + 2 * kDigits, mass);
     });
-    digit = find(true, {target, least, most});
-    prefix = prefix << 8 | static_cast<u32>(digit);
-  }
-  // All that are left share the key: the lower tokens, as many as are needed.
-  const int remaining = static_cast<int>(counts[digit]);
-  const long long weight = static_cast<long long>(masses[digit] / counts[digit]);
-  const long long shortfall = target - static_cast<long long>(mass);
-  long long ties = shortfall <= 0 ? 0 : weight == 0 ? remaining : (shortfall - 1) / weight + 1;
-  ties = min(ties, static_cast<long long>(remaining));
-  ties = max(max(ties, static_cast<long long>(least - static_cast<int>(count))), 1ll);
-  const int chosen = min(static_cast<int>(ties), min(remaining, most - static_cast<int>(count)));
-  Threshold threshold = {prefix, kEveryTie, mass + static_cast<u64>(weight) * static_cast<u64>(chosen),
-                         mass + masses[digit]};
-  if (chosen < remaining) {   // the same descent by token
-    u32 token_prefix = 0;
-    mass = 0;
-    count = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-      zero();
-      each.template visit<Group>([&](u32 key, u32, int token) {
-        if (key == threshold.key && (static_cast<u64>(token) >> (shift + 8)) == token_prefix)
-          atomicAdd(&counts[static_cast<u32>(token) >> shift & 255], 1u);
-      });
-      digit = find(false, {0, chosen, chosen});
-      token_prefix = token_prefix << 8 | static_cast<u32>(digit);
+    __syncthreads();
+    if (open()) {
+      const u32* own = digits + (head - first) * 3 * kDigits;
+      find_digit<kLast>(own, own + kDigits, own + 2 * kDigits, searches[head]);
+      __syncwarp();
     }
-    threshold.last = static_cast<int>(token_prefix);
   }
-  Group::sync();   // the shared arrays are free again
-  return threshold;
+  __syncthreads();
 }
 
-// masks : (batch, q_heads, 2, mask_words): tokens that are chosen, and tokens that may be, a bit each
-// entries : (batch, q_heads, capacity)     indices : (batch, lists, tokens), ascending     out_counts : (batch, lists)
-// mass : (batch, q_heads)                  group : query heads of a list, at most 16
+// The list of a part, of which this thread has every `threads`-th entry.
+struct PartList {
+  const Entry* entries;
+  int head, length, rank, threads;
+
+  // Lists of the parts of `group` rows, to all threads of the block.  lengths : [kMaxGroup][kMaxParts]
+  __device__ __forceinline__ PartList(const Entry* first, const u32 (*lengths)[kMaxParts], int group, int parts,
+                                      int capacity) {
+    threads = kThreads / (group * parts);
+    rank = static_cast<int>(threadIdx.x) % threads;
+    const int list = static_cast<int>(threadIdx.x) / threads, own = list < group * parts ? list : 0;
+    head = own / parts;
+    length = list < group * parts ? static_cast<int>(lengths[head][own % parts]) : 0;
+    entries = first + static_cast<u64>(own) * capacity;
+  }
+  template <class Visit>
+  __device__ __forceinline__ void visit(const Visit& f) const {   // f(key, token)
+#pragma unroll 1
+    for (int at = rank; at < length; at += threads) f(entries[at].key, entries[at].token);
+  }
+};
+// Two sets of tokens for find_last, by key or by logit.
+template <int C>
+struct ListedTokens {
+  const PartList& list;
+  const SelectionArguments& arguments;
+  u64 row_id;
+  float heaviest;
+  template <class Visit>
+  __device__ __forceinline__ void visit(const Visit& f) const {
+    if (C == kShift) {
+      const Row<C> row(arguments, row_id, blockIdx.z);
+      list.visit([&](u32 key, int t) {
+        float same, weight;
+        row.candidate(t, same, weight);
+        f(list.head, rank_of(key, 0), mass_of(weight, heaviest));
+      });
+    } else {
+      list.visit([&](u32 key, int t) { f(list.head, rank_of(key, t), mass_of(from_order_key(key), heaviest)); });
+    }
+  }
+};
+template <int C, bool kByLogit>
+struct RowTokens {
+  const Row<C>& row;
+  int head;
+  float heaviest;
+  template <class Visit>
+  __device__ __forceinline__ void for_candidates(const Visit& f) const {   // f(token, key, weight)
+    constexpr int AT_ONCE = C == kPlain ? 4 : 1;   // registers are scarce
+#pragma unroll AT_ONCE
+    for (int t = row.start + static_cast<int>(threadIdx.x); t < row.stop; t += kThreads) {
+      float key, weight;
+      if (row.candidate(t, key, weight)) f(t, key, weight);
+    }
+  }
+  template <class Visit>
+  __device__ __forceinline__ void visit(const Visit& f) const {
+    for_candidates([&](int t, float key, float weight) {
+      if (kByLogit) f(head, rank_of(order_key(row.logits[t]), t), 0u);
+      else f(head, rank_of(order_key(key), C == kShift ? 0 : t), mass_of(weight, heaviest));
+    });
+  }
+};
+
+// Transposes 8x8 nibbles: lane 8 g + r gives nibbles i = 0 .. 7 and receives nibble r of the lanes 8 g + i.
+__device__ __forceinline__ u32 transpose_nibbles(u32 x) {
+  const u32 lane = threadIdx.x;
+  u32 other = __shfl_xor_sync(0xffffffffu, x, 4);
+  x = lane & 4 ? (x & 0xffff0000u) | other >> 16 : (x & 0x0000ffffu) | other << 16;
+  other = __shfl_xor_sync(0xffffffffu, x, 2);
+  x = lane & 2 ? (x & 0xff00ff00u) | (other >> 8 & 0x00ff00ffu) : (x & 0x00ff00ffu) | (other & 0x00ff00ffu) << 8;
+  other = __shfl_xor_sync(0xffffffffu, x, 1);
+  return lane & 1 ? (x & 0xf0f0f0f0u) | (other >> 4 & 0x0f0f0f0fu) : (x & 0x0f0f0f0fu) | (other & 0x0f0f0f0fu) << 4;
+}
+
+// bounds, counts, masses : from selection_histogram_kernel        tickets : (batch, lists), zero
+// brackets : (batch, q_heads)        sums : (batch, q_heads, parts)
+// masks : (batch, q_heads, mask_words): tokens above the bracket, a bit each; mask_words is a multiple of 4
+// entries : (batch, q_heads, parts, capacity)
+// indices : (batch, lists, tokens), ascending     out_counts : (batch, lists)     mass : (batch, q_heads)
+// share : of the mass, in units of 2^-16        group : query heads of a list, at most kMaxGroup
 // bounded : whether the number of tokens is, from above
 template <int C>
 __global__ void __launch_bounds__(kThreads, 1)
-    selection_collect_kernel(KVB_SELECTION_PARAMETERS, const double* __restrict__ moments, u32* masks, u32* entries,
-                             int* indices, int* out_counts, float* mass, int mask_words, int capacity, int group,
-                             int bounded) {
-  constexpr int MAX_GROUP = 16;
+    selection_collect_kernel(KVB_SELECTION_PARAMETERS, const double* __restrict__ moments,
+                             const PartBounds* __restrict__ bounds, const u32* __restrict__ counts,
+                             const float* __restrict__ masses, u32* tickets, Bracket* brackets, PartSums* sums,
+                             u32* masks, Entry* entries, int* indices, int* out_counts, float* mass, u32 share,
+                             int least, int most, int total, int mask_words, int capacity, int group, int bounded) {
+  KVB_SHARED(u32, listed, [1]);
+  KVB_SHARED(u64, warp_sums, [3][kWarps]);
   const u64 row_id = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const SelectionArguments arguments = {logits, sigma, lengths, state, moments, tokens, span, sinks, recent, block};
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int start, stop;
+  const SelectionArguments arguments = {logits, sigma, lengths, moments, tokens, span, quads, sinks, recent, block};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x;
   {
+    const u64 part = row_id * parts + blockIdx.x;
     const Row<C> row(arguments, row_id, blockIdx.z);
-    start = row.start, stop = row.stop;
-    const int crossing = state[row_id].crossing;
-    const float largest_key = from_order_key(state[row_id].largest_key);
-    const float largest_weight = from_order_key(state[row_id].largest_weight);
-    u32* row_masks = masks + row_id * 2 * mask_words;
-    Entry* row_entries = reinterpret_cast<Entry*>(entries) + row_id * capacity;
-    for_tokens(span, row.length, [&](int t, bool in_range) {
-      float key = 0.f, weight = 0.f;
-      const bool usable = in_range && !row.always(t) && crossing != kNoBin && row.candidate(t, key, weight);
-      const int bin = usable ? bin_of(key, largest_key) : kBins;
-      // What decides in the end is the logit: with "shift" it is not the key.
-      const int last_bin = C == kShift && usable ? bin_of(row.logits[t], largest_key) : bin;
-      const u32 above = __ballot_sync(0xffffffffu, usable && last_bin < crossing);
-      const u32 maybe = __ballot_sync(0xffffffffu, usable && last_bin == crossing);
-      const u32 inside = __ballot_sync(0xffffffffu, usable && bin == crossing);
-      if (lane == 0) {
-        row_masks[t / 32] = above;
-        row_masks[mask_words + t / 32] = maybe;
-      }
-      if (inside == 0) return;
-      u32 at = 0;
-      if (lane == 0) at = atomicAdd(&state[row_id].listed, static_cast<u32>(__popc(inside)));
-      at = __shfl_sync(0xffffffffu, at, 0) + static_cast<u32>(__popc(inside & ((1u << lane) - 1)));
-      if ((inside >> lane & 1) && at < static_cast<u32>(capacity))
-        row_entries[at] = {order_key(key), mass_of(weight, largest_weight), t};
-    });
-  }
-  const u64 list_id = row_id / group, first_row = list_id * group;
-  if (!is_last_block(&state[first_row].list_ticket, gridDim.x * group)) return;
-
-  // ---- the threshold of each query head ----
-  KVB_DYNAMIC_SHARED(u64, shared);   // (min(group, kWarps), kDigits + 2) masses, then as many counts
-  KVB_SHARED(Threshold, thresholds, [MAX_GROUP]);
-  KVB_SHARED(int, digits, [kWarps]);
-  KVB_SHARED(int, sums, [kWarps]);
-  const int parts = min(group, kWarps);
-  auto masses_of = [&](int i) { return shared + i * (kDigits + 2); };
-  auto counts_of = [&](int i) { return reinterpret_cast<u32*>(shared + parts * (kDigits + 2)) + i * kDigits; };
-  for (int h = warp; h < group; h += kWarps) {
-    const RowState& own = state[first_row + h];
-    const int listed = static_cast<int>(__ldcg(&own.listed));
-    Threshold threshold = {kAboveAll, -1, 0, 0};
-    if (own.crossing != kNoBin && listed <= capacity) {
-      const ListedEntries each = {entries + (first_row + h) * capacity * 3, listed};
-      threshold = descend<OneWarp>(each, own.target, own.least, own.most, own.mass_before,
-                                   static_cast<u32>(own.count_before), counts_of(warp), masses_of(warp), digits + warp);
+    const Tiles<C, C == kPlain ? 4 : 2> tiles(row, span, quads);
+    Bracket bracket;
+    u32* words = masks + row_id * mask_words;
+    Entry* own_entries = entries + part * capacity;
+    u64 mass_inside = 0, mass_above = 0;
+    u32 above = 0, inside = 0, count_above = 0;
+    tiles.visit(
+        [&] {
+          if (threadIdx.x == 0) *listed = 0;
+          bracket = find_bracket<C>(bounds + row_id * parts, counts + row_id * parts * kBins,
+                                    masses + row_id * parts * kBins, share, least, most);
+          __syncthreads();   // `listed`
+          if (blockIdx.x == 0 && threadIdx.x == 0) brackets[row_id] = bracket;
+          return C == kPlain && bracket.infinite;
+        },
+        [&](int i, int j, float y, float noise) {
+          float key, weight;
+          const u32 bit = 1u << (4 * i + j);
+          if (C == kPlain) {   // what is no number has no mass and passes no comparison
+            key = weight = y;
+          } else if (!row.correct(y, noise, key, weight)) {
+            return;
+          }
+          const u32 own = mass_of(weight, bracket.largest_weight);
+          mass_inside += own;
+          if (key >= bracket.high) {
+            mass_above += own;
+            if (C == kShift) ++count_above;
+            else above |= bit;
+          }
+          if (key >= bracket.low) inside |= bit;
+          if (C == kShift) {   // what decides in the end is the logit
+            if (key >= bracket.high) inside &= ~bit;
+            if (y >= bracket.high) above |= bit;
+            else if (y >= bracket.low) inside |= bit;
+          }
+        },
+        [&](int tile) {
+          if (C != kShift) inside &= ~above, count_above += static_cast<u32>(__popc(above));
+          for (; inside; inside &= inside - 1) {
+            const int bit = __ffs(static_cast<int>(inside)) - 1, t = tile + bit / 4 * 128 + lane * 4 + bit % 4;
+            float key, weight;
+            row.candidate(t, key, weight);
+            const u32 at = atomicAdd(listed, 1u);
+            if (at < static_cast<u32>(capacity)) own_entries[at] = {order_key(key), t};
+          }
+          const u32 word = transpose_nibbles(above);
+          const int t = tile + lane % 8 * 128 + lane / 8 * 32;
+          if (lane % 8 < quads && t < tiles.end) words[t / 32] = word;
+          above = 0;
+        });
+    // Words of the part in front of the first candidate are those of tiles, too; a part without candidates has none.
+    u64 outside = 0;
+    if (total)
+      for_always_kept(row, span, [&](float y) {
+        if (is_finite(y)) outside += mass_of(y, bracket.largest_weight);
+      });
+    mass_inside = warp_sum(mass_inside);
+    mass_above = warp_sum(mass_above);
+    count_above = warp_sum(count_above);
+    if (total) outside = block_sum(outside, warp_sums[0]);
+    if (lane == 0) {
+      warp_sums[0][warp] = mass_inside;
+      warp_sums[1][warp] = mass_above;
+      warp_sums[2][warp] = count_above;
     }
-    if (lane == 0) thresholds[h] = threshold;
+    __syncthreads();
+    if (warp == 0) {
+      const u64 inside_sum = warp_sum(lane < kWarps ? warp_sums[0][lane] : 0);
+      const u64 above_sum = warp_sum(lane < kWarps ? warp_sums[1][lane] : 0);
+      const u32 count_sum = warp_sum(lane < kWarps ? static_cast<u32>(warp_sums[2][lane]) : 0u);
+      if (lane == 0) sums[part] = {inside_sum, above_sum, outside, count_sum, *listed};
+    }
+  }
+  const u32 list_id = (blockIdx.z * gridDim.y + blockIdx.y) / static_cast<u32>(group);
+  if (!is_last_block(tickets + list_id, gridDim.x * group)) return;
+
+  // ---- the last block of the list ----
+  const u64 first_row = list_id * static_cast<u64>(group);
+  KVB_DYNAMIC_SHARED(u32, digits);   // (group, 3, kDigits)
+  KVB_SHARED(u32, chosen, [kChunk]);
+  KVB_SHARED(Search, searches, [kMaxGroup]);
+  KVB_SHARED(Bracket, own_brackets, [kMaxGroup]);
+  KVB_SHARED(u32, lengths_of_lists, [kMaxGroup][kMaxParts]);
+  KVB_SHARED(int, rewrite, [kMaxGroup]);   // whether the bits of a query head have to be set anew
+  KVB_SHARED(int, int_sums, [kWarps]);
+  KVB_SHARED(u64, totals, [2][kMaxGroup]);   // masses: of what is always kept, of everything
+  const int words = (Row<kPlain>(arguments, row_id, blockIdx.z).stop + 31) / 32;   // of all rows of a list
+  auto load_words = [&](int from) {   // into `chosen`, the union of the query heads
+    for (int i = static_cast<int>(threadIdx.x) * 4; i < min(kChunk, words - from); i += kThreads * 4) {
+      uint4 bits = {0, 0, 0, 0};
+#pragma unroll 4
+      for (int h = 0; h < group; ++h) {
+        const uint4 more = __ldcg(reinterpret_cast<const uint4*>(masks + (first_row + h) * mask_words + from + i));
+        bits.x |= more.x, bits.y |= more.y, bits.z |= more.z, bits.w |= more.w;
+      }
+      *reinterpret_cast<uint4*>(chosen + i) = bits;
+    }
+  };
+  if (warp < group) {
+    const u64 row = first_row + warp;
+    const u32 bracket_word = lane < 8 ? __ldcg(reinterpret_cast<const u32*>(brackets + row) + lane) : 0;
+    PartSums own = {0, 0, 0, 0, 0};
+    if (lane < parts) {
+      const u64* from = reinterpret_cast<const u64*>(sums + row * parts + lane);
+      const u64 both = __ldcg(from + 3);
+      own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), static_cast<u32>(both), static_cast<u32>(both >> 32)};
+    }
+    if (lane < 8) reinterpret_cast<u32*>(own_brackets + warp)[lane] = bracket_word;
+    if (lane < parts) lengths_of_lists[warp][lane] = min(own.listed, static_cast<u32>(capacity));
+    __syncwarp();
+    const bool overflow = __any_sync(0xffffffffu, own.listed > static_cast<u32>(capacity));
+    const u64 outside = warp_sum(own.outside), everything = warp_sum(own.candidates) + outside;
+    const u64 mass_above = warp_sum(own.above);
+    const u32 count_above = warp_sum(own.count_above);
+    if (lane == 0) {
+      const Bracket& bracket = own_brackets[warp];
+      // ceil(share everything / 65536) without overflow
+      long long target = static_cast<long long>(share * (everything >> 16) +
+                                                ((share * (everything & 0xffff) + 0xffff) >> 16)) -
+                         static_cast<long long>(outside);
+      if (share >= kShareOne) target = 0x7fffffffffffffffll;   // what has no mass, too
+      Search& search = searches[warp];
+      search.enough = {target, min(least, bracket.candidates), min(most, bracket.candidates)};
+      search.mass = mass_above;
+      search.count = count_above;
+      search.state = kSearching;
+      // Among the listed keys; where subnormal numbers count as zero, it stands for them, too.
+      constexpr u32 SUBNORMAL = 0x00800000u;
+      const bool bounded_above = bracket.high <= kLargestFinite;
+      const u32 largest = order_key(bracket.largest_key) + (bracket.largest_key == 0.f ? SUBNORMAL : 0u);
+      search.low = rank_of(bounded_above ? order_key(bracket.high) - 1 : largest, 0);
+      search.high = rank_of(order_key(bracket.low) - (bracket.low == 0.f ? SUBNORMAL : 0u), -1);
+      search.shift = digit_shift(search.low, search.high);
+      rewrite[warp] = 0;
+      if (search.enough(0, 0)) {
+        search.state = kNothing;
+        search.mass = 0;
+        rewrite[warp] = bounded_above;
+      } else if (overflow || search.enough(mass_above, count_above) || search.low > search.high) {
+        search.state = kFailed;
+      }
+      totals[0][warp] = outside;
+      totals[1][warp] = everything;
+    }
   }
   __syncthreads();
-  for (int h = 0; h < group; ++h) {
-    const RowState& own = state[first_row + h];
-    if (own.crossing == kNoBin) continue;
-    const Row<C> row(arguments, first_row + h, blockIdx.z);
-    const float largest_key = from_order_key(own.largest_key), largest_weight = from_order_key(own.largest_weight);
-    if (static_cast<int>(__ldcg(&own.listed)) > capacity) {   // too many to list: search the row again
-      const TokensOfBin<C> each = {row, largest_key, largest_weight, own.crossing};
-      const Threshold threshold =
-          descend<WholeBlock>(each, own.target, own.least, own.most, own.mass_before,
-                              static_cast<u32>(own.count_before), counts_of(0), masses_of(0), digits);
-      if (threadIdx.x == 0) thresholds[h] = threshold;
-      __syncthreads();
-    }
-    if (C == kShift) {
-      // All tokens whose logit reaches the key of the crossing one; if they are too many, the first `most` by logit.
-      Threshold threshold = {thresholds[h].key, kEveryTie, thresholds[h].with_ties, 0};
-      int passing = 0;
-      if (bounded)
-        for (int t = row.start + static_cast<int>(threadIdx.x); t < row.stop; t += kThreads) {
-          float key, weight;
-          passing += row.candidate(t, key, weight) && order_key(row.logits[t]) >= threshold.key;
-        }
-      if (block_sum(passing, sums) > own.most) {
-        threshold = descend<WholeBlock>(CandidatesByLogit<C>{row}, 0, own.most, own.most, 0, 0, counts_of(0),
-                                        masses_of(0), digits);
-        threshold.last = min(threshold.last, kEveryTie - 1);   // tells that the threshold was raised
-        u64 reached = 0;
-        for (int t = row.start + static_cast<int>(threadIdx.x); t < row.stop; t += kThreads) {
-          float key, weight;
-          if (row.candidate(t, key, weight) && order_key(key) >= threshold.key)
-            reached += mass_of(weight, largest_weight);
-        }
-        threshold.mass = block_sum(reached, masses_of(0));
-      }
-      if (threadIdx.x == 0) thresholds[h] = threshold;
-      __syncthreads();
-    }
-  }
-  if (static_cast<int>(threadIdx.x) < group) {
-    RowState& own = state[first_row + threadIdx.x];
-    const u64 outside = __ldcg(&own.outside), reached = thresholds[threadIdx.x].mass + outside;
-    const bool any = own.largest_key && own.everything;
-    mass[first_row + threadIdx.x] =
-        any ? static_cast<float>(static_cast<double>(reached) / static_cast<double>(own.everything)) : 1.f;
-  }
 
-  // ---- bits to positions ----
-  constexpr int WORDS = 4;   // neighbouring ones of a thread
-  const int words = (stop + 31) / 32;
-  int* list = indices + list_id * tokens;
-  int written = 0;
-  for (int first = 0; first < words; first += kThreads * WORDS) {
-    u32 chosen[WORDS] = {};
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-      const int word = first + static_cast<int>(threadIdx.x) * WORDS + i;
-      if (word < words)
-        for (int h = 0; h < group; ++h) {
-          if (state[first_row + h].crossing == kNoBin) continue;
-          const u32* row_masks = masks + (first_row + h) * 2 * mask_words + word;
-          u32 bits = __ldcg(row_masks);
-          u32 maybe = __ldcg(row_masks + mask_words);
-          if (C == kShift && thresholds[h].last != kEveryTie) maybe |= bits, bits = 0;   // was raised above the bin
-          if (maybe) {
-            const Row<C> row(arguments, first_row + h, blockIdx.z);
-            for (; maybe; maybe &= maybe - 1) {
-              const int t = word * 32 + __ffs(static_cast<int>(maybe)) - 1;
-              float key, weight;
-              row.candidate(t, key, weight);
-              const u32 order = order_key(C == kShift ? row.logits[t] : key);
-              if (order > thresholds[h].key || (order == thresholds[h].key && t <= thresholds[h].last))
-                bits |= 1u << (t % 32);
-            }
-          }
-          chosen[i] |= bits;
-        }
-      count += __popc(chosen[i]);
+  const PartList list(entries + first_row * parts * capacity, lengths_of_lists, group, parts, capacity);
+  constexpr LastRank LAST = C == kShift ? kEveryTie : kAnyBetween;
+  find_last<LAST>(searches, 0, group, digits,
+                  ListedTokens<C>{list, arguments, first_row + list.head, own_brackets[list.head].largest_weight});
+
+  // What is rare: a search of the whole row; and with "shift" one by the logit.
+  for (int h = 0; h < group; ++h) {
+    Search& search = searches[h];
+    if (search.state != kFailed && !rewrite[h] && !(C == kShift && bounded)) continue;
+    const Row<C> row(arguments, first_row + h, blockIdx.z);
+    const Bracket& bracket = own_brackets[h];
+    u32* row_words = masks + (first_row + h) * mask_words;
+    const RowTokens<C, false> row_tokens = {row, h, bracket.largest_weight};
+    auto whole_row = [&] {
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        search.low = rank_of(order_key(kLargestFinite), 0);
+        search.high = rank_of(order_key(-kLargestFinite), -1);
+        search.mass = 0;
+        search.count = 0;
+        search.shift = digit_shift(search.low, search.high);
+        search.state = kSearching;
+        rewrite[h] = 1;
+      }
+      __syncthreads();
+    };
+    if (search.state == kFailed) {
+      whole_row();
+      find_last<LAST>(searches, h, h + 1, digits, row_tokens);
     }
-    int total;
-    int at = written + block_prefix(count, sums, total);
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i)
-      for (u32 bits = chosen[i]; bits; bits &= bits - 1)
-        list[at++] = (first + static_cast<int>(threadIdx.x) * WORDS + i) * 32 + __ffs(static_cast<int>(bits)) - 1;
-    written += total;
+    if (C == kShift && bounded && search.state == kFound) {
+      // All tokens whose logit reaches the key of the crossing one; if they are too many, the first `most` by logit.
+      int passing = 0;
+      row_tokens.for_candidates([&](int t, float, float) {
+        passing += rank_of(order_key(row.logits[t]), t) <= search.high;
+      });
+      if (block_sum(passing, int_sums) > search.enough.most) {
+        whole_row();
+        if (threadIdx.x == 0) search.enough = {0, search.enough.most, search.enough.most};
+        find_last<kItsKey>(searches, h, h + 1, digits, RowTokens<C, true>{row, h, 0.f});
+        u64 reached = 0;
+        row_tokens.for_candidates([&](int, float key, float weight) {
+          if (rank_of(order_key(key), 0) <= search.high) reached += mass_of(weight, bracket.largest_weight);
+        });
+        reached = block_sum(reached, warp_sums[0]);
+        if (threadIdx.x == 0) search.mass = reached;
+      }
+    }
+    __syncthreads();
+    if (!rewrite[h]) continue;
+#pragma unroll 1
+    for (int t = static_cast<int>(threadIdx.x); t < words * 32; t += kThreads) {
+      float key, weight;
+      const bool usable = t >= row.start && t < row.stop && row.candidate(t, key, weight);
+      const u32 bits = __ballot_sync(0xffffffffu, usable && search.state == kFound &&
+                                                      rank_of(order_key(row.deciding(t, key)), t) <= search.high);
+      if (lane == 0) row_words[t / 32] = bits;
+    }
+  }
+  // ---- bits to positions ----
+  int* positions = indices + static_cast<u64>(list_id) * tokens;
+  int written = 0;
+  for (int from = 0; from < words; from += kChunk) {
+    __syncthreads();
+    load_words(from);
+    __syncthreads();
+    if (searches[list.head].state == kFound && !rewrite[list.head])
+      list.visit([&](u32 key, int t) {
+        if (C == kShift) key = order_key(logits[(first_row + list.head) * tokens + t]);
+        if (rank_of(key, t) <= searches[list.head].high && t / 32 >= from && t / 32 < from + kChunk)
+          atomicOr(&chosen[t / 32 - from], 1u << (t % 32));
+      });
+    __syncthreads();
+    // Each warp takes neighbouring words, a row of 32 at a time, so that its stores are neighbours, too.
+    const int size = min(kChunk, words - from), rows = (size + kThreads - 1) / kThreads;
+    auto row_bits = [&](int i) {
+      const int word = (warp * rows + i) * 32 + lane;
+      return i < rows && word < size ? chosen[word] : 0u;
+    };
+    int count = 0;
+#pragma unroll 1
+    for (int i = 0; i < rows; ++i) count += __popc(row_bits(i));
+    count = warp_sum(count);
+    if (lane == 0) int_sums[warp] = count;
+    __syncthreads();
+    const int upto = warp_prefix(lane < kWarps ? int_sums[lane] : 0);
+    int at = written + __shfl_sync(0xffffffffu, upto, warp) - count;
+    written += __shfl_sync(0xffffffffu, upto, 31);
+#pragma unroll 1
+    for (int i = 0; i < rows; ++i) {
+      u32 bits = row_bits(i);
+      const int own = __popc(bits), row_upto = warp_prefix(own);
+      for (int place = at + row_upto - own; bits; bits &= bits - 1)
+        positions[place++] = (from + (warp * rows + i) * 32 + lane) * 32 + __ffs(static_cast<int>(bits)) - 1;
+      at += __shfl_sync(0xffffffffu, row_upto, 31);
+    }
+    __syncthreads();   // `chosen` has been read
   }
   if (threadIdx.x == 0) out_counts[list_id] = written;
-
-  // ---- ready for the next launch ----
   if (static_cast<int>(threadIdx.x) < group) {
-    RowState& own = state[first_row + threadIdx.x];
-    own.outside = 0;
-    own.largest_key = 0;
-    own.largest_weight = 0;
-    own.listed = 0;
+    const u64 reached = searches[threadIdx.x].mass + totals[0][threadIdx.x], everything = totals[1][threadIdx.x];
+    mass[first_row + threadIdx.x] =
+        own_brackets[threadIdx.x].candidates && everything
+            ? __fdiv_rn(static_cast<float>(reached), static_cast<float>(everything)) : 1.f;
   }
 }
 
 }  // namespace kvb
 
-#define KVB_EXPORT_SELECTION(C)                               \
-  KVB_EXPORT(80, kvb::selection_bounds_kernel<C>)             \
-  KVB_EXPORT(64, kvb::selection_histogram_kernel<C>)          \
+#define KVB_EXPORT_SELECTION(C)                        \
+  KVB_EXPORT(96, kvb::selection_histogram_kernel<C>)   \
   KVB_EXPORT(128, kvb::selection_collect_kernel<C>)
 KVB_EXPORT_SELECTION(0)
 KVB_EXPORT_SELECTION(1)

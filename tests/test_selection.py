@@ -57,15 +57,16 @@ def test_blocks_and_lists_of_any_size_give_the_selection(backend, data, blocks, 
         again = run(kernel, {**arguments, "workspace": scratch}, backend)       # the workspace was left as it was found
     kernel.agreement(arguments, kernel.reference(**arguments), made)
     assert lists(made) == lists(again) and made.mass.tobytes() == again.mass.tobytes()
-    assert not scratch.counts.to_host().any() and not scratch.masses.to_host().any()
+    assert not scratch.tickets.to_host().any()
 
 
 @given(tokens=st.integers(0, 2**22), rows=st.integers(1, 4096), multiprocessors=st.integers(1, 200))
 def test_blocks_fill_the_gpu(tokens, rows, multiprocessors):
     blocks = selection.choose_blocks(tokens, rows, multiprocessors)
-    assert blocks >= 1 and -(-tokens // blocks) <= selection.SPAN      # their sums are 32 bits wide
+    assert 1 <= blocks <= selection.MAX_BLOCKS                         # a lane reads what each has found
     assert blocks == 1 or blocks <= -(-tokens // 1024)
-    assert rows * (blocks - 1) < 2 * multiprocessors or blocks == -(-tokens // selection.SPAN)
+    turns = [-(-rows * n // multiprocessors) for n in (1, blocks)]     # of the multiprocessors, a block each
+    assert turns[1] <= turns[0] * blocks                               # no later than with one block per row
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
@@ -77,6 +78,28 @@ def test_many_tokens_in_many_blocks(backend):
         assert selection.choose_blocks(5000, 2, 132) == 5
         made = [select_top_p(scores(y, where), 0.85, backend=where) for where in (backend, "cpu")]
     assert lists(made[0]) == lists(made[1])
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("most", [None, 300])
+@pytest.mark.parametrize("calibrated", [False, "shrink", "shift"])
+@pytest.mark.parametrize("content", ["narrow", "normal", "wide", "masked"])
+def test_long_rows_in_every_mode(backend, most, calibrated, content):
+    """Rows whose keys are further apart than bins reach, or so near each other that the whole row is searched; infinite
+    logits; and with "shift" a bound that raises the threshold."""
+    tokens, rng = 6000, np.random.default_rng(7)
+    y = normal(8, (1, 4, tokens), tau={"narrow": 0.02, "normal": 3.0, "wide": 20.0, "masked": 3.0}[content])
+    if content == "masked":
+        y[..., rng.permutation(tokens)[:2000]] = rng.choice([np.inf, -np.inf, np.nan, -1e9], (1, 4, 2000))
+    sigma = rng.uniform(0, 1, y.shape)
+    options = dict(kv_heads=2, sinks=4, recent=64, block=16, calibrated=calibrated, max_tokens=most)
+    for p in (0.3, 0.85, 1.0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loaders, "multiprocessors", lambda *where: 132)
+            made, expected = (to_host(select_top_p(scores(y, where, sigma), p, backend=where, **options))
+                              for where in (backend, "cpu"))
+        assert lists(made) == lists(expected)
+        assert made.mass == pytest.approx(expected.mass, rel=2e-6)
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
@@ -97,9 +120,9 @@ def test_results_go_where_they_are_wanted(backend, calibrated):
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 def test_a_workspace_that_is_too_small_is_refused(backend):
     device = "cuda" if backend in ("cuda", "native") else "cpu"
-    y = scores(normal(2, (1, 4, 100)), backend)
-    for small in (workspace(1, 3, 100, device), workspace(1, 4, 60, device)):
-        with pytest.raises(ValueError, match="workspace: expected room for 4 query heads of 100 tokens"):
+    y = scores(normal(2, (1, 4, 300)), backend)
+    for small in (workspace(1, 3, 300, device), workspace(1, 4, 200, device)):
+        with pytest.raises(ValueError, match="workspace: expected room for 4 query heads of 300 tokens"):
             select_top_k(y, 3, workspace=small, backend=backend)
     with pytest.raises(TypeError, match="workspace: expected a Workspace from selection.workspace"):
         select_top_k(y, 3, workspace="some", backend=backend)

@@ -5,6 +5,7 @@ Reference: reference/selection.py, kernels: cuda_src/selection.cu.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,30 +20,41 @@ from kvbench.scores import Scores
 __all__ = ["Selection", "Workspace", "select_top_k", "select_top_p", "workspace"]
 
 BACKENDS = registry.BACKENDS
-STATE_WORDS = 10       # of 8 bytes, per query head: RowState of cuda_src/selection.cu
 MAX_GROUP = 16         # query heads of a list
-BINS = 1024            # of the histogram
-LISTED = 4096          # tokens of the crossing bin that are listed, per query head; more of them are searched for again
-ENTRY_WORDS = 3        # of 4 bytes: key, mass, token
-SPAN = 65536           # tokens of a thread block, at most: its sums of half masses are 32 bits wide
-MOMENTS = 4            # of a thread block, for "shrink"
-DIGITS = 256           # of the radix descent
+START = 2048           # a thread block's time besides that of its tokens, in tokens: about 2 us
+MAX_BLOCKS = 32        # of a row, each of which takes a part
+TILE = 2048            # tokens of which each lane of a block takes a group of four
+MAX_QUADS = 8          # such groups of a tile, at most
+BINS = 2048            # of the histogram
+LISTED = 4096          # tokens of a part near the threshold that are listed; where there are more the row is searched
+DIGITS = 256           # of that search
+MOMENTS = 4            # of a part, for "shrink"
+BOUNDS_WORDS = 4       # of 4 bytes, per part: PartBounds of cuda_src/selection.cu
+SUMS_WORDS = 4         # of 8 bytes, per part: PartSums
+BRACKET_WORDS = 8      # of 4 bytes, per query head: Bracket
+ENTRY_WORDS = 2        # of 4 bytes: Entry
 
 
 @dataclass(frozen=True)
 class Workspace:
     """Scratch memory of the selection kernels; with it and `out=` a selection allocates nothing.  One stream at a time.
 
-    state    [rows * STATE_WORDS] uint64, zero between launches        rows = batch * q_heads
-    counts   [rows * BINS] uint32, likewise        masses   [rows * BINS] uint64, likewise
-    masks    [rows * 2 * ceil(tokens / 32)] uint32: tokens that are chosen, and tokens that may be
-    entries  [rows * listed * ENTRY_WORDS] uint32: the tokens of the crossing bin
-    moments  [rows * most blocks * MOMENTS] float64, of parts of a row
+    tickets   [rows] uint32, zero between launches        rows = batch * q_heads
+    bounds    [parts * BOUNDS_WORDS] uint32, of the parts of all rows: largest keys and weights
+    counts    [parts * BINS] uint32: tokens that share a bin        masses   [parts * BINS] float32: their mass
+    sums      [parts * SUMS_WORDS] uint64: exact masses
+    brackets  [rows * BRACKET_WORDS] uint32: keys between which a prefix ends
+    masks     [rows * words] uint32: tokens above, a bit each        words = tokens / 32, rounded up to a multiple of 4
+    entries   [parts * listed * ENTRY_WORDS] uint32: tokens inside
+    moments   [parts * MOMENTS] float64
     """
 
-    state: Array
+    tickets: Array
+    bounds: Array
     counts: Array
     masses: Array
+    sums: Array
+    brackets: Array
     masks: Array
     entries: Array
     moments: Array
@@ -56,8 +68,8 @@ def workspace(batch: int, q_heads: int, tokens: int, device: Device | str, *, li
               framework: str | None = None, stream=None) -> Workspace:
     """Scratch for selections with at most this batch, q_heads and tokens.
 
-    listed : tokens of one query head that share a bin of width 22 / 1024 with the threshold and are then sorted out
-        quickly; where there are more the result is the same, but takes longer
+    listed : tokens of a part near the threshold (up to 1/10 from it for p = 0.85, and up to 1/64 for Top-k) that are
+        sorted out quickly; where there are more the result is the same, but takes longer
     """
     device = Device.parse(device)
     rows, listed = batch * q_heads, max(min(listed, tokens), 1)
@@ -66,17 +78,31 @@ def workspace(batch: int, q_heads: int, tokens: int, device: Device | str, *, li
         return allocate((size,), dtype, device, framework, stream=stream)
 
     backend = "simt" if device.kind == "cpu" else "native" if loaders.availability("cuda") else "cuda"
-    blocks = choose_blocks(tokens, rows, loaders.multiprocessors(backend, device))
-    return Workspace(new(zeros, rows * STATE_WORDS, "uint64"), new(zeros, rows * BINS, "uint32"),
-                     new(zeros, rows * BINS, "uint64"), new(empty, rows * 2 * -(-tokens // 32), "uint32"),
-                     new(empty, rows * listed * ENTRY_WORDS, "uint32"),
-                     new(empty, rows * blocks * MOMENTS, "float64"))
+    multiprocessors = loaders.multiprocessors(backend, device)
+    # Fewer rows may have more parts, in all.
+    parts = max((n * choose_blocks(tokens, n, multiprocessors) for n in range(1, rows + 1)), default=0)
+    return Workspace(new(zeros, rows, "uint32"), new(empty, parts * BOUNDS_WORDS, "uint32"),
+                     new(empty, parts * BINS, "uint32"), new(empty, parts * BINS, "float32"),
+                     new(empty, parts * SUMS_WORDS, "uint64"), new(empty, rows * BRACKET_WORDS, "uint32"),
+                     new(empty, rows * words_of(tokens), "uint32"),
+                     new(empty, parts * listed * ENTRY_WORDS, "uint32"), new(empty, parts * MOMENTS, "float64"))
 
 
+@lru_cache(maxsize=4096)
 def choose_blocks(tokens: int, rows: int, multiprocessors: int) -> int:
-    """Thread blocks per query head: enough to fill the GPU twice, each with 1024 to SPAN tokens."""
-    wanted = min(-(-tokens // 1024), -(-2 * multiprocessors // max(rows, 1)))
-    return max(wanted, -(-tokens // SPAN), 1)
+    """Thread blocks per row, of at least 1024 tokens, one to a multiprocessor at a time.
+
+    A block takes as long as its tokens do, and as START more for what it does but once.
+    """
+    def duration(blocks):
+        return -(-rows * blocks // multiprocessors) * (tokens / blocks + START)
+
+    return min(range(1, max(min(-(-tokens // 1024), MAX_BLOCKS), 1) + 1), key=duration)
+
+
+def words_of(tokens: int) -> int:
+    """Of 32 tokens, for a row."""
+    return -(-tokens // 128) * 4
 
 
 def select_top_p(scores, p: float, *, kv_heads: int | None = None, lengths=None, sinks: int = 0, recent: int = 0,
@@ -192,33 +218,34 @@ def _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, 
 def _launch(logits, sigma, lengths, window, rule, result, workspace, backend, arguments):
     batch, q_heads, tokens = logits.shape
     rows, device, calibration = batch * q_heads, logits.device, CALIBRATIONS.index(rule["calibrated"])
-    blocks = choose_blocks(tokens, rows, loaders.multiprocessors(backend, device))
-    scratch = _take_workspace(arguments, workspace, rows, blocks, tokens)
-    span = -(-tokens // (32 * blocks)) * 32
+    parts = choose_blocks(tokens, rows, loaders.multiprocessors(backend, device))
+    scratch = _take_workspace(arguments, workspace, rows, parts, tokens)
+    span = -(-tokens // (32 * parts)) * 32
+    quads = min(max(-(-span // TILE), 1), MAX_QUADS)
     moments = scratch.moments if calibration else None
-    common = (logits, sigma, lengths, scratch.state, np.int32(tokens), np.int32(span),
+    common = (logits, sigma, lengths, np.int32(tokens), np.int32(span), np.int32(quads),
               *(np.int32(min(window[name], 2**31 - 1)) for name in ("sinks", "recent", "block")))
     group = q_heads // result.counts.shape[1]
-    shared_bytes = group * ((DIGITS + 2) * 8 + DIGITS * 4)
-    listed = scratch.entries.size // (rows * ENTRY_WORDS)
-    total, most = np.int32(rule["total"]), 2**31 - 1 if rule["most"] is None else rule["most"]
+    listed = scratch.entries.size // (scratch.sums.size // SUMS_WORDS * ENTRY_WORDS)
+    total = np.int32(rule["total"])
+    bounds = (np.int32(min(rule["least"], 2**31 - 1)),
+              np.int32(2**31 - 1 if rule["most"] is None else min(rule["most"], 2**31 - 1)))
 
     def launch(name, *extra, shared_bytes=0):
         function = loaders.get_function("selection", f"kvb::selection_{name}", backend, device)
-        function((blocks, q_heads, batch), (512,), (*common, *extra), shared_bytes=shared_bytes,
+        function((parts, q_heads, batch), (512,), (*common, *extra), shared_bytes=shared_bytes,
                  stream=arguments.stream)
 
     if rule["calibrated"] == "shrink":
         launch("moments_kernel", moments)
-    launch(f"bounds_kernel<{calibration}>", moments, total)
-    launch(f"histogram_kernel<{calibration}>", moments, scratch.counts, scratch.masses, np.uint32(rule["share"]),
-           np.int32(min(rule["least"], 2**31 - 1)), np.int32(min(most, 2**31 - 1)), total)
-    launch(f"collect_kernel<{calibration}>", moments, scratch.masks, scratch.entries, result.indices, result.counts,
-           result.mass, np.int32(-(-tokens // 32)), np.int32(listed), np.int32(group),
-           np.int32(rule["most"] is not None), shared_bytes=shared_bytes)
+    launch(f"histogram_kernel<{calibration}>", moments, scratch.bounds, scratch.counts, scratch.masses, total)
+    launch(f"collect_kernel<{calibration}>", moments, scratch.bounds, scratch.counts, scratch.masses, scratch.tickets,
+           scratch.brackets, scratch.sums, scratch.masks, scratch.entries, result.indices, result.counts, result.mass,
+           np.uint32(rule["share"]), *bounds, total, np.int32(words_of(tokens)), np.int32(listed), np.int32(group),
+           np.int32(rule["most"] is not None), shared_bytes=group * 3 * DIGITS * 4)
 
 
-def _take_workspace(arguments: Arguments, given: Workspace | None, rows: int, blocks: int, tokens: int) -> Workspace:
+def _take_workspace(arguments: Arguments, given: Workspace | None, rows: int, parts: int, tokens: int) -> Workspace:
     """The caller's workspace, checked for size and device, or a new one."""
     if given is None:
         stream = arguments.stream if arguments.device.kind == "cuda" else None
@@ -226,12 +253,12 @@ def _take_workspace(arguments: Arguments, given: Workspace | None, rows: int, bl
     if not isinstance(given, Workspace):
         raise TypeError(f"{arguments.operator}: workspace: expected a Workspace from selection.workspace(), "
                         f"got {type(given).__name__}")
-    arguments.require(given.state.device == arguments.device, "workspace", f"memory on {arguments.device}",
-                      given.state.device)
-    arguments.require(given.state.size >= rows * STATE_WORDS and given.masks.size >= rows * 2 * -(-tokens // 32)
-                      and given.moments.size >= rows * blocks * MOMENTS, "workspace",
+    arguments.require(given.tickets.device == arguments.device, "workspace", f"memory on {arguments.device}",
+                      given.tickets.device)
+    arguments.require(given.tickets.size >= rows and given.masks.size >= rows * words_of(tokens)
+                      and given.sums.size >= rows * parts * SUMS_WORDS, "workspace",
                       f"room for {rows} query heads of {tokens} tokens",
-                      f"{given.state.size // STATE_WORDS} query heads, {given.masks.size * 16} tokens in all")
+                      f"{given.tickets.size} query heads, {given.masks.size * 32} tokens in all")
     return given
 
 

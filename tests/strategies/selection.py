@@ -8,7 +8,7 @@ from kvbench.reference.selection import CALIBRATIONS, NORMALISE
 from kvbench.scores import Scores
 from strategies.arrays import seeds
 
-# batch, kv_heads, group: each query head costs the emulator three launches of 512 threads.
+# batch, kv_heads, group: each query head costs the emulator two launches of 512 threads.
 SHAPES = st.sampled_from(((1, 1, 1), (3, 1, 1), (1, 3, 2), (2, 2, 2), (1, 1, 16), (1, 2, 5)))
 token_counts = st.one_of(st.integers(0, 150), st.sampled_from((31, 32, 33, 513)))
 CONTENTS = ("normal", "wide", "narrow", "equal", "ties", "two values", "holes", "nothing", "one large", "huge",
