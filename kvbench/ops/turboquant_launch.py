@@ -4,6 +4,7 @@ Everything here has been validated by kvbench/ops/turboquant.py.  Kernels: cuda_
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -41,18 +42,14 @@ def launch_encode(x, rotation, codes, scale_mode, mean, backend, arguments):
 
 def launch_decode(codes, rotation, out, backend, arguments):
     batch, kv_heads, tokens, head_dim = out.shape
-    target = out
-    if rotation.kind == "haar":
-        target = empty(out.shape, "float32", out.device, out.framework, stream=arguments.stream)
-    function = loaders.get_function(
-        "turboquant", f"kvb::turboquant_decode_kernel<{CXX_TYPE[target.dtype]}, {head_dim}>", backend, out.device)
-    function(*_row_blocks(out.shape, DECODE_BLOCKS, backend, out.device), (
-        *codes.arguments(), _codebook_on_device(codes.bits, out.device), np.int32(codes.bits),
-        *device_rotation(rotation, out.device), target, np.int32(kv_heads), np.int32(tokens),
-        np.uint32(batch * kv_heads * tokens)), shared_bytes=_tile_bytes(head_dim, target.itemsize),
-        stream=arguments.stream)
-    if target is not out:
-        _rotate_back(target, rotation, out, backend, arguments)
+    with rotated_back(out, rotation, backend, arguments) as target:
+        function = loaders.get_function(
+            "turboquant", f"kvb::turboquant_decode_kernel<{CXX_TYPE[target.dtype]}, {head_dim}>", backend, out.device)
+        function(*_row_blocks(out.shape, DECODE_BLOCKS, backend, out.device), (
+            *codes.arguments(), _codebook_on_device(codes.bits, out.device), np.int32(codes.bits),
+            *device_rotation(rotation, out.device), target, np.int32(kv_heads), np.int32(tokens),
+            np.uint32(batch * kv_heads * tokens)), shared_bytes=_tile_bytes(head_dim, target.itemsize),
+            stream=arguments.stream)
 
 
 def launch_logits(query, codes, rotation, scale, out, backend, arguments):
@@ -83,22 +80,17 @@ def launch_attention(query, keys, values, key_rotation, value_rotation, lengths,
     # The mean is multiplied with the query that was not rotated.
     if key_mean is not None and rotated is not query:
         key_mean = rotated_on_device(key_mean, key_rotation, backend, arguments)
-    target = out
-    if value_rotation.kind == "haar":
-        target = empty(out.shape, "float32", device, out.framework, stream=arguments.stream)
     function = loaders.get_function(
         "turboquant", f"kvb::turboquant_attention_kernel<{head_dim}, {heads}, {keys.bits}, {values.bits}>", backend,
         device)
-    function((splits, kv_heads * parts, batch), (256,), (
-        rotated, np.int32(RUN_TIME_TYPE[rotated.dtype]), *_attention_side(keys), *_attention_side(values),
-        *device_rotation(key_rotation, device), *device_rotation(value_rotation, device), *key_table(keys.bits),
-        *value_table(values.bits), key_mean, mean_stride(key_mean), lengths, target,
-        np.int32(RUN_TIME_TYPE[target.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
-        np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e))),
-        shared_bytes=_attention_shared_bytes(head_dim, heads, keys.bits, values.bits),
-        stream=arguments.stream)
-    if target is not out:
-        _rotate_back(target, value_rotation, out, backend, arguments)
+    with rotated_back(out, value_rotation, backend, arguments) as target:
+        function((splits, kv_heads * parts, batch), (256,), (
+            rotated, np.int32(RUN_TIME_TYPE[rotated.dtype]), *attention_side(keys), *attention_side(values),
+            *device_rotation(key_rotation, device), *device_rotation(value_rotation, device), *key_table(keys.bits),
+            *value_table(values.bits), key_mean, mean_stride(key_mean), lengths, target,
+            np.int32(RUN_TIME_TYPE[target.dtype]), lse, scratch.partial_output, scratch.partial_statistics,
+            scratch.tickets, np.int32(tokens), np.int32(group), np.float32(scale * math.log2(math.e))),
+            shared_bytes=_attention_shared_bytes(head_dim, heads, keys.bits, values.bits), stream=arguments.stream)
 
 
 def _attention_shared_bytes(head_dim: int, heads: int, key_bits: int, value_bits: int) -> int:
@@ -111,7 +103,7 @@ def _attention_shared_bytes(head_dim: int, heads: int, key_bits: int, value_bits
     return 12 * heads + head_dim // 32 * (heads // 8) * 512 + 2 * most_rounds * head_dim * 4 + max(rings, end)
 
 
-def _attention_side(codes) -> tuple:
+def attention_side(codes) -> tuple:
     """Keys or values as the attention kernel takes them, which knows at most one mag2 plane."""
     return (codes.planes["sign"], codes.planes.get("mag2_0"), codes.planes.get("mag1"), codes.scale,
             *map(np.uint64, codes.strides))
@@ -168,6 +160,17 @@ def rotated_on_device(x, rotation, backend, arguments) -> Array:
     rotated = empty(x.shape, "float32", x.device, x.framework, stream=arguments.stream)
     _convert(x, rotated, backend, arguments)
     return _rotate(rotated, rotation, False, backend, arguments)
+
+
+@contextlib.contextmanager
+def rotated_back(out, rotation, backend, arguments):
+    """What a kernel shall write that rotates back unless the rotation is dense; out = R^T of it then, at the end."""
+    if rotation.kind != "haar":
+        yield out
+        return
+    target = empty(out.shape, "float32", out.device, out.framework, stream=arguments.stream)
+    yield target
+    _rotate_back(target, rotation, out, backend, arguments)
 
 
 def _rotate_back(rotated, rotation, out, backend, arguments) -> None:
@@ -240,5 +243,10 @@ def value_table(bits: int) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
     table[: len(centroids)] = centroids
     if bits < 4:
         table[4 : 4 + len(centroids)] = -centroids
-    table = table.view(np.uint8).reshape(8, 2)
-    return *table[:, 1].copy().view(np.uint32), *table[:, 0].copy().view(np.uint32)
+    return byte_table(table)
+
+
+def byte_table(entries) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
+    """Eight float16 numbers as byte permutations look them up: the high bytes of 0-3 and of 4-7, then the low bytes."""
+    split = np.asarray(entries, np.float16).view(np.uint8).reshape(8, 2)
+    return *split[:, 1].copy().view(np.uint32), *split[:, 0].copy().view(np.uint32)

@@ -243,6 +243,141 @@ __device__ __forceinline__ float exponent(float scale) {
   return static_cast<float>(static_cast<int>(__float_as_uint(fmaxf(scale, kSmallestValueScale)) >> 23) - 126);
 }
 
+// ---- softmax and output ---------------------------------------------------------------------------------------------
+
+// What a warp has summed up over its tokens.
+template <int D, int HALVES>
+struct PlaneSums {
+  static constexpr int GROUPS = kPlaneTile / 8;
+  float o[D / 16][HALVES][4];                 // as in add_values
+  float reference[HALVES], total[HALVES];     // of head g (+ 8), the same in the four lanes of g
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      reference[half] = kNoReference, total[half] = 0.f;
+#pragma unroll
+      for (int m = 0; m < D / 16; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[m][half][i] = 0.f;
+    }
+  }
+
+  // p = 2^(logit - reference) times the value's scale, of tokens 8 j + 2t and 8 j + 2t + 1 in p[half][j], B operands of
+  // add_values; the totals grow.  logit(j, half, e, x): the logit of head g + 8 half and token 8 j + 2t + e, plus x
+  template <class Logit>
+  __device__ __forceinline__ void weigh(u32 (&p)[HALVES][GROUPS], const __half2 (&scale)[GROUPS], const Logit& logit,
+                                        int t) {
+    float sum[HALVES];
+    auto weights = [&]() {   // returns whether a weight is 2^kPlaneSlack or more, or NaN
+      u32 large = 0;
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        sum[half] = 0.f;
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) {
+          const float2 s = __half22float2(scale[j]);
+          const float first = exp2_approx(logit(j, half, 0, -reference[half]));
+          const float second = exp2_approx(logit(j, half, 1, -reference[half]));
+          sum[half] += first + second;
+          p[half][j] = pack_pair<__half>(first * s.x, second * s.y);
+          // fp16 from 2^15 on has ones in the upper four bits of its exponent: the sum carries into the sign bit.
+          large |= p[half][j] + 0x08000800u;
+        }
+      }
+      return (large & 0x80008000u) != 0;
+    };
+    if (__any_sync(0xffffffffu, weights())) {
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        float largest = -infinity();   // of log2 of the weights, up to 1 too much
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) {
+          const float2 s = __half22float2(scale[j]);
+          largest = fmaxf(largest, fmaxf(logit(j, half, 0, exponent(s.x)), logit(j, half, 1, exponent(s.y))));
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+        const bool raised = largest >= reference[half] + kPlaneSlack;
+        const float next = raised ? largest - kPlaneGap : reference[half];
+        const float shrink = exp2_approx(reference[half] - next);
+        reference[half] = next;
+        total[half] *= shrink;
+        // The accumulators hold heads 2t and 2t+1, whose factors are in the lanes with g = 2t and 2t+1.
+        const float even = __shfl_sync(0xffffffffu, shrink, 8 * t), odd = __shfl_sync(0xffffffffu, shrink, 8 * t + 4);
+#pragma unroll
+        for (int m = 0; m < D / 16; ++m) {
+          o[m][half][0] *= even;
+          o[m][half][1] *= odd;
+          o[m][half][2] *= even;
+          o[m][half][3] *= odd;
+        }
+      }
+      weights();
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) total[half] += sum[half];
+  }
+
+  // The warp's partial output and its statistics, where finish_split finds them.
+  __device__ __forceinline__ void store(float* copies, float2* statistics, int warp, int lane) {
+    constexpr int HEADS = 8 * HALVES;
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
+      total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
+      if (t == 0) statistics[warp * HEADS + 8 * half + g] = make_float2(reference[half], total[half]);
+      float* even = copies + (warp * HEADS + 8 * half + 2 * t) * D;   // head 2t; head 2t+1 is one row on
+#pragma unroll
+      for (int m = 0; m < D / 16; ++m) {
+        const float(&x)[4] = o[m][half];
+        const int d = D / 8 * g + 2 * m;
+        *reinterpret_cast<float2*>(even + d) = make_float2(x[0], x[2]);
+        *reinterpret_cast<float2*>(even + D + d) = make_float2(x[1], x[3]);
+      }
+    }
+  }
+};
+
+// The end of the kernel: one copy of the partial output per warp, over the rings, in which no copy is under way any
+// more; the block that merges the splits rotates the result back and writes it, a warp per head.
+// target : with everything of the block's query heads        signs : shared (rounds, D), of the values' rotation
+// output : of output_type, from row `row` on
+template <int D, int HEADS>
+__device__ __forceinline__ void finish_planes(PlaneSums<D, HEADS / 8>& sums, char* rings, const DecodeTarget& target,
+                                              int group, int split, int splits, int active, const float* signs,
+                                              int rounds, float remaining_scale, void* output, int output_type,
+                                              u64 row) {
+  constexpr int N = D / 32, THREADS = 32 * kPlaneWarps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __syncthreads();
+  float* copies = reinterpret_cast<float*>(rings);                                          // (warps, HEADS, D)
+  float2* statistics = reinterpret_cast<float2*>(copies + kPlaneWarps * HEADS * D);         // (warps, HEADS)
+  float* rows = reinterpret_cast<float*>(statistics + kPlaneWarps * HEADS);                 // (HEADS, D)
+  sums.store(copies, statistics, warp, lane);
+  const bool finished = finish_split<D, kPlaneWarps, HEADS, THREADS>(
+      copies, statistics, rings, target, group, split, splits, active,
+      [&](int index, const float4& x) { *reinterpret_cast<float4*>(rows + index) = x; });
+  if (!finished) return;
+
+  __syncthreads();
+  for (int h = warp; h < group; h += kPlaneWarps) {
+    float v[N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) v[e] = rows[h * D + lane * N + e];
+#pragma unroll 1
+    for (int r = rounds - 1; r >= 0; --r) {
+      warp_walsh_hadamard<D>(v, lane);
+#pragma unroll
+      for (int e = 0; e < N; ++e) v[e] *= signs[r * D + lane * N + e];
+    }
+#pragma unroll
+    for (int e = 0; e < N; ++e)
+      store_float(output, output_type, (row + h) * D + lane * N + e, v[e] * remaining_scale);
+  }
+}
+
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 // query : (batch, kv_heads * all_heads, D), type 0 float, 1 fp16, 2 bf16    output : likewise, of output_type
@@ -414,10 +549,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
     unit[half] = query_unit[8 * half + g];
     offset[half] = query_offset[8 * half + g];
   }
-  float o[D / 16][HALVES][4] = {};
-  float reference[HALVES], total[HALVES];     // of head g (+ 8), the same in the four lanes of g
-#pragma unroll
-  for (int half = 0; half < HALVES; ++half) reference[half] = kNoReference, total[half] = 0.f;
+  PlaneSums<D, HALVES> state;
+  state.clear();
 
   const int key_octet = t * OCTETS, value_octet = g * (D / 64);
   const auto key_place = OctetPlace<D, KEY_BITS, OCTETS>::of(plane_row<D>(g), key_octet);
@@ -463,111 +596,22 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
             }
     }
 
-    // ---- weights ----
     u32 p[HALVES][GROUPS];
-    float sum[HALVES];
-    auto weigh = [&]() {   // returns whether a weight is 2^kPlaneSlack or more, or NaN
-      u32 large = 0;
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        sum[half] = 0.f;
-#pragma unroll
-        for (int j = 0; j < GROUPS; ++j) {
-          const float2 s = __half22float2(scale[j]);
-          const float first = exp2_approx(fmaf(product[j][half][0], unit[half] * factor[j].x, -reference[half]));
-          const float second = exp2_approx(fmaf(product[j][half][1], unit[half] * factor[j].y, -reference[half]));
-          sum[half] += first + second;
-          p[half][j] = pack_pair<__half>(first * s.x, second * s.y);
-          // fp16 from 2^15 on has ones in the upper four bits of its exponent: the sum carries into the sign bit.
-          large |= p[half][j] + 0x08000800u;
-        }
-      }
-      return (large & 0x80008000u) != 0;
-    };
-    if (__any_sync(0xffffffffu, weigh())) {
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        float largest = -infinity();   // of log2 of the weights, up to 1 too much
-#pragma unroll
-        for (int j = 0; j < GROUPS; ++j) {
-          const float2 s = __half22float2(scale[j]);
-          const float first = fmaf(product[j][half][0], unit[half] * factor[j].x, exponent(s.x));
-          const float second = fmaf(product[j][half][1], unit[half] * factor[j].y, exponent(s.y));
-          largest = fmaxf(largest, fmaxf(first, second));
-        }
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const bool raised = largest >= reference[half] + kPlaneSlack;
-        const float next = raised ? largest - kPlaneGap : reference[half];
-        const float shrink = exp2_approx(reference[half] - next);
-        reference[half] = next;
-        total[half] *= shrink;
-        // The accumulators hold heads 2t and 2t+1, whose factors are in the lanes with g = 2t and 2t+1.
-        const float even = __shfl_sync(0xffffffffu, shrink, 8 * t), odd = __shfl_sync(0xffffffffu, shrink, 8 * t + 4);
-#pragma unroll
-        for (int m = 0; m < D / 16; ++m) {
-          o[m][half][0] *= even;
-          o[m][half][1] *= odd;
-          o[m][half][2] *= even;
-          o[m][half][3] *= odd;
-        }
-      }
-      weigh();
-    }
-#pragma unroll
-    for (int half = 0; half < HALVES; ++half) total[half] += sum[half];
-
+    state.weigh(p, scale, [&](int j, int half, int e, float x) {
+      return fmaf(product[j][half][e], unit[half] * (e ? factor[j].y : factor[j].x), x);
+    }, t);
     // ---- values ----
-    add_values<D, HALVES, VALUE_BITS>(o, current + KEY_BYTES, first_place, second_place, p, value_table,
+    add_values<D, HALVES, VALUE_BITS>(state.o, current + KEY_BYTES, first_place, second_place, p, value_table,
                                       value_octet % 4);
     freed = read;
     read = read == (kPlaneRing - 1) * TILE_BYTES ? 0 : read + TILE_BYTES;
   }
 
-  // ---- one copy of the partial output per warp, over the rings ----
-  // No copy is under way: beyond the last tile none starts.
-  __syncthreads();
-  float* copies = reinterpret_cast<float*>(rings);                                          // (warps, HEADS, D)
-  float2* statistics = reinterpret_cast<float2*>(copies + kPlaneWarps * HEADS * D);         // (warps, HEADS)
-#pragma unroll
-  for (int half = 0; half < HALVES; ++half) {
-    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
-    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
-    if (t == 0) statistics[warp * HEADS + 8 * half + g] = make_float2(reference[half], total[half]);
-    float* even = copies + (warp * HEADS + 8 * half + 2 * t) * D;   // head 2t; head 2t+1 is one row on
-#pragma unroll
-    for (int m = 0; m < D / 16; ++m) {
-      const float(&x)[4] = o[m][half];
-      const int d = D / 8 * g + 2 * m;
-      *reinterpret_cast<float2*>(even + d) = make_float2(x[0], x[2]);
-      *reinterpret_cast<float2*>(even + D + d) = make_float2(x[1], x[3]);
-    }
-  }
-  float* rows = reinterpret_cast<float*>(statistics + kPlaneWarps * HEADS);                 // (HEADS, D)
   const DecodeTarget target = {lse ? lse + row : nullptr, key_mean ? lse_offset : nullptr,
                                partial_output + row * splits * D, partial_statistics + row * splits,
                                tickets + pair * parts + part};
-  const bool finished = finish_split<D, kPlaneWarps, HEADS, THREADS>(
-      copies, statistics, rings, target, group, split, splits, active,
-      [&](int index, const float4& x) { *reinterpret_cast<float4*>(rows + index) = x; });
-  if (!finished) return;
-
-  // ---- the result, rotated back; a warp per head ----
-  __syncthreads();
-  for (int h = warp; h < group; h += kPlaneWarps) {
-    float v[N];
-#pragma unroll
-    for (int e = 0; e < N; ++e) v[e] = rows[h * D + lane * N + e];
-#pragma unroll 1
-    for (int r = value_rounds - 1; r >= 0; --r) {
-      warp_walsh_hadamard<D>(v, lane);
-#pragma unroll
-      for (int e = 0; e < N; ++e) v[e] *= staged_signs[(key_rounds + r) * D + lane * N + e];
-    }
-#pragma unroll
-    for (int e = 0; e < N; ++e)
-      store_float(output, output_type, (row + h) * D + lane * N + e, v[e] * value_remaining_scale);
-  }
+  finish_planes<D, HEADS>(state, rings, target, group, split, splits, active, staged_signs + key_rounds * D,
+                          value_rounds, value_remaining_scale, output, output_type, row);
 }
 
 }  // namespace kvb
