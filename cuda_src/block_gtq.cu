@@ -24,7 +24,10 @@
 // block_gtq_logits_kernel: a thread per token, sums of all query heads of a KV head in registers, each code looked up
 //   once; the scalar of a group multiplies its finished sums.
 //
-// block_gtq_attention_kernel: the same, then softmax and values, in one launch.
+// block_gtq_attention_kernel: decode attention on tensor cores, for values of 1 to 4 bits: kvb/block_gtq_attention.cuh.
+//
+// block_gtq_attention_simple_kernel: decode attention for values of 5 to 8 bits: logits as above, then softmax and
+//   values, in one launch.
 //   Work     Blocks of 256 threads take tiles of 256 tokens of one KV head, for all of its query heads (group <= 16).
 //            Logits: a thread per token, base 2.  Online softmax: one reference per head and block.  Values: a thread
 //            per coordinate, 256 / D tokens at a time, weights from shared memory.  The query is folded, and the result
@@ -34,6 +37,8 @@
 //   Counts   Per token and KV head at D = 128: some 10 instructions per coordinate and thread to take a key's code
 //            apart and look it up, as many for a value's, and a multiply-add per query head for each: bound by
 //            arithmetic in float32, not by memory.  Tensor cores are not used.
+#include "kvb/block_gtq_attention.cuh"
+#include "kvb/block_gtq_plan.cuh"
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/rows.cuh"
@@ -42,24 +47,6 @@
 namespace kvb {
 
 constexpr int kEncodeWarps = 4, kEncodeTokens = 32, kEncodePitch = kEncodeTokens + 1;
-constexpr int kMostGroups = 8, kMostCodes = 256, kMostBoundaries = 128;
-
-// Rows of the tables.
-struct KeyGroup {
-  i32 start, size, bits, book, rotation;
-  float inverse_size;
-};
-struct KeySegment {
-  i32 bits, group, book, pairs[3], top, top_half;   // words of the row of magnitudes, and the half of the last one
-};
-
-__device__ __forceinline__ float read_number(const void* x, int type, u64 index) {
-  if (type == 0) return static_cast<const float*>(x)[index];
-  if (type == 1) return to_float(static_cast<const __half*>(x)[index]);
-  return to_float(static_cast<const __nv_bfloat16*>(x)[index]);
-}
-
-__device__ __forceinline__ float not_a_number() { return infinity() - infinity(); }
 
 // y[e] += sum_i matrix[i, e] factor x[i] for eight neighbouring columns of a square matrix of that size, whose rows
 // begin at multiples of 16 bytes.  x : every kEncodePitch elements
@@ -221,13 +208,6 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 4)
 
 // ---- decode ---------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float load_scalar(const __half* halves, const u8* bytes, u64 index, int exponent) {
-  if (halves) return to_float(halves[index]);
-  const int code = bytes[index];
-  if (code == 0 || code == 255) return code ? not_a_number() : 0.f;
-  return exp2f(0.0625f * static_cast<float>(code - 128) + static_cast<float>(exponent));
-}
-
 // The keys of one (sequence, KV head), from its first token on, and where its plan is.
 struct KeyRows {
   const u32 *sign, *magnitude;
@@ -315,7 +295,7 @@ __global__ void __launch_bounds__(D)
   const int j = threadIdx.x;
   const u64 row = static_cast<u64>(blockIdx.y) * gridDim.x + blockIdx.x;
   const u64 plan = blockIdx.y * plan_stride + blockIdx.x / group;
-  staged[j] = read_number(query, query_type, row * D + j);
+  staged[j] = load_float(query, query_type, row * D + j);
   __syncthreads();
   const float* column = matrices + plan * (D * D) + j;
   float sum = 0.f;
@@ -428,20 +408,18 @@ __device__ __forceinline__ void multiply_rows(const float* from, const float* ma
 // Grid (splits, kv_heads, batch), block 256; other arguments as for encode
 template <int D, int HEADS>
 __global__ void __launch_bounds__(256, 1)
-    block_gtq_attention_kernel(const void* __restrict__ query, int query_type, const float* __restrict__ matrices,
-                               int plan_stride, const u32* __restrict__ sign, const u32* __restrict__ magnitude,
-                               const __half* __restrict__ halves, const u8* __restrict__ bytes, u64 batch_stride,
-                               u64 head_stride, int magnitude_words, int scalars, const i32* __restrict__ segments,
-                               const float* __restrict__ centroids, const i32* __restrict__ exponents,
-                               const u32* __restrict__ value_sign, const u32* __restrict__ value_mag2_0,
-                               const u32* __restrict__ value_mag2_1, const u32* __restrict__ value_mag2_2,
-                               const u32* __restrict__ value_mag1, const __half* __restrict__ value_scale,
-                               u64 value_batch_stride, u64 value_head_stride,
-                               const float* __restrict__ value_centroids, int value_bits,
-                               const float* __restrict__ value_matrix, const float* __restrict__ key_mean,
-                               u64 key_mean_batch_stride, const int* __restrict__ lengths, void* output,
-                               int output_type, float* lse, float* partial_output, float2* partial_statistics,
-                               u32* tickets, int tokens, int group, float scale_log2) {
+    block_gtq_attention_simple_kernel(
+        const void* __restrict__ query, int query_type, const float* __restrict__ matrices, int plan_stride,
+        const u32* __restrict__ sign, const u32* __restrict__ magnitude, const __half* __restrict__ halves,
+        const u8* __restrict__ bytes, u64 batch_stride, u64 head_stride, int magnitude_words, int scalars,
+        const i32* __restrict__ segments, const float* __restrict__ centroids, const i32* __restrict__ exponents,
+        const u32* __restrict__ value_sign, const u32* __restrict__ value_mag2_0,
+        const u32* __restrict__ value_mag2_1, const u32* __restrict__ value_mag2_2,
+        const u32* __restrict__ value_mag1, const __half* __restrict__ value_scale, u64 value_batch_stride,
+        u64 value_head_stride, const float* __restrict__ value_centroids, int value_bits,
+        const float* __restrict__ value_matrix, const float* __restrict__ key_mean, u64 key_mean_batch_stride,
+        const int* __restrict__ lengths, void* output, int output_type, float* lse, float* partial_output,
+        float2* partial_statistics, u32* tickets, int tokens, int group, float scale_log2) {
   constexpr int SHARES = 256 / D, WARPS = 8;
   KVB_SHARED(float, queries, [D][HEADS]);               // at the end: the rows that are rotated back
   KVB_SHARED(float, tables, [kMostGroups][kMostCodes]); // at the end: scratch of finish_split
@@ -462,7 +440,7 @@ __global__ void __launch_bounds__(256, 1)
 
   float* raw = &weights[0][0];
   for (int i = threadIdx.x; i < HEADS * D; i += 256)
-    raw[i] = i / D < group ? read_number(query, query_type, row * D + i) : 0.f;
+    raw[i] = i / D < group ? load_float(query, query_type, row * D + i) : 0.f;
   value_table[threadIdx.x] = value_centroids[threadIdx.x];
   if (threadIdx.x < HEADS) reference[threadIdx.x] = kNoReference;
   stage_plan<D>(own, tables, segments, centroids, plan);
@@ -583,8 +561,19 @@ __global__ void __launch_bounds__(256, 1)
   KVB_EXPORT(48, kvb::block_gtq_fold_kernel<D>)                         \
   KVB_EXPORT(64, kvb::block_gtq_logits_kernel<D, 4>)                    \
   KVB_EXPORT(96, kvb::block_gtq_logits_kernel<D, 16>)                   \
-  KVB_EXPORT(168, kvb::block_gtq_attention_kernel<D, 4>)                \
-  KVB_EXPORT(224, kvb::block_gtq_attention_kernel<D, 16>)
+  KVB_EXPORT(168, kvb::block_gtq_attention_simple_kernel<D, 4>)         \
+  KVB_EXPORT(224, kvb::block_gtq_attention_simple_kernel<D, 16>)
 KVB_EXPORT_BLOCK_GTQ(64)
 KVB_EXPORT_BLOCK_GTQ(128)
 KVB_EXPORT_BLOCK_GTQ(256)
+
+#define KVB_EXPORT_ATTENTION(D, HEADS, REGISTERS)                               \
+  KVB_EXPORT(REGISTERS, kvb::block_gtq_attention_kernel<D, HEADS, 1>)           \
+  KVB_EXPORT(REGISTERS, kvb::block_gtq_attention_kernel<D, HEADS, 2>)           \
+  KVB_EXPORT(REGISTERS, kvb::block_gtq_attention_kernel<D, HEADS, 3>)           \
+  KVB_EXPORT(REGISTERS, kvb::block_gtq_attention_kernel<D, HEADS, 4>)
+KVB_EXPORT_ATTENTION(64, 8, 168)
+KVB_EXPORT_ATTENTION(64, 16, 224)
+KVB_EXPORT_ATTENTION(128, 8, 184)
+KVB_EXPORT_ATTENTION(128, 16, 232)
+KVB_EXPORT_ATTENTION(256, 8, 240)

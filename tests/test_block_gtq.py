@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import needs
-from kvbench import caches, codecs, data
+from kvbench import caches, codecs, data, registry
 from kvbench.ops import block_gtq, turboquant
 from kvbench.ops.block_gtq_records import random_keys
 from kvbench.reference import block_gtq as reference
@@ -98,6 +98,32 @@ def test_strided_codes_are_read_in_place(backend):
         assert one.tobytes() == other.tobytes()
     assert block_gtq.decode(strided, plan, backend=backend).tobytes() == block_gtq.decode(
         keys, plan, backend=backend).tobytes()
+
+
+@pytest.mark.parametrize("backend", [needs("simt")])
+@pytest.mark.parametrize("head_dim, rates", [
+    (64, (4, 3, 2, 1)), (64, (8, 8, 8, 8)), (64, (1, 1, 1, 1)),
+    (128, (7, 4, 4, 3, 2, 2, 1, 1)), (128, (5, 5, 4, 3, 3, 2, 1, 1)), (128, (8, 7, 6, 5, 5, 4, 3, 2)), (128, (2,) * 8),
+    (256, (8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1)), (256, (8,) * 16), (256, (3,) * 16), (256, (5,) * 16)])
+def test_attention_reads_rows_of_any_length_wherever_they_begin(head_dim, rates, backend):
+    """Whole tiles go to shared memory in chunks of 16 bytes, parts of tiles and rows at odd places byte by byte."""
+    kernel = registry.get("block_gtq.decode_attention")
+    for seed in range(4):
+        rng, bits, group = generator(seed), 1 + seed, (1, 8, 9, 16)[seed]
+        plan = Plan(np.repeat(np.array([rates, (4,) * len(rates)], np.uint8), 8, axis=1), "half", head_dim,
+                    exponents=np.zeros(2, np.int16) if seed % 2 else None)
+        shape = (2, 2, 101)
+        keys = random_keys(plan, shape, rng)
+        values = turboquant.Encoded(random_planes(rng, shape, bits, head_dim), random_scales(rng, shape, "normal"),
+                                    head_dim)
+        inputs = {"query": rng.standard_normal((2, 2 * group, head_dim)).astype(np.float32), "plan": plan,
+                  "value_rotation": hadamard(head_dim, 3), "return_lse": True, "lengths": np.array([101, 64], np.int32)}
+        result = kernel.operator(keys=keys, values=values, **inputs, splits=2, backend=backend)
+        kernel.agreement({**inputs, "keys": keys, "values": values},
+                         kernel.reference(keys=keys, values=values, **inputs), result)
+        again = kernel.operator(keys=in_a_store(rng, keys), values=in_a_store(rng, values), **inputs, splits=2,
+                                backend=backend)
+        assert [x.tobytes() for x in again] == [x.tobytes() for x in result]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

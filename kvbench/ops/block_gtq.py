@@ -234,7 +234,8 @@ def decode_attention(query, keys: Encoded, values: turboquant.Encoded, plan: Pla
     backend    : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256,
                  group <= 16
 
-    Returns out, or (out, lse).  Arithmetic is float32.
+    Returns out, or (out, lse).  On GPUs, values of 1 to 4 bits take tensor cores: the folded query, centroids and
+    weights are rounded to float16, sums are float32.  Else arithmetic is float32, and slower by far on GPUs.
     Source: arXiv 2606.24033; split and merge: arXiv 1805.02867, section 3.1.
     """
     arguments = Arguments("block_gtq.decode_attention", stream=stream)

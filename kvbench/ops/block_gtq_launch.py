@@ -14,15 +14,17 @@ from kvbench.arrays import Array, Device, empty, upload
 from kvbench.cpu.block_gtq import Tables
 from kvbench.ops import attention
 from kvbench.ops.dispatch import CXX_TYPE, RUN_TIME_TYPE
-from kvbench.ops.turboquant_launch import mean_stride
+from kvbench.ops.turboquant_launch import (CUDA_ATTENTION_BITS, attention_side, byte_table, device_rotation,
+                                           mean_stride, rotated_back, value_table)
 from kvbench.reference.block_gtq import Plan
 from kvbench.reference.rotation import Rotation
 from kvbench.reference.turboquant import SCALE_MODES, codebook_for
 
 ENCODE_TOKENS = 32       # kEncodeTokens of cuda_src/block_gtq.cu; a row in shared memory has one column more
 TILE = 16                # coordinates: groups are whole multiples of them
-ATTENTION_TOKENS = 256
-QUERY_HEADS = (4, 16)    # of a KV head, for which an instance of a kernel has sums
+SIMPLE_TOKENS = 256      # of a block of the simple attention kernel
+QUERY_HEADS = (4, 16)    # of a KV head, for which an instance of a kernel in float32 has sums
+SHARED_BYTES = {1: 232448, 2: 115712}    # that one block, or each of two on a multiprocessor, can have
 
 
 def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arguments) -> None:
@@ -68,17 +70,64 @@ def launch_logits(query, codes, plan: Plan, scale: float, out, backend: str, arg
 
 def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, scale: float, key_mean, splits, out, lse,
                      workspace, backend: str, arguments) -> None:
+    if values.bits not in CUDA_ATTENTION_BITS:
+        _launch_simple_attention(query, keys, values, plan, value_rotation, lengths, scale, key_mean, splits, out, lse,
+                                 workspace, backend, arguments)
+        return
+    batch, kv_heads, tokens = keys.scale.shape[:3]
+    head_dim, device = query.shape[2], query.device
+    group = query.shape[1] // kv_heads
+    heads = 8 if group <= 8 or head_dim == 256 else 16
+    parts = -(-group // heads)
+    blocks = 2 if head_dim <= 128 and heads == 8 else 1          # kBlockGtqBlocks of kvb/block_gtq_attention.cuh
+    if splits is None:
+        splits = attention.choose_splits(-(-tokens // 32), batch * kv_heads * parts, 8,
+                                         blocks * loaders.multiprocessors(backend, device))
+    scratch = attention.take_workspace(arguments, workspace, splits, device, out.framework)
+    order, _, _, rotations, _, _, exponents, _ = _tables_on_device(plan, device)
+    ring, shared_bytes = _attention_ring(head_dim, heads, plan, values.bits, SHARED_BYTES[blocks])
+    function = loaders.get_function("block_gtq", f"kvb::block_gtq_attention_kernel<{head_dim}, {heads}, {values.bits}>",
+                                    backend, device)
+    with rotated_back(out, value_rotation, backend, arguments) as target:
+        function((splits, kv_heads * parts, batch), (256,), (
+            query, np.int32(RUN_TIME_TYPE[query.dtype]), order, *_records_on_device(plan, device), rotations, exponents,
+            _plan_stride(plan, kv_heads), *_stored(keys), *attention_side(values),
+            *device_rotation(value_rotation, device), *value_table(values.bits), key_mean, mean_stride(key_mean),
+            lengths, target, np.int32(RUN_TIME_TYPE[target.dtype]), lse, scratch.partial_output,
+            scratch.partial_statistics, scratch.tickets, np.int32(tokens), np.int32(group),
+            np.float32(scale * math.log2(math.e)), np.int32(ring)), shared_bytes=shared_bytes, stream=arguments.stream)
+
+
+def _attention_ring(head_dim: int, heads: int, plan: Plan, value_bits: int, room: int) -> tuple[int, int]:
+    """(tiles in a warp's ring, dynamic shared memory) of block_gtq_attention_kernel: three if there is room.
+
+    In memory: units and offsets of the heads, records of segments of 80 bytes, centroids of 6 to 8 bits, the query, the
+    order of coordinates, the signs of the values' rotation, scalars of a tile per warp, and the rings.  The end of the
+    kernel (kvb/splits.cuh) uses the rings again, and needs the rotated rows besides."""
+    warps, tile, most_groups, most_rounds = 8, 32, 8, 8
+    fixed = (8 * heads + head_dim // TILE * (80 + 512) + 896 + 4 * head_dim * (1 + most_rounds)
+             + warps * most_groups * tile * 4)
+    scalar_bytes = plan.scalars * (2 if plan.exponents is None else 1)
+    row = head_dim // 8 * (1 + value_bits) + 4 * plan.magnitude_words + scalar_bytes + 2
+    end = attention.split_shared_bytes(warps, heads, head_dim, 32 * warps) + heads * head_dim * 4
+    ring = next(tiles for tiles in (3, 2) if tiles == 2 or fixed + warps * tiles * tile * row <= room)
+    return ring, fixed + max(warps * ring * tile * row, end)
+
+
+def _launch_simple_attention(query, keys, values, plan: Plan, value_rotation, lengths, scale: float, key_mean, splits,
+                             out, lse, workspace, backend: str, arguments) -> None:
+    """In float32, for values of 5 to 8 bits."""
     batch, kv_heads, tokens = keys.scale.shape[:3]
     head_dim, device = query.shape[2], query.device
     group = query.shape[1] // kv_heads
     _, _, segments, _, _, centroids, exponents, _ = _tables_on_device(plan, device)
     if splits is None:
-        splits = attention.choose_splits(-(-tokens // ATTENTION_TOKENS), batch * kv_heads, 1,
+        splits = attention.choose_splits(-(-tokens // SIMPLE_TOKENS), batch * kv_heads, 1,
                                          loaders.multiprocessors(backend, device))
     scratch = attention.take_workspace(arguments, workspace, splits, device, out.framework)
     heads = next(n for n in QUERY_HEADS if group <= n)
-    function = loaders.get_function("block_gtq", f"kvb::block_gtq_attention_kernel<{head_dim}, {heads}>", backend,
-                                    device)
+    function = loaders.get_function("block_gtq", f"kvb::block_gtq_attention_simple_kernel<{head_dim}, {heads}>",
+                                    backend, device)
     function((splits, kv_heads, batch), (256,), (
         query, np.int32(RUN_TIME_TYPE[query.dtype]), _matrices_on_device(plan, device), _plan_stride(plan, kv_heads),
         *_stored(keys), segments, centroids, exponents, *values.arguments(),
@@ -148,6 +197,32 @@ def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
     return tuple(upload(np.ascontiguousarray(array), device) for array in (
         tables.order, groups, tables.segments, rotations, boundaries, tables.centroids,
         tables.exponents, tables.rotations))
+
+
+@functools.lru_cache(maxsize=64)
+def _records_on_device(plan: Plan, device: Device) -> tuple[Array, Array]:
+    """Of every head, as kvb/block_gtq_attention.cuh has them: records of segments, five times four words each, and
+    centroids of 6 to 8 bits."""
+    tables = tables_of(plan)
+    records = np.zeros((*tables.segments.shape[:2], 5, 4), np.uint32)
+    centroids = np.zeros((len(records), 64 + 128 + 256), np.float16)
+    for h, segments in enumerate(tables.segments):
+        for k, (bits, g, book, pair, middle, upper, top, half) in enumerate(segments.tolist()):
+            start, size, *_, rotation = tables.groups[h, g].tolist()
+            levels, first = tables.centroids[book, : 2**bits].astype(np.float16), 2**bits - 64
+            positive, negative = levels.reshape(2, -1)
+            if bits > 5:
+                centroids[h, first : first + 2**bits] = levels
+            else:                                          # entries 4 sigma + m up to 3 bits, else m
+                entries = np.resize(positive, 16)
+                if bits <= 3:
+                    entries[:8] = *np.resize(positive, 4), *np.resize(negative, 4)
+                records[h, k, 1], records[h, k, 2] = byte_table(entries[:8]), byte_table(entries[8:])
+            last = TILE * (k + 1) == start + size
+            records[h, k, 0] = bits + 16 * last, 4 * pair, 4 * top, 32 - 2 * half
+            records[h, k, 3] = 4 * middle, 4 * upper, max(2 * first, 0), 0
+            records[h, k, 4] = start, size, rotation, 0
+    return upload(records, device), upload(centroids, device)
 
 
 @functools.lru_cache(maxsize=64)

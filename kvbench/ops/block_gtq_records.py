@@ -10,6 +10,7 @@ from kvbench.ops import turboquant
 from kvbench.ops.block_gtq import (BACKENDS, HOST_BACKENDS, allocate, calibrate, decode, decode_attention, encode,
                                    logits)
 from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, random_normal, relative_error
+from kvbench.ops.turboquant_launch import CUDA_ATTENTION_BITS
 from kvbench.ops.turboquant_records import (assert_codes, itemsize, less_mean, query_bytes, random_codes, random_query,
                                             random_tokens, scale_of_codes, tolerance_of_logits, vector_count)
 from kvbench.reference import block_gtq as reference
@@ -239,6 +240,24 @@ def _key_errors(query, encoded, plan, scale):
     return base, error
 
 
+def _half_operand_errors(query, encoded, plan, scale):
+    """How far logits may be off, [batch, kv_heads, group, tokens], where tensor cores take the operands of a product
+    in float16: a folded query is multiplied by a power of two that brings its largest coordinate into 2 to 4, so that
+    rounding moves a coordinate by 2^-11 of itself or, where it is subnormal, by 2^-25, 2^-26 of the largest; centroids
+    are those of float16, whatever comes of it.  Products of such numbers are exact, sums are float32."""
+    rows = reference.folded_query(query, plan, scale)
+    s, c = reference.scale_of(encoded.scale, plan), reference._centroids(encoded, plan)
+    stored = c.astype(np.float16).astype(np.float64)
+    floor = 2.0**-26 * np.abs(rows).max(axis=-1, keepdims=True)
+    error = np.zeros((*rows.shape[:3], c.shape[2]))
+    for h, g, group, places in _groups(plan):
+        q, v = rows[:, h, :, places], np.swapaxes(c[:, h, :, places], -1, -2)
+        w = np.swapaxes(stored[:, h, :, places], -1, -2)
+        moved = np.maximum(EPSILON["float16"] / 2 * np.abs(q), floor[:, h])
+        error[:, h] += np.abs(s[:, h, None, :, g]) * (np.abs(q @ (w - v)) + moved @ np.abs(w))
+    return error
+
+
 def _logits_agreement(inputs, expected, actual):
     plan = inputs["plan"]
     _, error = _key_errors(inputs["query"], inputs["encoded"], plan, inputs.get("scale"))
@@ -252,6 +271,8 @@ def _attention_agreement(inputs, expected, actual):
     lengths = np.full(len(query), tokens) if inputs.get("lengths") is None else inputs["lengths"]
     with np.errstate(invalid="ignore", over="ignore"):
         base, error = _key_errors(query, inputs["keys"], plan, scale)
+        if inputs["values"].bits in CUDA_ATTENTION_BITS:
+            error += _half_operand_errors(query, inputs["keys"], plan, scale)
         output, lse = tolerance_of_logits(lambda b, g, n: (base[b, g, :, :n], error[b, g, :, :n]), query,
                                           inputs["values"], inputs["value_rotation"], lengths, scale,
                                           inputs.get("key_mean"))

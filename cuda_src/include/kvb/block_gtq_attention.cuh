@@ -1,0 +1,488 @@
+// Decode attention over keys of Block-GTQ and values in bit planes, one query token per sequence, grouped query heads.
+// Reference: reference/block_gtq.py, decode_attention.
+//
+//   output_h = R_v^T ( sum_t softmax_t(scale sum_g s^k_tg <R_g q_hg, c^k_tg>) s^v_t c^v_t )
+//
+// block_gtq_attention_kernel: keys of any allocation, values of 1 to 4 bits, in one launch.
+//   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges, rotates
+//             the result back and writes it (kvb/splits.cuh).  With more query heads than HEADS (9 to 16 at D = 256) a
+//             KV head has two rows of blocks, and its codes are read twice.
+//   Block     8 warps, each with its own tiles of 32 tokens.  Two blocks share a multiprocessor where registers allow.
+//   Pipeline  Each warp has a ring of two or three tiles in shared memory filled by cp.async, one being read.  A tile
+//             of every array is contiguous in memory.
+//   Start     The query, permuted and multiplied by the R_g of its groups (a few KB, not D^2), then by a power of two,
+//             becomes fp16.  That happens before all but one tile of the ring are asked for: behind them the matrices
+//             would wait.
+//   Keys      mma.m16n8k16 with the query as A, 16 heads by 16 coordinates of a segment, and codes as B, 16 coordinates
+//             by 8 tokens.  Lane (g, t) = (lane / 4, lane % 4) has coordinates 4t .. 4t + 3 of a segment, of the tokens
+//             g + 8 j.  One byte permutation puts those of two tokens into a word, of which a shift and a mask give
+//             eight selectors; tables of the high and of the low bytes of fp16 centroids make operands of them.  Tables
+//             have 8 entries: with the sign up to 3 bits, magnitudes of 4 bits, two of them magnitudes of 5 bits; 6 to
+//             8 bits look up every centroid in shared memory.  All threads of a block have the same segments, so that
+//             nothing diverges.  The scalars of a group, float, turned into one row of 32 tokens per group, multiply
+//             its finished sums.
+//   Softmax, values   As in kvb/plane_attention.cuh, from which they are.
+//   Bytes     Keys: D bits / 8 + 2 scalars (padding aside); values: D bits / 8 + 2, per token and KV head, once.
+#pragma once
+#include "kvb/block_gtq_plan.cuh"
+#include "kvb/plane_attention.cuh"
+#include "kvb/rows.cuh"
+
+namespace kvb {
+
+constexpr int kWideCentroids = 448;   // of a head, fp16, positive and negative ones: 64 of 6 bits, 128 of 7, 256 of 8
+
+// What the inner loop, and the fold, know of a segment.  Words of a row of magnitudes: their offsets in bytes.
+struct __align__(16) SegmentRecord {
+  i32 bits, pair, top, top_rotation;   // bits + 16 for the last of a group; words; 32 - 2 (half of the top word)
+  uint4 table[2];                      // as a ValueTable; entries 4 sigma + m up to 3 bits, else m, 0-7 and 8-15
+  i32 middle, upper, centroids, unused;    // words of pairs 1 and 2; of 6 to 8 bits, where their centroids begin
+  int4 fold;                           // of its group: first coordinate, coordinates, where R_g^T begins
+};
+
+// The keys of a tile in shared memory, as lane (g, t) reads them.
+struct KeyTile {
+  const char* rows[4];   // of magnitudes: tokens g, g + 8, ...
+  int flip;              // chunks of 16 bytes stand in another order in some rows: exclusive or of an offset
+  u32 halves;            // selector of PRMT: the lane's 16 bits of a word of each of two tokens
+  int octet;             // of the segment, which has the lane's coordinates
+
+  __device__ __forceinline__ u32 both(const char* first, const char* second) const {
+    return permute_bytes(*reinterpret_cast<const u32*>(first), *reinterpret_cast<const u32*>(second), halves);
+  }
+  // words[u]: of tokens g + 16 u and g + 16 u + 8
+  __device__ __forceinline__ void load(u32 (&words)[2], int at) const {
+    const int place = at ^ flip;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) words[u] = both(rows[2 * u] + place, rows[2 * u + 1] + place);
+  }
+};
+
+__device__ __forceinline__ u32 rotate_left(u32 x, int n) { return __funnelshift_l(x, x, n); }
+
+// sum[j] += a . codes of tokens 8 j .. 8 j + 7, of a segment of BITS bits; 6 stands for 6 to 8.
+// signs[u] : as KeyTile::load gives them, of the word that has the segment in its half `odd`
+template <int BITS>
+__device__ __forceinline__ void multiply_segment(float (&sum)[4][4], const u32 (&a)[4], const u32 (&signs)[2], int odd,
+                                                 const KeyTile& keys, const SegmentRecord& record,
+                                                 const char* centroids) {
+  const int sign_place = keys.octet + 2 * odd, pair_place = 2 * keys.octet;
+  const int bits = BITS == 6 ? record.bits & 15 : BITS;
+  u32 pairs[2], middle[2], upper[2] = {}, top[2] = {};
+  if constexpr (BITS >= 3) keys.load(pairs, record.pair);
+  if constexpr (BITS >= 5) keys.load(middle, record.middle);
+  if (bits >= 7) keys.load(upper, record.upper);
+  if (bits % 2 == 0) {
+    keys.load(top, record.top);
+    const int rotation = record.top_rotation + (BITS == 4 ? 2 : 0) - keys.octet;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) top[u] = rotate_left(top[u], rotation) & (BITS == 4 ? 0x44444444u : 0x11111111u);
+  }
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    // Nibbles 0-3: of the first token, 4-7: of the second.
+    u32 b[2][2], n = BITS <= 3 ? rotate_left(signs[u], 34 - sign_place) & 0x44444444u : 0;
+    const u32 negative = BITS >= 4 ? signs[u] >> sign_place & 0x11111111u : 0;
+    if constexpr (BITS >= 3) n |= pairs[u] >> pair_place & 0x33333333u;
+    if constexpr (BITS <= 5) {
+      const uint4 table = record.table[0], upper_table = record.table[1];
+      u32 in_upper = 0;
+      if constexpr (BITS % 2 == 0) n |= top[u];
+      if constexpr (BITS == 5) {
+        n |= rotate_left(middle[u], 34 - pair_place) & 0x44444444u;
+        in_upper = middle[u] >> (pair_place + 1) & 0x11111111u;
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        u32 high = permute_bytes(table.x, table.y, n >> (16 * k));
+        u32 low = BITS == 1 ? table.z : permute_bytes(table.z, table.w, n >> (16 * k));
+        if constexpr (BITS == 5) {
+          const u32 mask = permute_bytes(0x0000ff00u, 0, in_upper >> (16 * k));
+          high ^= (high ^ permute_bytes(upper_table.x, upper_table.y, n >> (16 * k))) & mask;
+          low ^= (low ^ permute_bytes(upper_table.z, upper_table.w, n >> (16 * k))) & mask;
+        }
+        if constexpr (BITS >= 4) high ^= permute_bytes(0x00008000u, 0, negative >> (16 * k));
+        b[k][0] = permute_bytes(low, high, 0x5140u);
+        b[k][1] = permute_bytes(low, high, 0x7362u);
+      }
+    } else {
+      // Codes as bytes: magnitude bits 0 to 3, then the others, then the sign; of even nibbles and of odd ones.
+      n |= (middle[u] >> pair_place & 0x33333333u) << 2;
+      const u32 rest = (upper[u] >> pair_place & 0x33333333u) | top[u] << (bits == 8 ? 2 : 0) | negative << (bits - 5);
+      const u32 even = (n & 0x0f0f0f0fu) | (rest & 0x0f0f0f0fu) << 4;
+      const u32 odds = (n >> 4 & 0x0f0f0f0fu) | (rest & 0xf0f0f0f0u);
+      const char* levels = centroids + record.centroids;
+      auto look_up = [&](u32 codes, int i) {
+        return static_cast<u32>(*reinterpret_cast<const u16*>(levels + 2 * permute_bytes(codes, 0, 0x4440u + i)));
+      };
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = permute_bytes(look_up(even, i), look_up(odds, i), 0x5410u);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) mma_m16n8k16<__half>(sum[2 * u + k], a, b[k]);
+  }
+}
+
+// The keys of one (sequence, KV head), from its first token on, and how a tile of them gets to shared memory: signs,
+// magnitudes, scalars.
+template <int D>
+struct KeyRowsInMemory {
+  static constexpr int SIGN_BYTES = kPlaneTile * D / 8;
+  const char *sign, *magnitude, *scalar;
+  int magnitude_bytes, scalar_bytes;       // of a tile
+
+  // Which bits of the number of a chunk of 16 bytes are changed by those three above it, so that rows of 32 or 64 bytes
+  // meet no bank twice where lanes read one word of eight rows, and those of 128 bytes no more than twice.
+  static __device__ __forceinline__ int flip(int words, int chunk) {
+    return words >= 8 && !(words & (words - 1)) ? chunk >> 3 & (words == 8 ? 1 : 3) : 0;
+  }
+  __device__ __forceinline__ bool aligned() const {
+    return (reinterpret_cast<u64>(sign) | reinterpret_cast<u64>(magnitude) | reinterpret_cast<u64>(scalar)) % 16 == 0;
+  }
+  // places : of the lane's chunk of signs, of magnitudes and of scalars
+  __device__ __forceinline__ void copy_whole(char* to, int tile, const int3& places, int lane, u64 policy) const {
+    auto from = [&](const char* rows, int bytes) { return rows + (static_cast<u64>(tile) * bytes + 16 * lane); };
+    const char* signs = from(sign, SIGN_BYTES);
+    if (SIGN_BYTES >= 512 || 16 * lane < SIGN_BYTES)
+#pragma unroll
+      for (int i = 0; i < SIGN_BYTES; i += 512) cp_async_16_once(to + places.x + i, signs + i, 16, policy);
+    const char* magnitudes = from(magnitude, magnitude_bytes);
+    char* rows = to + places.y;
+#pragma unroll 1
+    for (int left = magnitude_bytes - 16 * lane; left > 0; left -= 512, rows += 512, magnitudes += 512)
+      cp_async_16_once(rows, magnitudes, 16, policy);
+    if (16 * lane < scalar_bytes) cp_async_16_once(to + places.z, from(scalar, scalar_bytes), 16, policy);
+  }
+  // Of the first `count` rows of a tile; the others become zero.
+  __device__ __forceinline__ void copy_part(char* to, int tile, int count, int lane) const {
+    auto copy = [&](char* rows, const char* all, int bytes, bool flipped) {
+      const char* from = all + static_cast<u64>(tile) * bytes;
+#pragma unroll 1
+      for (int at = lane; at < bytes; at += 32) {
+        const int place = flipped ? at ^ flip(bytes / (4 * kPlaneTile), at / 16) * 16 : at;
+        rows[place] = at < count * (bytes / kPlaneTile) ? from[at] : char(0);
+      }
+    };
+    copy(to, sign, SIGN_BYTES, false);
+    copy(to + SIGN_BYTES, magnitude, magnitude_bytes, true);
+    copy(to + SIGN_BYTES + magnitude_bytes, scalar, scalar_bytes, false);
+  }
+};
+
+// Blocks that share a multiprocessor, each thread with 128 registers: before generation 9, they would not do, nor would
+// the shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int D, int HEADS>
+constexpr int kBlockGtqBlocks = 1;
+#else
+template <int D, int HEADS>
+constexpr int kBlockGtqBlocks = D <= 128 && HEADS == 8 ? 2 : 1;
+#endif
+
+// query : (batch, kv_heads * all_heads, D), type 0 float, 1 fp16, 2 bf16    output : likewise, of output_type
+// order, rotations, exponents, plan_stride : as for block_gtq_encode_kernel
+// records : (heads, D / 16)      centroids : (heads, kWideCentroids)
+// sign, magnitude, and halves or bytes : keys, (batch, kv_heads, tokens, D / 32, magnitude_words, scalars), strides in
+//         tokens
+// value_* : planes and scales of the values, the signs of their rotation and their ValueTable as for
+//         turboquant_attention_kernel
+// key_mean : (kv_heads, D) float per key_mean_batch_stride, or null: lse += scale <q, key_mean>
+// lengths : (batch,) or null for `tokens`      lse : (batch, kv_heads * all_heads) or null
+// scale_log2 = scale log2(e)                   partial_output, partial_statistics, tickets : kvb/splits.cuh
+// ring : tiles of a warp in shared memory, 2 or 3
+template <int D, int HEADS, int VALUE_BITS>
+__global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>)) block_gtq_attention_kernel(
+    const void* __restrict__ query, int query_type, const i32* __restrict__ order,
+    const SegmentRecord* __restrict__ records, const __half* __restrict__ centroids,
+    const float* __restrict__ rotations, const i32* __restrict__ exponents, int plan_stride,
+    const u32* __restrict__ sign,
+    const u32* __restrict__ magnitude, const __half* __restrict__ halves, const u8* __restrict__ bytes,
+    u64 batch_stride, u64 head_stride, int magnitude_words, int scalars, const u32* __restrict__ value_sign,
+    const u32* __restrict__ value_mag2, const u32* __restrict__ value_mag1, const __half* __restrict__ value_scale,
+    u64 value_batch_stride, u64 value_head_stride, const float* __restrict__ value_signs, int value_rounds,
+    float value_remaining_scale, u32 value_high_low, u32 value_high_high, u32 value_low_low, u32 value_low_high,
+    const float* __restrict__ key_mean, u64 key_mean_batch_stride, const int* __restrict__ lengths, void* output,
+    int output_type, float* lse, float* partial_output, float2* partial_statistics, u32* tickets, int tokens,
+    int all_heads, float scale_log2, int ring) {
+  static_assert(D == 64 || D == 128 || D == 256, "octets of a token divide evenly among the lanes");
+  static_assert(HEADS == 8 || HEADS == 16, "rows of the mma tile");
+  constexpr int HALVES = HEADS / 8, N = D / 32, GROUPS = kPlaneTile / 8, THREADS = 32 * kPlaneWarps;
+  constexpr int SHARES = THREADS / D, OWN = HEADS / SHARES, LOADS = HEADS * D / THREADS;
+
+  const int parts = (all_heads + HEADS - 1) / HEADS, part = blockIdx.y % parts;   // of the KV head's query heads
+  const int split = blockIdx.x, kv_head = blockIdx.y / parts, b = blockIdx.z;
+  const int splits = gridDim.x, kv_heads = gridDim.y / parts, group = min(all_heads - part * HEADS, HEADS);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
+  const int tiles = (length + kPlaneTile - 1) / kPlaneTile;
+  const int active = active_splits(tiles, kPlaneWarps, splits);
+  if (split >= active) return;
+  const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * all_heads + part * HEADS;
+  const int plan = b * plan_stride + kv_head;
+
+  KVB_DYNAMIC_SHARED(char, shared);
+  float* query_unit = reinterpret_cast<float*>(shared);                                  // (HEADS,)
+  float* lse_offset = query_unit + HEADS;                                                // (HEADS,)
+  SegmentRecord* staged_records = reinterpret_cast<SegmentRecord*>(lse_offset + HEADS);  // (D / 16,)
+  char* const staged_centroids = reinterpret_cast<char*>(staged_records + D / 16);            // (kWideCentroids,) fp16
+  uint4* staged_query = reinterpret_cast<uint4*>(staged_centroids + 2 * kWideCentroids);   // (D / 16, 32): A operands
+  i32* staged_order = reinterpret_cast<i32*>(staged_query + 2 * D);                      // (D,)
+  float* staged_signs = reinterpret_cast<float*>(staged_order + D);                      // (value rounds, D)
+  float* scratch = staged_signs + kPlaneRounds * D;   // (warps, groups, tokens): scalars; before that, the query
+  char* rings = reinterpret_cast<char*>(scratch + kPlaneWarps * kMostGroups * kPlaneTile);
+  static_assert(HEADS * D <= kPlaneWarps * kMostGroups * kPlaneTile, "the query fits");
+
+  // ---- the first loads, and the first tile ----
+  float raw[LOADS];
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i) {
+    const int at = threadIdx.x + i * THREADS;
+    raw[i] = at / D < group ? load_float(query, query_type, row * D + at) : 0.f;
+  }
+  const int own = threadIdx.x % D, share = threadIdx.x / D;   // coordinate in rate order, and heads, to fold
+  const i32 own_order = order[plan * D + own];
+  const SegmentRecord* own_records = records + plan * (D / 16);
+  const int4 fold = own_records[own / 16].fold;
+  constexpr int RECORD_CHUNKS = D / 16 * static_cast<int>(sizeof(SegmentRecord)) / 16;
+  if (threadIdx.x < RECORD_CHUNKS)
+    cp_async_16(reinterpret_cast<uint4*>(staged_records) + threadIdx.x,
+                reinterpret_cast<const uint4*>(own_records) + threadIdx.x);
+  if (threadIdx.x < kWideCentroids / 8)
+    cp_async_16(staged_centroids + 16 * threadIdx.x, centroids + plan * kWideCentroids + 8 * threadIdx.x);
+  for (int i = threadIdx.x; i < D / 4 * value_rounds; i += THREADS)
+    cp_async_16(staged_signs + 4 * i, value_signs + 4 * i);
+  cp_async_commit();
+
+  using ValueCopy = SideCopy<D, VALUE_BITS>;
+  const u64 first_key = b * batch_stride + kv_head * head_stride;
+  const int scalar_size = halves ? 2 : 1;
+  const KeyRowsInMemory<D> rows = {
+      reinterpret_cast<const char*>(sign + first_key * (D / 32)),
+      reinterpret_cast<const char*>(magnitude + first_key * magnitude_words),
+      (halves ? reinterpret_cast<const char*>(halves) : reinterpret_cast<const char*>(bytes)) +
+          first_key * (scalars * scalar_size),
+      4 * kPlaneTile * magnitude_words, kPlaneTile * scalars * scalar_size};
+  const PlaneSide values = plane_side<D>(value_sign, value_mag2, value_mag1, value_scale,
+                                         b * value_batch_stride + kv_head * value_head_stride);
+  const int scalars_at = KeyRowsInMemory<D>::SIGN_BYTES + rows.magnitude_bytes;
+  const int key_bytes = scalars_at + rows.scalar_bytes, tile_bytes = key_bytes + kPlaneTileBytes<D, VALUE_BITS>;
+  char* const own_ring = rings + warp * ring * tile_bytes;
+  // The same for the copies, in a register of each lane: kvb/plane_attention.cuh says why.
+  char* const filled = reinterpret_cast<char*>(pinned(reinterpret_cast<u64>(own_ring)));
+  const u64 policy = read_once_policy();
+  const int stride = pinned(active * kPlaneWarps);
+  int tile = split * kPlaneWarps + warp, next = tile;   // of the warp: read, copied
+  const int3 key_places = {
+      pinned(16 * lane), pinned(rows.SIGN_BYTES + 16 * (lane ^ rows.flip(magnitude_words, lane))),
+      pinned(scalars_at + 16 * lane)};
+  const int single_place = pinned(key_bytes + PlaneCopy<D, D / 8>::place(16 * lane));
+  const int pair_place = pinned(key_bytes + PlaneCopy<D, D / 4>::place(16 * lane));
+  const int scales_place = pinned(tile_bytes - 2 * kPlaneTile + 16 * lane);
+  const int whole_tiles = pinned(rows.aligned() && ValueCopy::aligned(values) ? length / kPlaneTile : 0);
+  auto copy_next = [&](char* to) {
+    if (next < whole_tiles) {
+      rows.copy_whole(to, next, key_places, lane, policy);
+      ValueCopy::from(values, next, lane).whole(to, single_place, pair_place, lane, policy);
+      if (lane < 4)
+        cp_async_16_once(to + scales_place,
+                         reinterpret_cast<const char*>(values.scale) +
+                             (static_cast<u64>(next) * (2 * kPlaneTile) + 16 * lane), 16, policy);
+    } else if (next < tiles) {
+      const int count = min(length - next * kPlaneTile, kPlaneTile);
+      rows.copy_part(to, next, count, lane);
+      ValueCopy::part(to + key_bytes, values, next, count, lane);
+    }
+    next += stride;
+    cp_async_commit();
+  };
+  copy_next(filled);
+
+  // ---- the query: permuted, rotated by groups ----
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i) {
+    const int at = threadIdx.x + i * THREADS;
+    scratch[at % D * HEADS + at / D] = raw[i];
+  }
+  if (threadIdx.x < D) staged_order[own] = own_order;
+  __syncthreads();
+  constexpr int BATCH = 16;   // loads of a matrix under way; sizes are multiples of it
+  float folded[OWN] = {};
+  const int start = fold.x, size = fold.y;
+  const float* column = rotations + fold.z + (own - start);
+#pragma unroll 1
+  for (int first = 0; first < size; first += BATCH) {
+    float r[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) r[i] = column[(first + i) * size];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const float* from = scratch + staged_order[start + first + i] * HEADS + share * OWN;
+#pragma unroll
+      for (int h = 0; h < OWN; h += 2) {
+        const float2 x = *reinterpret_cast<const float2*>(from + h);
+        folded[h] = fmaf(r[i], x.x, folded[h]);
+        folded[h + 1] = fmaf(r[i], x.y, folded[h + 1]);
+      }
+    }
+  }
+#pragma unroll 1
+  for (int i = 1; i < ring - 1; ++i) copy_next(filled + i * tile_bytes);
+  for (int h = warp; h < HEADS; h += kPlaneWarps) {
+    float dot = 0.f;
+    if (key_mean && lse) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        const int d = lane * N + e;
+        dot = fmaf(scratch[d * HEADS + h], key_mean[b * key_mean_batch_stride + kv_head * D + d], dot);
+      }
+#pragma unroll
+      for (int distance = 16; distance; distance /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, distance);
+    }
+    if (lane == 0) lse_offset[h] = dot * scale_log2 * 0.693147180559945309f;
+  }
+  __syncthreads();   // everybody has read the query
+#pragma unroll
+  for (int h = 0; h < OWN; ++h) scratch[(share * OWN + h) * D + own] = folded[h];
+  __syncthreads();
+  for (int h = warp; h < HEADS; h += kPlaneWarps) {
+    float v[N], largest = 0.f, multiplier, undo;
+    bool finite = true;
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      v[e] = scratch[h * D + lane * N + e];
+      largest = fmaxf(largest, fabsf(v[e]));
+      finite = finite && fabsf(v[e]) < infinity();
+    }
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    finite = __all_sync(0xffffffffu, finite);
+    power_of_two(largest, multiplier, undo);
+    // A query below 1e-30 counts as zero, with any unit; one that holds NaN or Inf has none, and makes every logit NaN.
+    float unit = undo * scale_log2;
+    const bool zero = largest < 1e-30f || unit == 0.f;
+    if (zero) unit = 1.f;
+    // Coordinates 4t' .. 4t' + 3 of a segment are columns 2t', 2t' + 1, 2t' + 8, 2t' + 9 of A: a[0] and a[2] of rows
+    // 0-7, a[1] and a[3] of rows 8-15, which are zero for up to 8 heads.
+    __half* operands = reinterpret_cast<__half*>(staged_query);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const int j = lane * N + e, of = h % 8 * 4 + j % 16 / 4;
+      __half* to = operands + (j / 16 * 32 + of) * 8 + j % 4 / 2 * 4 + j % 2;
+      to[h / 8 * 2] = from_float<__half>(finite && !zero ? v[e] * multiplier : 0.f);
+      if (HALVES == 1) to[2] = from_float<__half>(0.f);
+    }
+    if (lane == 0) query_unit[h] = finite ? unit : not_a_number();
+  }
+  if (ring == 3) cp_async_wait<2>();
+  else cp_async_wait<1>();
+  __syncthreads();   // the query is there, and the plan
+
+  const ValueTable value_table = {value_high_low, value_high_high, value_low_low, value_low_high};
+  float unit[HALVES];   // logit = unit * sum_g s_g sum_j q_j c_j
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) unit[half] = query_unit[8 * half + g];
+  PlaneSums<D, HALVES> state;
+  state.clear();
+
+  const int value_octet = g * (D / 64), exponent = exponents[plan];
+  const auto first_place = OctetPlace<D, VALUE_BITS, D / 64>::of(plane_row<D>(2 * t), value_octet);
+  const auto second_place = OctetPlace<D, VALUE_BITS, D / 64>::of(plane_row<D>(2 * t + 1), value_octet);
+  const uint4* own_query = staged_query + pinned(lane);
+  float* own_scratch = scratch + warp * (kMostGroups * kPlaneTile);
+  KeyTile keys;
+  keys.flip = 16 * KeyRowsInMemory<D>::flip(magnitude_words, g * magnitude_words / 4);
+  keys.halves = t % 2 ? 0x7632u : 0x5410u;
+  keys.octet = t / 2;
+  int read = 0, freed = (ring - 1) * tile_bytes;   // in the ring: the tile that is read, the one before it
+  for (; tile < tiles; tile += stride) {
+    if (ring == 3) cp_async_wait<1>();
+    else cp_async_wait<0>();
+    __syncwarp();   // every lane's copies have landed, and every lane has read the slot that is filled now
+    const char* current = own_ring + read;
+    copy_next(filled + freed);
+
+    // ---- logits ----
+    {
+      const char* from = current + scalars_at + lane * scalars * scalar_size;
+      float* to = own_scratch + lane;
+#pragma unroll 1
+      for (int i = 0; i < scalars; ++i, from += scalar_size, to += kPlaneTile)
+        *to = halves ? to_float(*reinterpret_cast<const __half*>(from))
+                     : scalar_of_byte(*reinterpret_cast<const u8*>(from), exponent);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j)
+      keys.rows[j] = current + KeyRowsInMemory<D>::SIGN_BYTES + (g + 8 * j) * (4 * magnitude_words);
+    float product[GROUPS][HALVES][2] = {}, sum[GROUPS][4] = {};
+    const float2* factors = reinterpret_cast<const float2*>(own_scratch) + t;
+#pragma unroll 1
+    for (int w = 0; w < D / 32; ++w) {
+      u32 signs[2];
+      const char* sign_row = current + g * (D / 8) + 4 * w;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) signs[u] = keys.both(sign_row + 2 * u * D, sign_row + (2 * u + 1) * D);
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int k = 2 * w + odd;
+        const SegmentRecord& record = staged_records[k];
+        const uint4 words = own_query[k * 32];
+        const u32 a[4] = {words.x, words.y, words.z, words.w};
+        const int bits = record.bits;
+        switch (bits & 15) {
+          case 1: multiply_segment<1>(sum, a, signs, odd, keys, record, staged_centroids); break;
+          case 2: multiply_segment<2>(sum, a, signs, odd, keys, record, staged_centroids); break;
+          case 3: multiply_segment<3>(sum, a, signs, odd, keys, record, staged_centroids); break;
+          case 4: multiply_segment<4>(sum, a, signs, odd, keys, record, staged_centroids); break;
+          case 5: multiply_segment<5>(sum, a, signs, odd, keys, record, staged_centroids); break;
+          default: multiply_segment<6>(sum, a, signs, odd, keys, record, staged_centroids);
+        }
+        if (bits & 16) {   // the last segment of its group
+#pragma unroll
+          for (int j = 0; j < GROUPS; ++j) {
+            const float2 s = factors[4 * j];
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+              product[j][half][0] = fmaf(s.x, sum[j][2 * half], product[j][half][0]);
+              product[j][half][1] = fmaf(s.y, sum[j][2 * half + 1], product[j][half][1]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[j][i] = 0.f;
+          }
+          factors += kPlaneTile / 2;
+        }
+      }
+    }
+    const __half2* value_scales = reinterpret_cast<const __half2*>(current + tile_bytes - 2 * kPlaneTile) + t;
+    __half2 scale[GROUPS];
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) scale[j] = value_scales[4 * j];
+    if ((tile + 1) * kPlaneTile > length) {   // slots beyond the sequence get the logit -inf
+#pragma unroll
+      for (int j = 0; j < GROUPS; ++j)
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (tile * kPlaneTile + 8 * j + 2 * t + e >= length)
+              product[j][half][e] = unit[half] < 0.f ? infinity() : -infinity();
+    }
+
+    u32 p[HALVES][GROUPS];
+    state.weigh(p, scale, [&](int j, int half, int e, float x) { return fmaf(product[j][half][e], unit[half], x); }, t);
+
+    // ---- values ----
+    add_values<D, HALVES, VALUE_BITS>(state.o, current + key_bytes, first_place, second_place, p, value_table,
+                                      value_octet % 4);
+    freed = read;
+    read = read == (ring - 1) * tile_bytes ? 0 : read + tile_bytes;
+  }
+  const DecodeTarget target = {lse ? lse + row : nullptr, key_mean ? lse_offset : nullptr,
+                               partial_output + row * splits * D, partial_statistics + row * splits,
+                               tickets + pair * parts + part};
+  finish_planes<D, HEADS>(state, rings, target, group, split, splits, active, staged_signs, value_rounds,
+                          value_remaining_scale, output, output_type, row);
+}
+
+}  // namespace kvb
