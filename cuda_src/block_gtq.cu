@@ -7,17 +7,30 @@
 // octets.
 //
 // block_gtq_encode_kernel: permute, rotate by groups, normalise, code, pack.
-//   Work     A block of four warps takes 32 tokens of one head; lane l of each warp has token l.  The vectors stand in
-//            shared memory, one coordinate a row, in rate order.  A warp makes whole octets: eight sums of products
-//            with rows of R_g, which all lanes read at one address, then eight codes, one per nibble.
-//   Codes    Binary search of the boundaries, as many steps as a magnitude has bits.
-//   Words    Warps put their octets into words in shared memory by OR, whose order does not matter; sums over warps are
-//            added in the order of the warps: the result does not depend on which runs first.
-//   Bytes    D sizeof(T) read, and the row of codes and scalars written, once.
-//   Counts   D_g multiply-adds per coordinate of a group: the rotation is bound by arithmetic, not by memory.
+//   Work     A warp takes 32 tokens of one head; the warps of a block (four, two at D = 256) share codebooks only.
+//   Rows     stand in shared memory in rate order, in fp16.  Rows of fp16 at multiples of 16 bytes come in chunks of
+//            eight numbers, all of a warp's loads at once, and every number goes to its place; others number by number.
+//   Rotation mma.m16n8k16 with tokens as rows of A and 256 R_g^T as B, in two parts of fp16, which the host has put
+//            into the order of the operands: high and low part leave 2^-22 of a number.  PARTS = 1: numbers of 16 bits,
+//            without a mean, are one part of A, fp16 as it is, bfloat16 times a power of two per token and group, where
+//            only numbers below 2^-15 of the largest lose bits.  PARTS = 2: what that leaves of float32, or of the
+//            difference from the mean, times that power of two, is a second part; low times low is left out.  Sums are
+//            float32: codes agree with those of float32 arithmetic wherever that is sure of them.
+//   Norm     From the parts of A, not from the sums.
+//   Codes    Lane (g, t) = (lane / 4, lane % 4) has coordinates 2t and 2t + 1 of an octet, for tokens g + 8 q: four
+//            coordinates of a segment of 16 for each of them, which are byte t of every word of the planes.  So a lane
+//            stores bytes, of nobody else's.  Up to 3 bits: comparisons with decisions times the norm; more: binary
+//            search of the decisions in shared memory.
+//   Results  leave through shared memory, whole rows.  Those of tokens with NaN or Inf are cleared there.
+//   Bytes    D sizeof(T) read (with PARTS = 2 or bfloat16 twice, once from a cache), and the row of codes and scalars
+//            written, once.
+//   Counts   Warp instructions per 32 tokens at D = 128, fp16, segments of 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for
+//            sm_90): start 330, rows 455, norms 310, products 600, codes 1710 (of a segment: 47 for 1 bit, 115 for 2,
+//            193 for 3, 322 for 4, 403 for 5), bytes 800, groups 1350, rows out 130: 5700 in all.  32K tokens x 8 heads
+//            on 132 multiprocessors at 1.75 GHz: 51 us of issue slots, 28 us of memory at 3 TB/s.  Not measured.
 //
-// block_gtq_decode_kernel: the same in reverse.  Numbers go to their places one by one, each lane to its own row: it is
-//   there to be complete, attention does not decode.
+// block_gtq_decode_kernel: the same in reverse, in float32; lane l of each warp has token l.  Numbers go to their
+//   places one by one, each lane to its own row: it is there to be complete, attention does not decode.
 //
 // block_gtq_fold_kernel: the query, permuted and rotated by a dense matrix, times the scale of the logits.
 //
@@ -46,14 +59,18 @@
 
 namespace kvb {
 
-constexpr int kEncodeWarps = 4, kEncodeTokens = 32, kEncodePitch = kEncodeTokens + 1;
+constexpr int kDecodeWarps = 4, kDecodeTokens = 32, kDecodePitch = kDecodeTokens + 1;
+constexpr int kEncodeTokens = 32;   // of a warp
+template <int D>
+constexpr int kEncodeWarps = D == 256 ? 2 : 4;
+constexpr float kRotationScale = 256.f;   // of the parts of rotations in fp16
 
 // y[e] += sum_i matrix[i, e] factor x[i] for eight neighbouring columns of a square matrix of that size, whose rows
-// begin at multiples of 16 bytes.  x : every kEncodePitch elements
+// begin at multiples of 16 bytes.  x : every kDecodePitch elements
 __device__ __forceinline__ void multiply_octet(float (&y)[8], const float* x, const float* matrix, int size,
                                                float factor) {
   for (int i = 0; i < size; ++i) {
-    const float v = x[i * kEncodePitch] * factor;
+    const float v = x[i * kDecodePitch] * factor;
     const float4 low = *reinterpret_cast<const float4*>(matrix + i * size);
     const float4 high = *reinterpret_cast<const float4*>(matrix + i * size + 4);
     const float r[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -71,139 +88,359 @@ __device__ __forceinline__ float scale_factor(int mode, float w, float e) {
   return mode == 0 ? root : mode == 2 ? w * root * root : root * root;
 }
 
-// Stores s in float16, at most 65504, or as a byte: 16 steps per octave around 2^exponent, 0 for 0 and 255 for NaN.
-__device__ __forceinline__ void store_scalar(float s, __half* halves, u8* bytes, u64 index, int exponent) {
-  if (halves) {
-    halves[index] = from_float<__half>(s > 65504.f ? 65504.f : s);
-    return;
+// s in float16, at most 65504, or as a byte: 16 steps per octave around 2^exponent, 0 for 0 and 255 for NaN.
+__device__ __forceinline__ u16 stored_scalar(float s, bool in_half, int exponent) {
+  if (in_half) {
+    const __half stored = from_float<__half>(s > 65504.f ? 65504.f : s);
+    return *reinterpret_cast<const u16*>(&stored);
   }
-  int code = 255;
-  if (s == s) {
-    const float relative = rintf(16.f * (log2f(s) - static_cast<float>(exponent))) + 128.f;
-    code = s > 0.f && relative >= 1.f ? static_cast<int>(fminf(relative, 254.f)) : 0;
+  const float relative = rintf(16.f * (log2f(s) - static_cast<float>(exponent))) + 128.f;
+  return static_cast<u16>(s > 0.f && relative >= 1.f ? fminf(relative, 254.f) : 0.f);
+}
+
+// A lane codes four coordinates of a segment and token at a time: c = 2 e + s is nibble 2 t + e of octet s.  They fill
+// byte t of a word: bits 4 e + s of it, or where a plane has two bits, 2 c and the next.
+__device__ __forceinline__ constexpr int bit_place(int c) { return c / 2 * 4 + c % 2; }
+
+// What the codes of a segment are made of, of four tokens of a lane.
+struct CodeBytes {
+  u32 sign[4], pairs[3][4], top[4];   // the planes that the bits have
+};
+
+// Codes of y, [tokens 0 and 1, tokens 2 and 3][octet], numbers as mma_m16n8k16 gives them, which are unit z, inverse =
+// 1 / unit; inner += |y| c and energy += c c.  BITS = 6 stands for 6 to 8.
+// decisions : shared (128,) of the group's codebook, followed by its magnitudes
+template <int BITS>
+__device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], const float (&unit)[4],
+                                                  const float (&inverse)[4], const float* decisions, int bits,
+                                                  float (&inner)[4], float (&energy)[4]) {
+  CodeBytes codes = {};
+  const float* levels = decisions + kMostBoundaries;
+  int m[4][4] = {};
+  if constexpr (BITS >= 4) {   // binary search
+    auto halve = [&](int step) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          if (fabsf(y[q / 2][c % 2][q % 2 * 2 + c / 2]) * inverse[q] > decisions[m[q][c] + step - 1]) m[q][c] += step;
+    };
+    if constexpr (BITS == 6)
+#pragma unroll 1
+      for (int step = 1 << (bits - 2); step > 8; step >>= 1) halve(step);
+    if constexpr (BITS >= 5) halve(8);
+    halve(4);
+    halve(2);
+    halve(1);
   }
-  bytes[index] = static_cast<u8>(code);
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    u32 packed = 0;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float v = y[q / 2][c % 2][q % 2 * 2 + c / 2], size = fabsf(v);
+      float level;
+      codes.sign[q] |= __float_as_uint(v) >> (31 - bit_place(c)) & 1u << bit_place(c);
+      if constexpr (BITS == 1) {
+        level = levels[0];
+      } else if constexpr (BITS == 2) {
+        const bool up = size > decisions[0] * unit[q];
+        level = up ? levels[1] : levels[0];
+        if (up) codes.top[q] |= 1u << bit_place(c);
+      } else if constexpr (BITS == 3) {
+        const float low = decisions[0] * unit[q], middle = decisions[1] * unit[q], high = decisions[2] * unit[q];
+        const bool upper = size > middle, odd = size > (upper ? high : low);
+        const float if_odd = upper ? levels[3] : levels[1], if_even = upper ? levels[2] : levels[0];
+        level = odd ? if_odd : if_even;
+        if (upper) codes.pairs[0][q] |= 2u << (2 * c);
+        if (odd) codes.pairs[0][q] |= 1u << (2 * c);
+      } else {
+        level = levels[m[q][c]];
+        packed |= static_cast<u32>(m[q][c]) << (8 * c);
+      }
+      inner[q] = fmaf(size, level, inner[q]);
+      energy[q] = fmaf(level, level, energy[q]);
+    }
+    if constexpr (BITS >= 4) {
+      // Fields of two bits, one per byte, or of one bit, to their places in one byte.
+#pragma unroll
+      for (int i = 0; i < (BITS == 4 ? 1 : 3); ++i)
+        codes.pairs[i][q] = (packed >> (2 * i) & 0x03030303u) * 0x01041040u >> 24;
+      codes.top[q] = (packed >> (bits - 2) & 0x01010101u) * 0x01021020u >> 24;
+    }
+  }
+  return codes;
+}
+
+template <class Word>
+__device__ __forceinline__ void store_rows(Word* to, const Word* from, int size, int lane) {
+#pragma unroll 4
+  for (int i = lane; i < size; i += 32) to[i] = from[i];
 }
 
 // x : (batch, kv_heads, tokens, D), rows contiguous, strides in elements
-// mean : (kv_heads, D) every mean_batch_stride elements, subtracted from x, or null
+// mean : (kv_heads, D) every mean_batch_stride elements, subtracted from x, or null (as it must be for PARTS = 1)
 // order : (heads, D); groups : (heads, scalars); segments : (heads, D / 16): of head h of sequence b in row
 //         b plan_stride + h; plan_stride is 0 where all sequences share one plan, else kv_heads
-// rotations : R_g^T row by row, at multiples of 16 bytes        boundaries : (books, 128)     centroids : (books, 256)
+// rotations : B operands of R_g, (size / 16, size / 8, 32) times four words: of the high part of kRotationScale R_g in
+//         fp16, and of what it leaves          boundaries : (books, 128)     centroids : (books, 256)
 // exponents : (heads,), of scalars of one byte             scale_mode : 0 nc, 1 plain, 2 mse, 3 unbiased
 // sign, magnitude, and halves or bytes : (batch, kv_heads, tokens, D / 32, magnitude_words, scalars), strides in tokens
-// Grid (ceil(tokens / 32), kv_heads, batch), block 128
-template <class T, int D>
-__global__ void __launch_bounds__(kEncodeWarps * 32, 4)
+// Grid (ceil(tokens / (32 warps)), kv_heads, batch), block 32 kEncodeWarps
+template <class T, int D, int PARTS>
+__global__ void __launch_bounds__(kEncodeWarps<D> * 32, PARTS == 1 ? 16 / kEncodeWarps<D> : 8 / kEncodeWarps<D>)
     block_gtq_encode_kernel(const T* __restrict__ x, u64 x_batch_stride, u64 x_head_stride, u64 x_token_stride,
                             const float* __restrict__ mean, u64 mean_batch_stride, const i32* __restrict__ order,
                             const i32* __restrict__ groups, const i32* __restrict__ segments,
-                            const float* __restrict__ rotations, const float* __restrict__ boundaries,
+                            const u32* __restrict__ rotations, const float* __restrict__ boundaries,
                             const float* __restrict__ centroids, const i32* __restrict__ exponents, int plan_stride,
                             int scale_mode, u32* sign, u32* magnitude, __half* halves, u8* bytes, u64 batch_stride,
                             u64 head_stride, int magnitude_words, int scalars, int tokens) {
-  constexpr int THREADS = kEncodeWarps * 32, SIGN_WORDS = D / 32;
-  KVB_DYNAMIC_SHARED(float, columns);                                      // (D, pitch), a token a column
-  u32* words = reinterpret_cast<u32*>(columns + D * kEncodePitch);         // (sign and magnitude words, pitch)
-  KVB_SHARED(float, parts, [4][kEncodeWarps][32]);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first = blockIdx.x * kEncodeTokens, count = min(tokens - first, kEncodeTokens);
-  const int head = blockIdx.y, b = blockIdx.z;
-  const int plan = b * plan_stride + head;
-  const u64 token = b * batch_stride + head * head_stride + first;
-
-  // A quarter of x - mean, which cannot overflow.
-  for (int i = threadIdx.x; i < (SIGN_WORDS + magnitude_words) * kEncodePitch; i += THREADS) words[i] = 0;
-  for (int t = warp; t < kEncodeTokens; t += kEncodeWarps) {
-    const T* row = x + b * x_batch_stride + head * x_head_stride + (first + t) * x_token_stride;
-    for (int d = lane; d < D; d += 32) {
-      const int at = order[plan * D + d];
-      float v = t < count ? 0.25f * to_float(row[at]) : 0.f;
-      if (mean) v = fmaf(-0.25f, mean[b * mean_batch_stride + head * D + at], v);
-      columns[d * kEncodePitch + t] = v;
+  constexpr int WARPS = kEncodeWarps<D>, THREADS = 32 * WARPS, SIGN_WORDS = D / 32, SEGMENTS = D / 16;
+  constexpr int PITCH = D + 8, PART = kEncodeTokens * PITCH;   // halves
+  constexpr bool SCALES = kHasWideRange<T> || PARTS == 2;      // by a power of two for every group
+  KVB_SHARED(float, books, [kMostGroups][2][kMostBoundaries]);   // decisions, magnitudes
+  KVB_SHARED(u16, places, [D]);                                  // of coordinates in rate order
+  KVB_SHARED(float, largest_of, [SCALES ? THREADS * (SEGMENTS + 1) : 1]);
+  KVB_DYNAMIC_SHARED(char, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int head = blockIdx.y, b = blockIdx.z, plan = b * plan_stride + head;
+  const KeyGroup* own_groups = reinterpret_cast<const KeyGroup*>(groups) + plan * scalars;
+  const KeySegment* own_segments = reinterpret_cast<const KeySegment*>(segments) + plan * SEGMENTS;
+  for (int i = warp; i < scalars; i += WARPS) {
+    const KeyGroup group = own_groups[i];
+    for (int m = lane; m < 1 << (group.bits - 1) && group.size > 0; m += 32) {
+      books[i][0][m] = boundaries[group.book * kMostBoundaries + m];
+      books[i][1][m] = centroids[group.book * kMostCodes + m];
     }
   }
-  __syncthreads();
-  bool finite = true;
-  for (int d = warp; d < D; d += kEncodeWarps) finite = finite && fabsf(columns[d * kEncodePitch + lane]) < infinity();
-  parts[0][warp][lane] = finite ? 0.f : 1.f;
-  __syncthreads();
-  finite = parts[0][0][lane] + parts[0][1][lane] + parts[0][2][lane] + parts[0][3][lane] == 0.f;
-  const u32 keep = finite ? 0xffffffffu : 0u;
+  for (int i = threadIdx.x; i < D; i += THREADS) places[order[plan * D + i]] = static_cast<u16>(i);
   __syncthreads();
 
-  for (int g = 0; g < scalars; ++g) {
-    const KeyGroup group = reinterpret_cast<const KeyGroup*>(groups)[plan * scalars + g];
+  // What follows is one warp's own.
+  const int first = (blockIdx.x * WARPS + warp) * kEncodeTokens, count = min(tokens - first, kEncodeTokens);
+  if (count <= 0) return;
+  const int row_words = SIGN_WORDS + magnitude_words;
+  char* own = shared + warp * (2 * PARTS * PART + kEncodeTokens * (4 * row_words + 2 * kMostGroups));
+  __half* operands = reinterpret_cast<__half*>(own);                     // (parts, tokens, pitch)
+  u32* sign_rows = reinterpret_cast<u32*>(operands + PARTS * PART);      // (tokens, D / 32)
+  u32* magnitude_rows = sign_rows + kEncodeTokens * SIGN_WORDS;          // (tokens, words)
+  u16* scalar_rows = reinterpret_cast<u16*>(magnitude_rows + kEncodeTokens * magnitude_words);   // (tokens, scalars)
+  float* own_largest = largest_of + warp * (SCALES ? 32 * (SEGMENTS + 1) : 0);   // (tokens, segments), padded
+  for (int i = lane; i < kEncodeTokens * magnitude_words; i += 32) magnitude_rows[i] = 0;
+
+  // ---- rows, in rate order, as A operands ----
+  constexpr int PAIRS = D / 64;   // of neighbouring coordinates, per lane
+  int from[PAIRS][2];
+  float centre[PAIRS][2];
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      from[i][e] = order[plan * D + 64 * i + 2 * lane + e];
+      centre[i][e] = PARTS == 2 && mean ? -0.25f * mean[b * mean_batch_stride + head * D + from[i][e]] : 0.f;
+    }
+  const T* rows = x + b * x_batch_stride + head * x_head_stride + first * x_token_stride;
+  // A quarter of x - mean, which cannot overflow.
+  auto centred = [&](int token, int i, int e) {
+    return fmaf(0.25f, to_float(rows[token * x_token_stride + from[i][e]]), centre[i][e]);
+  };
+  if constexpr (SCALES) {
+#pragma unroll 4
+    for (int token = 0; token < count; ++token)
+#pragma unroll
+      for (int i = 0; i < PAIRS; ++i) {
+        float largest = fmaxf(fabsf(centred(token, i, 0)), fabsf(centred(token, i, 1)));
+#pragma unroll
+        for (int distance = 4; distance; distance /= 2)
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+        if (lane % 8 == 0) own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8] = largest;
+      }
+    __syncwarp();
+    if (lane < count)
+      for (int i = 0; i < scalars; ++i) {
+        const KeyGroup group = own_groups[i];
+        float largest = 0.f;
+        float* of_group = own_largest + lane * (SEGMENTS + 1) + group.start / 16;
+        for (int k = 0; k < group.size / 16; ++k) largest = fmaxf(largest, of_group[k]);
+        for (int k = 0; k < group.size / 16; ++k) of_group[k] = largest;
+      }
+    __syncwarp();
+  }
+  const u64 alignment = reinterpret_cast<u64>(rows) | sizeof(T) * x_token_stride;
+  if (!SCALES && alignment % 16 == 0) {   // chunks of eight coordinates, each of them to its place
+    constexpr int LANES = D / 8;          // per row
+    constexpr int ROWS = 32 / LANES;      // at a time
+    const int own_row = lane / LANES;
+    u16* to[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      to[e] = reinterpret_cast<u16*>(operands) + own_row * PITCH + places[lane % LANES * 8 + e];
+    const T* chunks = rows + own_row * x_token_stride + lane % LANES * 8;
+#pragma unroll 16
+    for (int token = 0; token < kEncodeTokens; token += ROWS) {
+      uint4 chunk = make_uint4(0, 0, 0, 0);
+      if (token + own_row < count) chunk = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride));
+      const u32 words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) to[e][token * PITCH] = static_cast<u16>(words[e / 2] >> (16 * (e % 2)));
+    }
+  } else {
+#pragma unroll 4
+    for (int token = 0; token < kEncodeTokens; ++token)
+#pragma unroll
+      for (int i = 0; i < PAIRS; ++i) {
+        float multiplier = 4.f, undo, v[2] = {}, rest[2] = {};
+        if (SCALES && token < count)
+          power_of_two(own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8], multiplier, undo);
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (token < count) {
+            v[e] = centred(token, i, e) * multiplier;
+            rest[e] = v[e] - to_float(from_float<__half>(v[e]));
+          }
+        u32* to = reinterpret_cast<u32*>(operands + token * PITCH + 64 * i) + lane;
+        *to = pack_pair<__half>(v[0], v[1]);
+        if constexpr (PARTS == 2) to[PART / 2] = pack_pair<__half>(rest[0], rest[1]);
+      }
+  }
+  __syncwarp();
+
+  // ---- groups ----
+  // The lane's tokens are g, g + 8, g + 16, g + 24; its coordinates of an octet 2 t and 2 t + 1.
+  const __half* own_rows = operands + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
+  u8* own_signs = reinterpret_cast<u8*>(sign_rows) + g * (4 * SIGN_WORDS) + t;
+  u8* own_magnitudes = reinterpret_cast<u8*>(magnitude_rows) + g * (4 * magnitude_words) + t;
+  const int exponent = exponents[plan];
+  u32 signs[4] = {}, tops[4] = {};   // bytes of a word of which the first half is known
+  bool finite = true;                // of token g + 8 t
+  for (int i = 0; i < scalars; ++i) {
+    const KeyGroup group = own_groups[i];
     float s = 0.f;
     if (group.size > 0) {   // the same for the whole block
-      const float* own = columns + group.start * kEncodePitch + lane;
-      float largest = 0.f, multiplier, undo, square = 0.f, inner = 0.f, energy = 0.f;
-      for (int i = warp; i < group.size; i += kEncodeWarps) largest = fmaxf(largest, fabsf(own[i * kEncodePitch]));
-      parts[0][warp][lane] = largest;
-      __syncthreads();
-      for (int other = 0; other < kEncodeWarps; ++other) largest = fmaxf(largest, parts[0][other][lane]);
-      power_of_two(largest, multiplier, undo);
-      for (int i = warp; i < group.size; i += kEncodeWarps) {
-        const float v = own[i * kEncodePitch] * multiplier;
-        square = fmaf(v, v, square);
-      }
-      parts[1][warp][lane] = square;
-      __syncthreads();
-      square = parts[1][0][lane] + parts[1][1][lane] + parts[1][2][lane] + parts[1][3][lane];
-      square *= group.inverse_size;
-      const float inverse = square > 0.f ? rsqrtf(square) : 0.f, unit = square * inverse;
-      const float* decisions = boundaries + group.book * kMostBoundaries;
-      const float* levels = centroids + group.book * kMostCodes;
-      for (int octet = warp; octet < group.size / 8; octet += kEncodeWarps) {
-        float y[8] = {};
-        multiply_octet(y, own, rotations + group.rotation + 8 * octet, group.size, multiplier);
-        u32 negative = 0, bits_0_to_3 = 0, bits_4_to_6 = 0;   // nibble e: the sign, and the magnitude
+      const int steps = group.size / 16, bits = group.bits;
+      const __half* group_rows = own_rows + group.start;
+      float unit[4] = {}, inverse[4], inner[4] = {}, energy[4] = {};   // of y = unit z
+#pragma unroll 1
+      for (int k = 0; k < steps; ++k)
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const float z = fabsf(y[e]) * inverse;
-          int m = 0;
-          for (int step = (1 << (group.bits - 1)) >> 1; step; step >>= 1)
-            if (z > decisions[m + step - 1]) m += step;
-          const float c = levels[m];
-          inner = fmaf(z, c, inner);
-          energy = fmaf(c, c, energy);
-          if (y[e] < 0.f && inverse > 0.f) negative |= 1u << (4 * e);
-          bits_0_to_3 |= static_cast<u32>(m & 15) << (4 * e);
-          bits_4_to_6 |= static_cast<u32>(m >> 4) << (4 * e);
+        for (int u = 0; u < 2; ++u) {
+          u32 a[4], rest[4];
+          ldmatrix_x4(a, group_rows + 16 * u * PITCH + 16 * k);
+          if constexpr (PARTS == 2) ldmatrix_x4(rest, group_rows + 16 * u * PITCH + 16 * k + PART);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            float2 v = unpack_pair<__half>(a[r]);
+            if constexpr (PARTS == 2) {
+              const float2 more = unpack_pair<__half>(rest[r]);
+              v.x += more.x;
+              v.y += more.y;
+            }
+            unit[2 * u + r % 2] = fmaf(v.x, v.x, fmaf(v.y, v.y, unit[2 * u + r % 2]));
+          }
         }
-        const int j = group.start + 8 * octet, s_of_octet = j / 8 % 4;
-        const KeySegment segment = reinterpret_cast<const KeySegment*>(segments)[plan * (D / 16) + j / 16];
-        atomicOr(words + j / 32 * kEncodePitch + lane, (negative & keep) << s_of_octet);
-        u32* row_of_magnitudes = words + SIGN_WORDS * kEncodePitch + lane;
-        const u32 fields[3] = {bits_0_to_3, bits_0_to_3 >> 2, bits_4_to_6};
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 1);
+        unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 2);
+        unit[q] *= group.inverse_size;
+        if (q == t) finite = finite && unit[q] < infinity();   // not for NaN either
+        inverse[q] = unit[q] > 0.f ? rsqrtf(unit[q]) : 0.f;
+        unit[q] *= inverse[q] * kRotationScale;
+        inverse[q] *= 1.f / kRotationScale;
+      }
+
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {   // 16 coordinates, two octets
+        float y[2][2][4] = {};   // [tokens][octet]
+        const uint4* tile = reinterpret_cast<const uint4*>(rotations + group.rotation) + 64 * step + lane;
+#pragma unroll 1
+        for (int k = 0; k < steps; ++k, tile += 64 * steps) {
+          const uint4 r[2] = {tile[0], tile[32]};
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            u32 a[4], rest[4];
+            ldmatrix_x4(a, group_rows + 16 * u * PITCH + 16 * k);
+            if constexpr (PARTS == 2) ldmatrix_x4(rest, group_rows + 16 * u * PITCH + 16 * k + PART);
+#pragma unroll
+            for (int octet = 0; octet < 2; ++octet) {
+              mma_m16n8k16<__half>(y[u][octet], a, {r[octet].x, r[octet].y});
+              mma_m16n8k16<__half>(y[u][octet], a, {r[octet].z, r[octet].w});
+              if constexpr (PARTS == 2) mma_m16n8k16<__half>(y[u][octet], rest, {r[octet].x, r[octet].y});
+            }
+          }
+        }
+        const float* book = books[i][0];
+        CodeBytes codes;
+        switch (bits) {
+          case 1: codes = code_segment<1>(y, unit, inverse, book, bits, inner, energy); break;
+          case 2: codes = code_segment<2>(y, unit, inverse, book, bits, inner, energy); break;
+          case 3: codes = code_segment<3>(y, unit, inverse, book, bits, inner, energy); break;
+          case 4: codes = code_segment<4>(y, unit, inverse, book, bits, inner, energy); break;
+          case 5: codes = code_segment<5>(y, unit, inverse, book, bits, inner, energy); break;
+          default: codes = code_segment<6>(y, unit, inverse, book, bits, inner, energy);
+        }
+        const int k = group.start / 16 + step;
+        const KeySegment segment = own_segments[k];
+        // Byte t of every word of a row is this lane's.
+        auto store_bytes = [&](u8* to, int row_bytes, const u32(&from)[4]) {
+#pragma unroll
+          for (int q = 0; q < 4; ++q) to[8 * q * row_bytes] = static_cast<u8>(from[q]);
+        };
+#pragma unroll
+        for (int q = 0; q < 4; ++q) signs[q] = k % 2 ? signs[q] | codes.sign[q] << 2 : codes.sign[q];
+        if (k % 2) store_bytes(own_signs + 4 * (k / 2), 4 * SIGN_WORDS, signs);
 #pragma unroll
         for (int pair = 0; pair < 3; ++pair)
-          if (group.bits >= 3 + 2 * pair)
-            atomicOr(row_of_magnitudes + segment.pairs[pair] * kEncodePitch,
-                     (fields[pair] & keep & 0x33333333u) << (2 * (s_of_octet & 1)));
-        if (group.bits % 2 == 0) {
-          const u32 top = group.bits < 6 ? bits_0_to_3 >> (group.bits - 2 & 3) : bits_4_to_6 >> (group.bits - 6 & 3);
-          atomicOr(row_of_magnitudes + segment.top * kEncodePitch,
-                   (top & keep & 0x11111111u) << (2 * segment.top_half + (s_of_octet & 1)));
+          if (bits >= 3 + 2 * pair)
+            store_bytes(own_magnitudes + 4 * segment.pairs[pair], 4 * magnitude_words, codes.pairs[pair]);
+        if (bits % 2 == 0) {
+#pragma unroll
+          for (int q = 0; q < 4; ++q) tops[q] = segment.top_half ? tops[q] | codes.top[q] << 2 : codes.top[q];
+          store_bytes(own_magnitudes + 4 * segment.top, 4 * magnitude_words, tops);
         }
       }
-      parts[2][warp][lane] = inner;
-      parts[3][warp][lane] = energy;
-      __syncthreads();
-      inner = (parts[2][0][lane] + parts[2][1][lane] + parts[2][2][lane] + parts[2][3][lane]) * group.inverse_size;
-      energy = (parts[3][0][lane] + parts[3][1][lane] + parts[3][2][lane] + parts[3][3][lane]) * group.inverse_size;
-      if (unit > 0.f) s = unit * scale_factor(scale_mode, inner, energy) * undo * 4.f;
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2) {
+          inner[q] += __shfl_xor_sync(0xffffffffu, inner[q], distance);
+          energy[q] += __shfl_xor_sync(0xffffffffu, energy[q], distance);
+        }
+      auto own_of = [&](const float (&of)[4]) { return t < 2 ? (t ? of[1] : of[0]) : t == 2 ? of[2] : of[3]; };
+      const float own_unit = own_of(unit) * (1.f / kRotationScale);
+      if (own_unit > 0.f)
+        s = own_unit * scale_factor(scale_mode, own_of(inner) * own_of(inverse) * group.inverse_size,
+                                    own_of(energy) * group.inverse_size);
+      if (SCALES && g + 8 * t < count) {
+        float multiplier, undo;
+        power_of_two(own_largest[(g + 8 * t) * (SEGMENTS + 1) + group.start / 16], multiplier, undo);
+        s *= undo * 4.f;
+      }
     }
-    if (warp == 0 && lane < count)
-      store_scalar(finite ? s : not_a_number(), halves, bytes, (token + lane) * scalars + g, exponents[plan]);
-    __syncthreads();
+    const u16 stored = stored_scalar(s, halves != nullptr, exponent);
+    if (halves) scalar_rows[(g + 8 * t) * scalars + i] = stored;
+    else reinterpret_cast<u8*>(scalar_rows)[(g + 8 * t) * scalars + i] = static_cast<u8>(stored);
   }
 
-  for (int t = warp; t < count; t += kEncodeWarps) {
-    if (lane < SIGN_WORDS) sign[(token + t) * SIGN_WORDS + lane] = words[lane * kEncodePitch + t];
-    for (int i = lane; i < magnitude_words; i += 32)
-      magnitude[(token + t) * magnitude_words + i] = words[(SIGN_WORDS + i) * kEncodePitch + t];
-  }
+  // ---- whole rows; of tokens with NaN or Inf, zeros and NaN ----
+  __syncwarp();
+  for (int row = 0, bad = ~__ballot_sync(0xffffffffu, finite); bad; ++row)   // bit 4 g + t: of token g + 8 t
+    if (const int bit = 1 << (row % 8 * 4 + row / 8); bad & bit) {
+      bad &= ~bit;
+      if (lane < SIGN_WORDS) sign_rows[row * SIGN_WORDS + lane] = 0;
+      for (int i = lane; i < magnitude_words; i += 32) magnitude_rows[row * magnitude_words + i] = 0;
+      if (lane < scalars) {
+        if (halves) scalar_rows[row * scalars + lane] = 0x7fff;
+        else reinterpret_cast<u8*>(scalar_rows)[row * scalars + lane] = 255;
+      }
+    }
+  __syncwarp();
+  const u64 token = b * batch_stride + head * head_stride + first;
+  store_rows(sign + token * SIGN_WORDS, sign_rows, count * SIGN_WORDS, lane);
+  store_rows(magnitude + token * magnitude_words, magnitude_rows, count * magnitude_words, lane);
+  if (halves) store_rows(reinterpret_cast<u16*>(halves) + token * scalars, scalar_rows, count * scalars, lane);
+  else store_rows(bytes + token * scalars, reinterpret_cast<const u8*>(scalar_rows), count * scalars, lane);
 }
 
 // ---- decode ---------------------------------------------------------------------------------------------------------
@@ -245,7 +482,7 @@ __device__ __forceinline__ SegmentWords segment_words(const KeyRows& keys, const
 // out : (batch, kv_heads, tokens, D), contiguous       rotations : R_g row by row, at multiples of 16 bytes
 // Other arguments, grid and block as for encode
 template <class T, int D>
-__global__ void __launch_bounds__(kEncodeWarps * 32, 4)
+__global__ void __launch_bounds__(kDecodeWarps * 32, 4)
     block_gtq_decode_kernel(const u32* __restrict__ sign, const u32* __restrict__ magnitude,
                             const __half* __restrict__ halves, const u8* __restrict__ bytes, u64 batch_stride,
                             u64 head_stride, int magnitude_words, int scalars, const i32* __restrict__ order,
@@ -254,16 +491,16 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 4)
                             const i32* __restrict__ exponents, int plan_stride, T* out, int tokens) {
   KVB_DYNAMIC_SHARED(float, columns);   // (D, pitch): the centroids, a token a column
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first = blockIdx.x * kEncodeTokens, count = min(tokens - first, kEncodeTokens);
+  const int first = blockIdx.x * kDecodeTokens, count = min(tokens - first, kDecodeTokens);
   const int head = blockIdx.y, b = blockIdx.z, plan = b * plan_stride + head;
   const u64 token = b * batch_stride + head * head_stride + first + min(lane, count - 1);   // one that is there
   const KeyRows keys = {sign, magnitude, halves, bytes, magnitude_words, scalars, exponents[plan]};
-  for (int k = warp; k < D / 16; k += kEncodeWarps) {
+  for (int k = warp; k < D / 16; k += kDecodeWarps) {
     const KeySegment segment = reinterpret_cast<const KeySegment*>(segments)[plan * (D / 16) + k];
     const SegmentWords words = segment_words<D>(keys, segment, token, k);
     const float* levels = centroids + segment.book * kMostCodes;
 #pragma unroll 4
-    for (int j = 0; j < 16; ++j) columns[(16 * k + j) * kEncodePitch + lane] = levels[words.code(segment.bits, j)];
+    for (int j = 0; j < 16; ++j) columns[(16 * k + j) * kDecodePitch + lane] = levels[words.code(segment.bits, j)];
   }
   __syncthreads();
   T* to = out + ((static_cast<u64>(b) * gridDim.y + head) * tokens + first + lane) * D;
@@ -271,8 +508,8 @@ __global__ void __launch_bounds__(kEncodeWarps * 32, 4)
     const KeyGroup group = reinterpret_cast<const KeyGroup*>(groups)[plan * scalars + g];
     if (group.size == 0) break;
     const float s = load_scalar(halves, bytes, token * scalars + g, keys.exponent);
-    const float* own = columns + group.start * kEncodePitch + lane;
-    for (int octet = warp; octet < group.size / 8; octet += kEncodeWarps) {
+    const float* own = columns + group.start * kDecodePitch + lane;
+    for (int octet = warp; octet < group.size / 8; octet += kDecodeWarps) {
       float y[8] = {};
       multiply_octet(y, own, rotations + group.rotation + 8 * octet, group.size, 1.f);
 #pragma unroll
@@ -552,9 +789,11 @@ __global__ void __launch_bounds__(256, 1)
 }  // namespace kvb
 
 #define KVB_EXPORT_BLOCK_GTQ(D)                                         \
-  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<float, D>)               \
-  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__half, D>)              \
-  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__nv_bfloat16, D>)       \
+  KVB_EXPORT(168, kvb::block_gtq_encode_kernel<float, D, 2>)            \
+  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__half, D, 1>)           \
+  KVB_EXPORT(168, kvb::block_gtq_encode_kernel<__half, D, 2>)           \
+  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 1>)    \
+  KVB_EXPORT(168, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 2>)    \
   KVB_EXPORT(128, kvb::block_gtq_decode_kernel<float, D>)               \
   KVB_EXPORT(128, kvb::block_gtq_decode_kernel<__half, D>)              \
   KVB_EXPORT(128, kvb::block_gtq_decode_kernel<__nv_bfloat16, D>)       \

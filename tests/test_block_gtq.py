@@ -160,18 +160,36 @@ def test_a_bad_token_stays_visible_and_alone(backend):
     assert np.isnan(decoded[0, 1, 2]).all() and not decoded[0, 0, 1].any() and np.isfinite(decoded[0, :, 3]).all()
 
 
+@pytest.mark.parametrize("backend", [needs("cpu"), needs("simt")])
 @given(seed=SEEDS, power=st.sampled_from((-120, -60, 60, 100)))
-def test_groups_of_very_different_size(seed, power):
+def test_groups_of_very_different_size(backend, seed, power):
     """A group that is tiny beside the others has a direction all the same."""
     plan, rng = two_heads(), generator(seed)
     x = rng.standard_normal((1, 2, 3, 64)).astype(np.float32)
     x[:, 0][..., plan.order[0, 48:]] *= 2.0**-40
     x *= np.float32(2.0**power)
-    one, other = (block_gtq.encode(x, plan, backend=backend) for backend in ("cpu", "reference"))
+    one, other = (block_gtq.encode(x, plan, backend=name) for name in (backend, "reference"))
     near = reference.boundary_distance(x, plan) <= 2e-5
     differs = [a != b for a, b in zip(reference.unpack(one.sign, one.magnitude, plan),
                                       reference.unpack(other.sign, other.magnitude, plan))]
     assert not ((differs[0] | differs[1]) & ~near).any()
+
+
+@pytest.mark.parametrize("backend", [needs("simt")])
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_float16_of_any_size_at_any_place(head_dim, backend):
+    """Rows whose chunks of 16 bytes are not aligned give the same codes, and these are right from subnormal numbers to
+    the largest ones."""
+    rng, kernel = generator(head_dim), registry.get("block_gtq.encode")
+    for power in (-18, -6, 0, 12):
+        bits = np.repeat(-np.sort(-rng.integers(1, 9, (2, head_dim // 16)), axis=1), 8, axis=1).astype(np.uint8)
+        plan = Plan(bits, "half", head_dim)
+        x = (rng.standard_normal((1, 2, 75, head_dim)) * 2.0**power).astype(np.float16)
+        at_odd_places = np.zeros((1, 2, 75, head_dim + 3), np.float16)[..., 1 : 1 + head_dim]
+        at_odd_places[...] = x
+        encoded = block_gtq.encode(x, plan, backend=backend)
+        kernel.agreement({"x": x, "plan": plan}, block_gtq.encode(x, plan, backend="reference"), encoded)
+        assert words_of(block_gtq.encode(at_odd_places, plan, backend=backend)) == words_of(encoded)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -110,8 +110,8 @@ def encode(x, plan: Plan, *, scale_mode: str = "nc", mean=None, check_finite: bo
                    256
 
     Returns `Encoded`: sign [batch, kv_heads, tokens, head_dim / 32] uint32, magnitude [batch, kv_heads, tokens, words]
-    uint32, scale [batch, kv_heads, tokens, scalars] float16 or uint8.  Arithmetic is float32: backends agree in every
-    code that is not within 2e-5 of a decision.
+    uint32, scale [batch, kv_heads, tokens, scalars] float16 or uint8.  Arithmetic is float32, or on tensor cores as
+    exact: backends agree in every code that is not within 2e-5 of a decision.
     Source: arXiv 2606.24033; each group: TurboQuant, arXiv 2504.19874, Algorithm 1.
     """
     arguments = Arguments("block_gtq.encode", stream=stream)

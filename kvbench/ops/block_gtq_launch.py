@@ -20,7 +20,8 @@ from kvbench.reference.block_gtq import Plan
 from kvbench.reference.rotation import Rotation
 from kvbench.reference.turboquant import SCALE_MODES, codebook_for
 
-ENCODE_TOKENS = 32       # kEncodeTokens of cuda_src/block_gtq.cu; a row in shared memory has one column more
+ENCODE_TOKENS = 32       # of a warp
+DECODE_TOKENS = 32       # kDecodeTokens of cuda_src/block_gtq.cu; a row in shared memory has one column more
 TILE = 16                # coordinates: groups are whole multiples of them
 SIMPLE_TOKENS = 256      # of a block of the simple attention kernel
 QUERY_HEADS = (4, 16)    # of a KV head, for which an instance of a kernel in float32 has sums
@@ -29,15 +30,17 @@ SHARED_BYTES = {1: 232448, 2: 115712}    # that one block, or each of two on a m
 
 def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arguments) -> None:
     batch, kv_heads, tokens, head_dim = x.shape
-    order, groups, segments, rotations, boundaries, centroids, exponents, _ = _tables_on_device(plan, x.device)
-    function = loaders.get_function("block_gtq", f"kvb::block_gtq_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}>",
-                                    backend, x.device)
-    words = head_dim // 32 + plan.magnitude_words
-    function((-(-tokens // ENCODE_TOKENS), kv_heads, batch), (128,), (
-        x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), order, groups, segments, rotations, boundaries,
-        centroids, exponents, _plan_stride(plan, kv_heads), np.int32(SCALE_MODES.index(scale_mode)),
-        *_stored(codes), np.int32(tokens)),
-        shared_bytes=4 * (head_dim + words) * (ENCODE_TOKENS + 1), stream=arguments.stream)
+    order, groups, segments, _, boundaries, centroids, exponents, _ = _tables_on_device(plan, x.device)
+    parts = 1 if mean is None and x.dtype != "float32" else 2
+    warps = 2 if head_dim == 256 else 4                          # kEncodeWarps of cuda_src/block_gtq.cu
+    function = loaders.get_function(
+        "block_gtq", f"kvb::block_gtq_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}, {parts}>", backend, x.device)
+    row = 2 * parts * (head_dim + 8) + 4 * (head_dim // 32 + plan.magnitude_words) + 2 * 8    # operands, codes, scalars
+    function((-(-tokens // (ENCODE_TOKENS * warps)), kv_heads, batch), (32 * warps,), (
+        x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), order, groups, segments,
+        _operands_on_device(plan, x.device), boundaries, centroids, exponents, _plan_stride(plan, kv_heads),
+        np.int32(SCALE_MODES.index(scale_mode)), *_stored(codes), np.int32(tokens)),
+        shared_bytes=ENCODE_TOKENS * warps * row, stream=arguments.stream)
 
 
 def launch_decode(codes, plan: Plan, out, backend: str, arguments) -> None:
@@ -45,9 +48,9 @@ def launch_decode(codes, plan: Plan, out, backend: str, arguments) -> None:
     order, groups, segments, _, _, centroids, exponents, rotations = _tables_on_device(plan, out.device)
     function = loaders.get_function("block_gtq", f"kvb::block_gtq_decode_kernel<{CXX_TYPE[out.dtype]}, {head_dim}>",
                                     backend, out.device)
-    function((-(-tokens // ENCODE_TOKENS), kv_heads, batch), (128,), (
+    function((-(-tokens // DECODE_TOKENS), kv_heads, batch), (128,), (
         *_stored(codes), order, groups, segments, rotations, centroids, exponents, _plan_stride(plan, kv_heads), out,
-        np.int32(tokens)), shared_bytes=4 * head_dim * (ENCODE_TOKENS + 1), stream=arguments.stream)
+        np.int32(tokens)), shared_bytes=4 * head_dim * (DECODE_TOKENS + 1), stream=arguments.stream)
 
 
 def launch_logits(query, codes, plan: Plan, scale: float, out, backend: str, arguments) -> None:
@@ -197,6 +200,21 @@ def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
     return tuple(upload(np.ascontiguousarray(array), device) for array in (
         tables.order, groups, tables.segments, rotations, boundaries, tables.centroids,
         tables.exponents, tables.rotations))
+
+
+@functools.lru_cache(maxsize=64)
+def _operands_on_device(plan: Plan, device: Device) -> Array:
+    """The rotations of the plan's sizes, one after another, as B operands of m16n8k16, [size / 16, size / 8, 32, 4]
+    words: 256 R_g in two parts of float16, high and what it leaves, each two words of two numbers.  Lane (n, t) has row
+    8 * octet + n, columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16."""
+    operands = []
+    for size in sorted({group.size for head in plan.groups for group in head}):
+        matrix = 256 * plan.rotation_of(size).dense()
+        high = matrix.astype(np.float16)
+        parts = np.stack([high, (matrix - high).astype(np.float16)])
+        tiles = parts.reshape(2, size // 8, 8, size // 16, 2, 4, 2)      # part, octet, n, step, word, t, number
+        operands.append(tiles.transpose(3, 1, 2, 5, 0, 4, 6).ravel().view(np.uint32))
+    return upload(np.concatenate(operands), device)
 
 
 @functools.lru_cache(maxsize=64)
