@@ -25,7 +25,7 @@ DECODE_TOKENS = 32       # kDecodeTokens of cuda_src/block_gtq.cu; a row in shar
 TILE = 16                # coordinates: groups are whole multiples of them
 SIMPLE_TOKENS = 256      # of a block of the simple attention kernel
 QUERY_HEADS = (4, 16)    # of a KV head, for which an instance of a kernel in float32 has sums
-SHARED_BYTES = {1: 232448, 2: 115712}    # that one block, or each of two on a multiprocessor, can have
+SHARED_BYTES = 232448    # that a block can have
 
 
 def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arguments) -> None:
@@ -82,17 +82,17 @@ def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, s
     group = query.shape[1] // kv_heads
     heads = 8 if group <= 8 or head_dim == 256 else 16
     parts = -(-group // heads)
-    blocks = 2 if head_dim <= 128 and heads == 8 else 1          # kBlockGtqBlocks of kvb/block_gtq_attention.cuh
+    warps = 16 if head_dim <= 128 and heads == 8 else 8          # kBlockGtqWarps of kvb/block_gtq_attention.cuh
     if splits is None:
-        splits = attention.choose_splits(-(-tokens // 32), batch * kv_heads * parts, 8,
-                                         blocks * loaders.multiprocessors(backend, device))
+        splits = attention.choose_splits(-(-tokens // 32), batch * kv_heads * parts, warps,
+                                         loaders.multiprocessors(backend, device))
     scratch = attention.take_workspace(arguments, workspace, splits, device, out.framework)
     order, _, _, rotations, _, _, exponents, _ = _tables_on_device(plan, device)
-    ring, shared_bytes = _attention_ring(head_dim, heads, plan, values.bits, SHARED_BYTES[blocks])
+    ring, shared_bytes = _attention_ring(head_dim, heads, warps, plan, values.bits)
     function = loaders.get_function("block_gtq", f"kvb::block_gtq_attention_kernel<{head_dim}, {heads}, {values.bits}>",
                                     backend, device)
     with rotated_back(out, value_rotation, backend, arguments) as target:
-        function((splits, kv_heads * parts, batch), (256,), (
+        function((splits, kv_heads * parts, batch), (32 * warps,), (
             query, np.int32(RUN_TIME_TYPE[query.dtype]), order, *_records_on_device(plan, device), rotations, exponents,
             _plan_stride(plan, kv_heads), *_stored(keys), *attention_side(values),
             *device_rotation(value_rotation, device), *value_table(values.bits), key_mean, mean_stride(key_mean),
@@ -101,19 +101,19 @@ def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, s
             np.float32(scale * math.log2(math.e)), np.int32(ring)), shared_bytes=shared_bytes, stream=arguments.stream)
 
 
-def _attention_ring(head_dim: int, heads: int, plan: Plan, value_bits: int, room: int) -> tuple[int, int]:
+def _attention_ring(head_dim: int, heads: int, warps: int, plan: Plan, value_bits: int) -> tuple[int, int]:
     """(tiles in a warp's ring, dynamic shared memory) of block_gtq_attention_kernel: three if there is room.
 
     In memory: units and offsets of the heads, records of segments of 80 bytes, centroids of 6 to 8 bits, the query, the
     order of coordinates, the signs of the values' rotation, scalars of a tile per warp, and the rings.  The end of the
     kernel (kvb/splits.cuh) uses the rings again, and needs the rotated rows besides."""
-    warps, tile, most_groups, most_rounds = 8, 32, 8, 8
+    tile, most_groups, most_rounds = 32, 8, 8
     fixed = (8 * heads + head_dim // TILE * (80 + 512) + 896 + 4 * head_dim * (1 + most_rounds)
              + warps * most_groups * tile * 4)
     scalar_bytes = plan.scalars * (2 if plan.exponents is None else 1)
     row = head_dim // 8 * (1 + value_bits) + 4 * plan.magnitude_words + scalar_bytes + 2
     end = attention.split_shared_bytes(warps, heads, head_dim, 32 * warps) + heads * head_dim * 4
-    ring = next(tiles for tiles in (3, 2) if tiles == 2 or fixed + warps * tiles * tile * row <= room)
+    ring = next(tiles for tiles in (3, 2) if tiles == 2 or fixed + warps * tiles * tile * row <= SHARED_BYTES)
     return ring, fixed + max(warps * ring * tile * row, end)
 
 

@@ -7,7 +7,7 @@
 //   Grid      (splits, kv_heads, batch): the blocks of a KV head share its tiles; the last to finish merges, rotates
 //             the result back and writes it (kvb/splits.cuh).  With more query heads than HEADS (9 to 16 at D = 256) a
 //             KV head has two rows of blocks, and its codes are read twice.
-//   Block     8 warps, each with its own tiles of 32 tokens.  Two blocks share a multiprocessor where registers allow.
+//   Block     16 warps, each with its own tiles of 32 tokens; 8 at D = 256 or with more than 8 query heads.
 //   Pipeline  Each warp has a ring of two or three tiles in shared memory filled by cp.async, one being read.  A tile
 //             of every array is contiguous in memory.
 //   Start     The query, permuted and multiplied by the R_g of its groups (a few KB, not D^2), then by a power of two,
@@ -177,15 +177,9 @@ struct KeyRowsInMemory {
   }
 };
 
-// Blocks that share a multiprocessor, each thread with 128 registers: before generation 9, they would not do, nor would
-// the shared memory.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// Of a block, one on each multiprocessor.
 template <int D, int HEADS>
-constexpr int kBlockGtqBlocks = 1;
-#else
-template <int D, int HEADS>
-constexpr int kBlockGtqBlocks = D <= 128 && HEADS == 8 ? 2 : 1;
-#endif
+constexpr int kBlockGtqWarps = D <= 128 && HEADS == 8 ? 16 : 8;
 
 // query : (batch, kv_heads * all_heads, D), type 0 float, 1 fp16, 2 bf16    output : likewise, of output_type
 // order, rotations, exponents, plan_stride : as for block_gtq_encode_kernel
@@ -199,7 +193,7 @@ constexpr int kBlockGtqBlocks = D <= 128 && HEADS == 8 ? 2 : 1;
 // scale_log2 = scale log2(e)                   partial_output, partial_statistics, tickets : kvb/splits.cuh
 // ring : tiles of a warp in shared memory, 2 or 3
 template <int D, int HEADS, int VALUE_BITS>
-__global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>)) block_gtq_attention_kernel(
+__global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_attention_kernel(
     const void* __restrict__ query, int query_type, const i32* __restrict__ order,
     const SegmentRecord* __restrict__ records, const __half* __restrict__ centroids,
     const float* __restrict__ rotations, const i32* __restrict__ exponents, int plan_stride,
@@ -214,8 +208,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>))
     int all_heads, float scale_log2, int ring) {
   static_assert(D == 64 || D == 128 || D == 256, "octets of a token divide evenly among the lanes");
   static_assert(HEADS == 8 || HEADS == 16, "rows of the mma tile");
-  constexpr int HALVES = HEADS / 8, N = D / 32, GROUPS = kPlaneTile / 8, THREADS = 32 * kPlaneWarps;
-  constexpr int SHARES = THREADS / D, OWN = HEADS / SHARES, LOADS = HEADS * D / THREADS;
+  constexpr int HALVES = HEADS / 8, N = D / 32, GROUPS = kPlaneTile / 8, WARPS = kBlockGtqWarps<D, HEADS>;
+  constexpr int THREADS = 32 * WARPS, SHARES = THREADS / D, OWN = HEADS / SHARES, LOADS = HEADS * D / THREADS;
 
   const int parts = (all_heads + HEADS - 1) / HEADS, part = blockIdx.y % parts;   // of the KV head's query heads
   const int split = blockIdx.x, kv_head = blockIdx.y / parts, b = blockIdx.z;
@@ -223,7 +217,7 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>))
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
   const int tiles = (length + kPlaneTile - 1) / kPlaneTile;
-  const int active = active_splits(tiles, kPlaneWarps, splits);
+  const int active = active_splits(tiles, WARPS, splits);
   if (split >= active) return;
   const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * all_heads + part * HEADS;
   const int plan = b * plan_stride + kv_head;
@@ -237,8 +231,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>))
   i32* staged_order = reinterpret_cast<i32*>(staged_query + 2 * D);                      // (D,)
   float* staged_signs = reinterpret_cast<float*>(staged_order + D);                      // (value rounds, D)
   float* scratch = staged_signs + kPlaneRounds * D;   // (warps, groups, tokens): scalars; before that, the query
-  char* rings = reinterpret_cast<char*>(scratch + kPlaneWarps * kMostGroups * kPlaneTile);
-  static_assert(HEADS * D <= kPlaneWarps * kMostGroups * kPlaneTile, "the query fits");
+  char* rings = reinterpret_cast<char*>(scratch + WARPS * kMostGroups * kPlaneTile);
+  static_assert(HEADS * D <= WARPS * kMostGroups * kPlaneTile, "the query fits");
 
   // ---- the first loads, and the first tile ----
   float raw[LOADS];
@@ -264,22 +258,28 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>))
   using ValueCopy = SideCopy<D, VALUE_BITS>;
   const u64 first_key = b * batch_stride + kv_head * head_stride;
   const int scalar_size = halves ? 2 : 1;
-  const KeyRowsInMemory<D> rows = {
-      reinterpret_cast<const char*>(sign + first_key * (D / 32)),
-      reinterpret_cast<const char*>(magnitude + first_key * magnitude_words),
-      (halves ? reinterpret_cast<const char*>(halves) : reinterpret_cast<const char*>(bytes)) +
-          first_key * (scalars * scalar_size),
-      4 * kPlaneTile * magnitude_words, kPlaneTile * scalars * scalar_size};
-  const PlaneSide values = plane_side<D>(value_sign, value_mag2, value_mag1, value_scale,
-                                         b * value_batch_stride + kv_head * value_head_stride);
-  const int scalars_at = KeyRowsInMemory<D>::SIGN_BYTES + rows.magnitude_bytes;
-  const int key_bytes = scalars_at + rows.scalar_bytes, tile_bytes = key_bytes + kPlaneTileBytes<D, VALUE_BITS>;
+  // In shared memory: every lane would hold these addresses throughout, for what takes few instructions per tile.
+  KVB_SHARED(KeyRowsInMemory<D>, rows);
+  KVB_SHARED(PlaneSide, values);
+  const int magnitude_bytes = 4 * kPlaneTile * magnitude_words, scalar_bytes = kPlaneTile * scalars * scalar_size;
+  if (threadIdx.x == 0) {
+    rows = {reinterpret_cast<const char*>(sign + first_key * (D / 32)),
+            reinterpret_cast<const char*>(magnitude + first_key * magnitude_words),
+            (halves ? reinterpret_cast<const char*>(halves) : reinterpret_cast<const char*>(bytes)) +
+                first_key * (scalars * scalar_size),
+            magnitude_bytes, scalar_bytes};
+    values = plane_side<D>(value_sign, value_mag2, value_mag1, value_scale,
+                           b * value_batch_stride + kv_head * value_head_stride);
+  }
+  __syncthreads();
+  const int scalars_at = KeyRowsInMemory<D>::SIGN_BYTES + magnitude_bytes;
+  const int key_bytes = scalars_at + scalar_bytes, tile_bytes = key_bytes + kPlaneTileBytes<D, VALUE_BITS>;
   char* const own_ring = rings + warp * ring * tile_bytes;
   // The same for the copies, in a register of each lane: kvb/plane_attention.cuh says why.
   char* const filled = reinterpret_cast<char*>(pinned(reinterpret_cast<u64>(own_ring)));
   const u64 policy = read_once_policy();
-  const int stride = pinned(active * kPlaneWarps);
-  int tile = split * kPlaneWarps + warp, next = tile;   // of the warp: read, copied
+  const int stride = pinned(active * WARPS);
+  int tile = split * WARPS + warp, next = tile;   // of the warp: read, copied
   const int3 key_places = {
       pinned(16 * lane), pinned(rows.SIGN_BYTES + 16 * (lane ^ rows.flip(magnitude_words, lane))),
       pinned(scalars_at + 16 * lane)};
@@ -325,17 +325,19 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>))
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       const float* from = scratch + staged_order[start + first + i] * HEADS + share * OWN;
+      if constexpr (OWN == 1) folded[0] = fmaf(r[i], *from, folded[0]);
+      else
 #pragma unroll
-      for (int h = 0; h < OWN; h += 2) {
-        const float2 x = *reinterpret_cast<const float2*>(from + h);
-        folded[h] = fmaf(r[i], x.x, folded[h]);
-        folded[h + 1] = fmaf(r[i], x.y, folded[h + 1]);
-      }
+        for (int h = 0; h < OWN; h += 2) {
+          const float2 x = *reinterpret_cast<const float2*>(from + h);
+          folded[h] = fmaf(r[i], x.x, folded[h]);
+          folded[h + 1] = fmaf(r[i], x.y, folded[h + 1]);
+        }
     }
   }
 #pragma unroll 1
   for (int i = 1; i < ring - 1; ++i) copy_next(filled + i * tile_bytes);
-  for (int h = warp; h < HEADS; h += kPlaneWarps) {
+  for (int h = warp; h < HEADS; h += WARPS) {
     float dot = 0.f;
     if (key_mean && lse) {
 #pragma unroll
@@ -352,7 +354,7 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>))
 #pragma unroll
   for (int h = 0; h < OWN; ++h) scratch[(share * OWN + h) * D + own] = folded[h];
   __syncthreads();
-  for (int h = warp; h < HEADS; h += kPlaneWarps) {
+  for (int h = warp; h < HEADS; h += WARPS) {
     float v[N], largest = 0.f, multiplier, undo;
     bool finite = true;
 #pragma unroll
@@ -496,7 +498,7 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, (kBlockGtqBlocks<D, HEADS>))
   const DecodeTarget target = {lse ? lse + row : nullptr, key_mean ? lse_offset : nullptr,
                                partial_output + row * splits * D, partial_statistics + row * splits,
                                tickets + pair * parts + part};
-  finish_planes<D, HEADS>(state, rings, target, group, split, splits, active, staged_signs, value_rounds,
+  finish_planes<D, HEADS, WARPS>(state, rings, target, group, split, splits, active, staged_signs, value_rounds,
                           value_remaining_scale, output, output_type, row);
 }
 

@@ -344,25 +344,25 @@ struct PlaneSums {
 // more; the block that merges the splits rotates the result back and writes it, a warp per head.
 // target : with everything of the block's query heads        signs : shared (rounds, D), of the values' rotation
 // output : of output_type, from row `row` on
-template <int D, int HEADS>
+template <int D, int HEADS, int WARPS>
 __device__ __forceinline__ void finish_planes(PlaneSums<D, HEADS / 8>& sums, char* rings, const DecodeTarget& target,
                                               int group, int split, int splits, int active, const float* signs,
                                               int rounds, float remaining_scale, void* output, int output_type,
                                               u64 row) {
-  constexpr int N = D / 32, THREADS = 32 * kPlaneWarps;
+  constexpr int N = D / 32, THREADS = 32 * WARPS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   __syncthreads();
   float* copies = reinterpret_cast<float*>(rings);                                          // (warps, HEADS, D)
-  float2* statistics = reinterpret_cast<float2*>(copies + kPlaneWarps * HEADS * D);         // (warps, HEADS)
-  float* rows = reinterpret_cast<float*>(statistics + kPlaneWarps * HEADS);                 // (HEADS, D)
+  float2* statistics = reinterpret_cast<float2*>(copies + WARPS * HEADS * D);         // (warps, HEADS)
+  float* rows = reinterpret_cast<float*>(statistics + WARPS * HEADS);                 // (HEADS, D)
   sums.store(copies, statistics, warp, lane);
-  const bool finished = finish_split<D, kPlaneWarps, HEADS, THREADS>(
+  const bool finished = finish_split<D, WARPS, HEADS, THREADS>(
       copies, statistics, rings, target, group, split, splits, active,
       [&](int index, const float4& x) { *reinterpret_cast<float4*>(rows + index) = x; });
   if (!finished) return;
 
   __syncthreads();
-  for (int h = warp; h < group; h += kPlaneWarps) {
+  for (int h = warp; h < group; h += WARPS) {
     float v[N];
 #pragma unroll
     for (int e = 0; e < N; ++e) v[e] = rows[h * D + lane * N + e];
@@ -610,7 +610,7 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   const DecodeTarget target = {lse ? lse + row : nullptr, key_mean ? lse_offset : nullptr,
                                partial_output + row * splits * D, partial_statistics + row * splits,
                                tickets + pair * parts + part};
-  finish_planes<D, HEADS>(state, rings, target, group, split, splits, active, staged_signs + key_rounds * D,
+  finish_planes<D, HEADS, kPlaneWarps>(state, rings, target, group, split, splits, active, staged_signs + key_rounds * D,
                           value_rounds, value_remaining_scale, output, output_type, row);
 }
 
