@@ -4,16 +4,21 @@
 // self_indexing_score_kernel
 //   Computes  score[t] = sum_g L[g, code[t, g]] for one table (the mean query of a KV head) or up to four (single
 //             heads) from one read of the signs; each block makes the tables of query and codebook for itself.
-//   Work      Grid (splits, kv_heads * parts, batch); a block has consecutive tokens, a lane one of them at a time; the
-//             words of its next token are under way meanwhile.
+//   Work      Grid (splits, kv_heads * parts, batch); a block has consecutive tokens, a lane two of them at a time
+//             (one at D = 256 with four tables); the words of its next ones are under way meanwhile, 32 KB a
+//             multiprocessor at D = 128, those of the first while the tables are made.
 //   Tables    [group][code][table] in shared memory.  All lanes look the same group up, whose 16 entries are in 16
-//             banks (of four tables: in 64 words, two passes of 32): no two different ones meet.
+//             banks (of four tables: in 64 words, two passes of 32): no two different ones meet.  Centroids are copied
+//             asynchronously while the query is summed.
 //   Bytes     D / 8 read and 4 written per token and table: at D = 128 20 bytes, 21 MB for 8 heads of 128K tokens,
 //             7.1 us at 2.97 TB/s.
-//   Counts    Per 8 groups of a token: 2 shifts, 2 LOP3, 7 PRMT or SHF, 8 LDS, 8 FADD: 27 instructions, 108 at D = 128,
-//             and some 12 for loop, load and store: 120 a warp, of 32 tokens.  8 heads of 128K tokens are 3.9 M warp
-//             instructions, 30 K a multiprocessor: 7,400 cycles at four a cycle, 12,400 at 2.4; its 7,944 LDS take as
-//             many cycles.  So issue slots and memory are about equally busy.  Not measured yet.
+//   Counts    Per 8 groups of a token: 2 shifts, 2 LOP3, 8 PRMT, 8 LDS, 8 FADD: 28 instructions, 112 at D = 128, and
+//             13 for loop, load and store: 125 a warp, of 32 tokens, in the machine code for sm_90.  8 heads of 128K
+//             tokens are 4.1 M warp instructions, 31 K a multiprocessor: 7,800 cycles at four a cycle; its 7,944 LDS
+//             take as many cycles, 4.6 us at 1.7 GHz, and 48 operations of the integer pipe a warp 6,000.
+//   Before    Offsets by shifts and masks: the compiler added the place of the group by a third operation, three where
+//             PRMT, whose result it knows nothing of, leaves it to LDS; one token a lane and one under way: 17.0 us at
+//             128K tokens on an H100 with a cold cache, 11.9 with a warm one.
 //   Excluded  Positions of tokens that stay exact are overwritten by -inf at the end, by the block that has them.
 //
 // self_indexing_tables_kernel: the tables alone.
@@ -54,6 +59,9 @@ constexpr int kCodes = 16, kSelfIndexingThreads = 256, kSelfIndexingWarps = kSel
 // Blocks that share a multiprocessor: registers allow them.
 template <int TABLES>
 constexpr int kScoreBlocks = TABLES == 1 ? 4 : 3;
+// Tokens of a lane at a time, and as many under way, likewise.
+template <int D, int TABLES>
+constexpr int kScoreTokens = D == 256 && TABLES == 4 ? 1 : 2;
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
@@ -75,25 +83,45 @@ __device__ __forceinline__ void load_words(u32 (&words)[COUNT], const u32* from)
   }
 }
 
+// x[0] + x[stride] + ... + x[(count - 1) stride]; four loads are under way at a time.
+template <class T>
+__device__ __forceinline__ float sum_of_rows(const T* x, int stride, int count) {
+  float total = 0.f;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) total += to_float(x[i * stride]);
+  return total;
+}
+
 // table (D / 4, 16, TABLES) <- <codebook (D / 4, 16, 4), q>, q (TABLES, D) <- factor * the sum of `shared` query rows
 // each.  Rows from `rows` on count as zeros.  Ends with a barrier.
 template <int D, int TABLES>
 __device__ __forceinline__ void stage_tables(float* table, float* q, const void* __restrict__ query, int query_type,
                                              u64 first_row, int rows, int shared,
                                              const float* __restrict__ codebook, float factor) {
+  constexpr int ENTRIES = D / 4 * kCodes;
+  KVB_SHARED(float4, centroids, [ENTRIES]);   // on their way while the query is summed
+#pragma unroll
+  for (int i = 0; i < ENTRIES; i += kSelfIndexingThreads)
+    cp_async_16(centroids + i + threadIdx.x, codebook + (i + threadIdx.x) * 4);
+  cp_async_commit();
   for (int i = threadIdx.x; i < TABLES * D; i += kSelfIndexingThreads) {
-    float total = 0.f;
-    for (int h = i / D * shared; h < min((i / D + 1) * shared, rows); ++h)
-      total += load_float(query, query_type, (first_row + h) * D + i % D);
+    const int first = i / D * shared, count = min(first + shared, rows) - first;
+    const u64 from = (first_row + first) * D + i % D;
+    const float total = query_type == 0   ? sum_of_rows(static_cast<const float*>(query) + from, D, count)
+                        : query_type == 1 ? sum_of_rows(static_cast<const __half*>(query) + from, D, count)
+                                          : sum_of_rows(static_cast<const __nv_bfloat16*>(query) + from, D, count);
     q[i] = total * factor;
   }
+  cp_async_wait<0>();
   __syncthreads();
-  for (int i = threadIdx.x; i < D / 4 * kCodes; i += kSelfIndexingThreads) {
-    const float4 centroid = reinterpret_cast<const float4*>(codebook)[i];
+#pragma unroll
+  for (int i = 0; i < ENTRIES; i += kSelfIndexingThreads) {
+    const int entry = i + threadIdx.x;
+    const float4 centroid = centroids[entry];
 #pragma unroll
     for (int k = 0; k < TABLES; ++k) {
-      const float4 part = *reinterpret_cast<const float4*>(q + k * D + i / kCodes * 4);
-      table[i * TABLES + k] =
+      const float4 part = *reinterpret_cast<const float4*>(q + k * D + entry / kCodes * 4);
+      table[entry * TABLES + k] =
           fmaf(centroid.w, part.w, fmaf(centroid.z, part.z, fmaf(centroid.y, part.y, centroid.x * part.x)));
     }
   }
@@ -126,7 +154,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, kScoreBlocks<TABLES>)
                                const int* __restrict__ lengths, const int* __restrict__ excluded, int positions,
                                float* scores, int tokens, int group, int own, float factor) {
   static_assert(TABLES == 1 || TABLES == 4, "entries of 4 or 16 bytes");
-  constexpr int WORDS = D / 32, ENTRIES = D / 4 * kCodes;
+  constexpr int WORDS = D / 32, ENTRIES = D / 4 * kCodes, TOKENS = kScoreTokens<D, TABLES>;
   KVB_SHARED(float, table, [ENTRIES * TABLES]);
   KVB_SHARED(float, q, [TABLES * D]);
 
@@ -141,44 +169,57 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, kScoreBlocks<TABLES>)
   if (first >= tokens) return;
 
   const u32* rows = sign + (b * batch_stride + kv_head * head_stride) * WORDS;
-  u32 words[WORDS] = {}, next[WORDS] = {};
+  u32 words[TOKENS][WORDS] = {}, next[TOKENS][WORDS] = {};
+  auto load = [&](u32(&to)[TOKENS][WORDS], int token) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i)
+      if (token + i * kSelfIndexingThreads < stop)
+        load_words(to[i], rows + static_cast<u64>(token + i * kSelfIndexingThreads) * WORDS);
+  };
   int t = first + threadIdx.x;
-  if (t < stop) load_words(words, rows + static_cast<u64>(t) * WORDS);
+  load(words, t);
   const int row = part * TABLES * shared;   // of the query heads of the KV head
   stage_tables<D, TABLES>(table, q, query, query_type, pair * group + row, used * shared, shared,
                           codebook + pair * ENTRIES * 4, factor);
 
   float* out = scores + (pair * own + part * TABLES) * tokens;
   const char* entries = reinterpret_cast<const char*>(table);
-  for (; t < last; t += kSelfIndexingThreads) {
-    if (t + kSelfIndexingThreads < stop)
-      load_words(next, rows + static_cast<u64>(t + kSelfIndexingThreads) * WORDS);
-    float sum[2][TABLES] = {};
+  for (; t < last; t += TOKENS * kSelfIndexingThreads) {
+    load(next, t + TOKENS * kSelfIndexingThreads);
+    float sum[TOKENS][2][TABLES] = {};
 #pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-      // Byte offsets of the entries of four even and four odd groups.
-      const u32 even = TABLES == 1 ? words[w] << 2 & 0x3c3c3c3cu : words[w] << 4 & 0xf0f0f0f0u;
-      const u32 odd = TABLES == 1 ? words[w] >> 2 & 0x3c3c3c3cu : words[w] & 0xf0f0f0f0u;
+    for (int w = 0; w < WORDS; ++w)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const char* entry = entries + (8 * w + 2 * i) * (kCodes * TABLES * 4);
-        const char* low = entry + (even >> 8 * i & 255);
-        const char* high = entry + kCodes * TABLES * 4 + (odd >> 8 * i & 255);
-        if constexpr (TABLES == 1) {
-          sum[0][0] += *reinterpret_cast<const float*>(low);
-          sum[1][0] += *reinterpret_cast<const float*>(high);
-        } else {
-          const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
-          sum[0][0] += x.x, sum[0][1] += x.y, sum[0][2] += x.z, sum[0][3] += x.w;
-          sum[1][0] += y.x, sum[1][1] += y.y, sum[1][2] += y.z, sum[1][3] += y.w;
+      for (int a = 0; a < TOKENS; ++a) {
+        // Byte offsets of the entries of four even and four odd groups.
+        const u32 word = words[a][w];
+        const u32 even = TABLES == 1 ? word << 2 & 0x3c3c3c3cu : word << 4 & 0xf0f0f0f0u;
+        const u32 odd = TABLES == 1 ? word >> 2 & 0x3c3c3c3cu : word & 0xf0f0f0f0u;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const char* entry = entries + (8 * w + 2 * i) * (kCodes * TABLES * 4);
+          const char* low = entry + permute_bytes(even, 0, 0x4440 + i);      // byte i
+          const char* high = entry + kCodes * TABLES * 4 + permute_bytes(odd, 0, 0x4440 + i);
+          if constexpr (TABLES == 1) {
+            sum[a][0][0] += *reinterpret_cast<const float*>(low);
+            sum[a][1][0] += *reinterpret_cast<const float*>(high);
+          } else {
+            const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
+            sum[a][0][0] += x.x, sum[a][0][1] += x.y, sum[a][0][2] += x.z, sum[a][0][3] += x.w;
+            sum[a][1][0] += y.x, sum[a][1][1] += y.y, sum[a][1][2] += y.z, sum[a][1][3] += y.w;
+          }
         }
       }
+#pragma unroll
+    for (int a = 0; a < TOKENS; ++a) {
+      const int token = t + a * kSelfIndexingThreads;
+#pragma unroll
+      for (int k = 0; k < TABLES; ++k)
+        if (k < used && token < last)
+          out[static_cast<u64>(k) * tokens + token] = token < length ? sum[a][0][k] + sum[a][1][k] : -infinity();
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w) words[a][w] = next[a][w];
     }
-#pragma unroll
-    for (int k = 0; k < TABLES; ++k)
-      if (k < used) out[static_cast<u64>(k) * tokens + t] = t < length ? sum[0][k] + sum[1][k] : -infinity();
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) words[w] = next[w];
   }
   if (!excluded) return;
   __syncthreads();   // the scores of the block's tokens are written

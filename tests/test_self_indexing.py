@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import needs
-from kvbench import arrays, caches, codecs, data, indexes, loaders, trees
+from kvbench import arrays, caches, codecs, data, indexes, loaders, registry, trees
 from kvbench.ops import attention, self_indexing
 from kvbench.ops.dispatch import NUMPY_TYPE
 from kvbench.ops.self_indexing_records import _attention_agreement
@@ -13,6 +13,7 @@ from kvbench.reference import attention as exact_attention
 from kvbench.reference import kivi, selection
 from kvbench.reference import self_indexing as reference
 from kvbench.reference.self_indexing import Encoded
+from kvbench.verify import compare
 from strategies.arrays import schedules, seeds
 from strategies.self_indexing import sparse_attention_packed as attention_arguments
 
@@ -173,6 +174,19 @@ def test_group_queries_score_as_their_mean(backend, seed):
     mean = self_indexing.score(query, sign, codebook, backend=backend)
     size = np.abs(reference.build_tables(np.abs(query), np.abs(codebook), heads="each")).max(axis=-1).sum(axis=-1)
     np.testing.assert_allclose(each.reshape(1, 2, group, 9).mean(axis=2), mean, atol=1e-5 * size.max())
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("heads", ["mean", "each"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_lane_scores_many_tokens(backend, heads, head_dim):
+    """More of them than a lane has at a time and under way; the last ones are no whole step."""
+    rng, tokens = np.random.default_rng(head_dim), 2700
+    compare(registry.get("self_indexing.score"), {
+        "query": normal(1, (2, 6, head_dim)), "heads": heads, "lengths": np.array([tokens, tokens - 300], np.int32),
+        "sign": rng.integers(0, 2**32, (2, 2, tokens, head_dim // 32), dtype=np.uint32),
+        "codebook": normal(2, (2, 2, head_dim // 4, 16, 4), "float32"),
+        "excluded": rng.integers(0, tokens, (2, 2, 5), dtype=np.int32)}, backend)
 
 
 @pytest.mark.parametrize("backend", FAST)
