@@ -111,6 +111,23 @@ def _overlaps_itself(shape, strides):
     return False
 
 
+def _interleaved(one: Array, other: Array) -> bool:
+    """Whether two views of one shape and layout share no element, though their address ranges meet."""
+    distance, rest = divmod(other.pointer - one.pointer, one.itemsize)
+    if rest or one.strides != other.strides or _overlaps_itself(one.shape, one.strides):
+        return False
+
+    def met(distance, axes):   # by differences of indices: each stride is longer than all smaller ones reach
+        if not axes:
+            return distance == 0
+        (stride, length), *smaller = axes
+        return any(abs(steps) < length and met(distance - steps * stride, smaller)
+                   for steps in {distance // stride, -(-distance // stride)})
+
+    return not met(distance, sorted(((stride, length) for stride, length in zip(one.strides, one.shape)
+                                     if length > 1), reverse=True))
+
+
 def _rectangles(target, source):
     """(target offset, source offset, width, height, target pitch, source pitch) in bytes, of copies that together take
     `source` to `target`, which have one shape; as few as the two layouts allow."""
@@ -281,7 +298,7 @@ class Array:
             return
         if _CPU not in (self.device, other.device) and self.device != other.device:
             raise ValueError(f"copy_from: other: expected memory on {self.device} or cpu, got {other.device}")
-        if self.overlaps(other):
+        if self.overlaps(other) and not _interleaved(self, other):
             raise ValueError("copy_from: other: expected memory apart from the target's, got an array that overlaps it")
         if self.device.kind == "cpu":
             index, stream = other.device.index, other.stream

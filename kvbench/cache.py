@@ -198,10 +198,10 @@ class KVCache:
     def encode_stream(self):
         """The stream on which tokens are encoded, a handle (int); None (default): that of the caller.
 
-        Set it to an object with `__cuda_stream__`, or to the handle of a stream that you keep, one that does not
-        synchronise with the legacy default stream; caches of many layers may share one.  Then `append` only queues the
-        encoding, behind an event on the caller's stream, and the caller's stream waits for it, on the device, where its
-        result is first needed:
+        Set it to an object with `__cuda_stream__`, which the cache then keeps, or to the handle of a stream that
+        outlives the cache; one that does not synchronise with the legacy default stream. Caches of many layers may
+        share one.  Then `append` only queues the encoding, behind an event on the caller's stream, and the caller's
+        stream waits for it, on the device, where its result is first needed:
 
         - A block is encoded as soon as all of its tokens have arrived, and counts as stored when `tail` says so,
           `recent` tokens later: until then its tokens are attended in the tail.  The append that moves it to the store
@@ -221,9 +221,15 @@ class KVCache:
         self._join()
         handle = None if stream is None else arrays.Arguments("KVCache: encode_stream", stream=stream).stream
         self._encode_stream = handle
+
+        def lent(_, array):
+            view = arrays.borrow(array, "KVCache", stream=handle).narrow(0, 0, array.shape[0])
+            view.owner = (stream, view.owner)   # let go of from the last on: the stream outlives what it has borrowed
+            return view
+
         # Made once: every borrowing of an array orders the streams, and one order is enough for an append.
         self._encoding = None if handle is None else {
-            name: (codec, trees.apply(lambda _, array: arrays.borrow(array, "KVCache", stream=handle), packed))
+            name: (codec, trees.apply(lent, packed))
             for name, (codec, packed) in self._owned.items() if name.startswith("store.")}
 
     def _join(self) -> None:

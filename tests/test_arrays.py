@@ -4,6 +4,7 @@ driver; every error message of `Arguments`; and, on a GPU, PyTorch, CuPy, JAX an
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import struct
 import subprocess
@@ -850,6 +851,24 @@ def test_copies_wait_for_what_they_read_and_the_host_waits_for_copies(emulated):
     emulated.calls.clear()
     on_device(b, stream=8).to_host()
     assert emulated.calls == [("synchronize",), ("copy", 8), ("synchronize",)]
+
+
+@given(shape=st.tuples(*[st.integers(1, 4)] * 3), steps=st.tuples(*[st.integers(1, 2)] * 3), data=st.data())
+def test_views_that_interleave_are_told_from_views_that_meet(shape, steps, data):
+    """Slices of one layout anywhere in one memory: whether they share an element, by listing their elements."""
+    sizes = [length * step + data.draw(st.integers(0, 2)) for length, step in zip(shape, steps)]
+    memory = np.arange(2 * math.prod(sizes), dtype=np.float32)
+    strides = [4 * step * math.prod(sizes[axis + 1:]) for axis, step in enumerate(steps)]
+    one, other = (np.lib.stride_tricks.as_strided(memory[data.draw(st.integers(0, memory.size // 2)):], shape, strides)
+                  for _ in range(2))
+    met = bool(set(one.ravel().tolist()) & set(other.ravel().tolist()))
+    assert arrays._interleaved(borrow(one, "one"), borrow(other, "other")) is not met
+
+
+def test_device_copies_go_between_heads_that_interleave(emulated):
+    memory = np.arange(24, dtype=np.float32).reshape(2, 6, 2)                     # [kv_heads, tokens, head_dim]
+    on_device(memory[:, :2]).copy_from(on_device(memory[:, 3:5]))
+    np.testing.assert_array_equal(memory[:, :2], np.arange(24).reshape(2, 6, 2)[:, 3:5])
 
 
 def test_device_copies_that_are_refused(emulated):

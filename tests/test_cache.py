@@ -1831,8 +1831,9 @@ extern "C" __global__ void spin(long long cycles) {
 """
 
 
+@functools.cache   # it has to outlive all that it borrows
 def side_stream(framework):
-    """(the handle of a new stream, keep(): queues some milliseconds of nothing on it, and keeps it alive)"""
+    """(the handle of a stream, keep(): queues some milliseconds of nothing on it)"""
     if framework == "torch":
         torch = pytest.importorskip("torch")
         stream = torch.cuda.Stream()
