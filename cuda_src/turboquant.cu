@@ -2,12 +2,10 @@
 // Reference: reference/turboquant.py; where a bit lies: reference/planes.py.
 //
 // turboquant_encode_kernel: rotate, normalise, code, pack, in one pass.
-//   Work     A lane has a whole row in registers (D = 256: half a row), so the rotation needs no shuffles (one level of
-//            them) and every word of a plane is made by one lane (two).  A warp, which is a block, takes 32 (16) rows,
-//            a tile, at a time and walks over the rows with a grid stride.
-//   Loads    Whole rows, by cp.async into a tile of shared memory; rows are padded so that the lanes, which read one
-//            16-byte chunk of their own row each, hit different banks.  Once the tile stands in registers, the next one
-//            is fetched into the same memory while this one is worked on.
+//   Work     A lane has a whole row in registers (kvb/row_tiles.cuh).  A warp, which is a block, takes 32 (16) rows, a
+//            tile, at a time and walks over the rows with a grid stride.
+//   Loads    Whole rows, by cp.async into a tile of shared memory.  Once the tile stands in registers, the next one is
+//            fetched into the same memory while this one is worked on.
 //   Norm     |y| of the rotated vector, not scaled: remaining_scale cancels in z = sqrt(D) y / |y|, and the boundaries
 //            are multiplied by |y| / sqrt(D) instead of the coordinates by its inverse.  A power of two per row brings
 //            the largest coordinate near 1 beforehand where squares might leave the range of float (not for float16
@@ -40,7 +38,7 @@
 #include "kvb/device.cuh"
 #include "kvb/hadamard.cuh"
 #include "kvb/plane_attention.cuh"
-#include "kvb/rows.cuh"
+#include "kvb/row_tiles.cuh"
 
 namespace kvb {
 
@@ -51,17 +49,6 @@ template <int D>
 constexpr int kDecodeBlocks = D == 64 ? 12 : 8;
 constexpr int kMostRounds = 8, kMostMagnitudes = 128, kMostQueries = 16;
 
-// How a warp holds a tile of rows: LANES lanes share a row; v[c][e] of lane l is coordinate 8 (c LANES + l) + e.
-template <int D>
-struct CodeTile {
-  static constexpr int LANES = D > 128 ? D / 128 : 1, ROWS = 32 / LANES;
-  static constexpr int OCTETS = D / 8 / LANES;           // of a lane
-  static constexpr int WORDS = D / 32;                   // of the sign plane, per row
-};
-// Bytes from one row of a tile in shared memory to the next.
-template <class T, int D>
-constexpr int kCodePitch = D * static_cast<int>(sizeof(T)) + 16 * CodeTile<D>::LANES;
-
 // The planes of (batch, kv_heads, tokens); null where the bits lack one.
 template <class Word>
 struct PlanePointers {
@@ -71,11 +58,6 @@ using CodePlanes = PlanePointers<u32>;
 using ConstCodePlanes = PlanePointers<const u32>;
 
 // ---- encode ---------------------------------------------------------------------------------------------------------
-
-// Appends the sign bit of x at the low end of a word, `step` bits from the one before.
-__device__ __forceinline__ void append_sign(u32& word, float x, int step) {
-  word = __funnelshift_l(__float_as_uint(x), word << (step - 1), 1);
-}
 
 // A decision on a = |v|: the sign bit of its value is set where a > t.
 struct Boundary {
@@ -97,38 +79,14 @@ __device__ __forceinline__ void interleave_bits(u32 low, u32 high, u32& first, u
   second = (low & 0x44444444u) >> 2 | (low & 0x88888888u) >> 1 | (high & 0x44444444u) >> 1 | (high & 0x88888888u);
 }
 
-// Stores the words of one row of a plane, by 16 bytes where its rows begin at multiples of that.
-template <int N>
-__device__ __forceinline__ void store_row(u32* to, const u32 (&words)[N]) {
-  if constexpr (N >= 4) {
-    if (reinterpret_cast<u64>(to) % 16 == 0) {
-#pragma unroll
-      for (int i = 0; i < N; i += 4)
-        *reinterpret_cast<uint4*>(to + i) = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
-      return;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = words[i];
-}
-
-// Word `mine` of a plane, of which each of the LANES lanes that share the row has made the bits with s % LANES = part,
-// and left them at s - part.
-template <int LANES>
-__device__ __forceinline__ u32 whole_word(u32 mine, int part) {
-  if constexpr (LANES == 1) return mine;
-  mine <<= part;
-  return mine | __shfl_xor_sync(0xffffffffu, mine, 1);
-}
-
 // Codes of 1 to 4 bits, at most 4 decisions per coordinate: stores the planes of the row if it is `present`, and
 // returns |c|^2.
 //   boundaries, magnitudes   in units of z = v / unit          keep   ~0, or 0 for a row whose codes are 0
 template <int BITS, int D>
-__device__ __forceinline__ float store_codes(const float (&v)[CodeTile<D>::OCTETS][8], float unit, u32 keep,
+__device__ __forceinline__ float store_codes(const float (&v)[RowTile<D>::OCTETS][8], float unit, u32 keep,
                                              const float* boundaries, const float* magnitudes, const CodePlanes& to,
                                              u64 token, int part, bool present) {
-  constexpr int LANES = CodeTile<D>::LANES, WORDS = CodeTile<D>::WORDS, SUBSETS = 1 << (BITS - 1);
+  constexpr int LANES = RowTile<D>::LANES, WORDS = RowTile<D>::WORDS, SUBSETS = 1 << (BITS - 1);
   Boundary outer = {0.f};
   Interval second = {0.f, 0.f}, inner = {0.f, 0.f}, last = {0.f, 0.f};
   if constexpr (BITS >= 2) outer = {boundaries[SUBSETS / 2 - 1] * unit};
@@ -197,10 +155,10 @@ __device__ __forceinline__ float store_codes(const float (&v)[CodeTile<D>::OCTET
 // Codes of any number of bits by binary search: stores the planes of the row if it is `present`, and returns
 // (sum |z| c, |c|^2).  Four searches at a time, a loop over the bits: slower, but as small as the above.
 template <int D>
-__device__ __forceinline__ float2 search_codes(const float (&v)[CodeTile<D>::OCTETS][8], int bits, float inverse_unit,
+__device__ __forceinline__ float2 search_codes(const float (&v)[RowTile<D>::OCTETS][8], int bits, float inverse_unit,
                                                u32 keep, const float* boundaries, const float* magnitudes,
                                                const CodePlanes& to, u64 token, int part, bool present) {
-  constexpr int LANES = CodeTile<D>::LANES, WORDS = CodeTile<D>::WORDS;
+  constexpr int LANES = RowTile<D>::LANES, WORDS = RowTile<D>::WORDS;
   float inner = 0.f, energy = 0.f;
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) {
@@ -274,8 +232,8 @@ __global__ void __launch_bounds__(32, kEncodeBlocks<D>)
                              u32* mag2_1, u32* mag2_2, u32* mag1, __half* scale, u64 batch_stride, u64 head_stride,
                              int kv_heads, int tokens, u32 rows) {
   static_assert(D == 64 || D == 128 || D == 256, "a row divides into lanes of at most 128 coordinates");
-  using Tile = CodeTile<D>;
-  constexpr int LANES = Tile::LANES, OCTETS = Tile::OCTETS, PITCH = kCodePitch<T, D>;
+  using Tile = RowTile<D>;
+  constexpr int LANES = Tile::LANES, OCTETS = Tile::OCTETS;
   constexpr float ROOT = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;   // D^(-1/2)
   KVB_SHARED(float, staged_signs, [kMostRounds * D]);
   KVB_SHARED(float, boundaries, [kMostMagnitudes]);
@@ -290,84 +248,29 @@ __global__ void __launch_bounds__(32, kEncodeBlocks<D>)
 
   const int lane = threadIdx.x, part = lane % LANES;
   const CodePlanes planes = {sign, {mag2_0, mag2_1, mag2_2}, mag1};
-  const char* own_row = tile + lane / LANES * PITCH;
+  const char* own_row = tile + lane / LANES * kRowPitch<T, D>;
+  const Vectors<T> vectors = {x, x_batch_stride, x_head_stride, x_token_stride, kv_heads, tokens, rows};
   const u32 stride = gridDim.x * Tile::ROWS;
-
-  // Copies rows first, ..., as many of a tile as there are.
-  auto copy_tile = [&](u32 first) {
-    constexpr int CHUNKS = D * static_cast<int>(sizeof(T)) / 16;                  // of a row
-    constexpr int LANES_PER_ROW = CHUNKS < 32 ? CHUNKS : 32, ROWS_AT_ONCE = 32 / LANES_PER_ROW;
-    const u64 pitch = x_token_stride * sizeof(T);
-    const int start = lane / LANES_PER_ROW, column = lane % LANES_PER_ROW * 16;
-    char* to = tile + start * PITCH + column;
-    const RowPlace place = place_of(first, kv_heads, tokens);
-    auto address = [&](const RowPlace& at) {
-      return reinterpret_cast<u64>(x + at.batch * x_batch_stride + at.head * x_head_stride) + at.token * pitch;
-    };
-    if (first + Tile::ROWS <= rows && place.token + Tile::ROWS <= static_cast<u32>(tokens)) {   // tokens of one head
-      u64 from = address(place) + start * pitch + column;
-#pragma unroll
-      for (int i = 0; i < Tile::ROWS; i += ROWS_AT_ONCE, from += ROWS_AT_ONCE * pitch)
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c += 32)
-          cp_async_16(to + i * PITCH + c * 16, reinterpret_cast<const char*>(from) + c * 16);
-    } else {
-      const u32 row = first + lane / LANES;
-      const u64 own = address(place_of(row < rows ? row : first, kv_heads, tokens));
-#pragma unroll 1
-      for (int i = 0; i < Tile::ROWS; i += ROWS_AT_ONCE) {
-        const u64 from = __shfl_sync(0xffffffffu, own, (i + start) * LANES) + column;
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c += 32)
-          cp_async_16(to + i * PITCH + c * 16, reinterpret_cast<const char*>(from) + c * 16, first + i + start < rows);
-      }
-    }
-    cp_async_commit();
-  };
 
   u32 first = blockIdx.x * Tile::ROWS;
   if (first >= rows) return;   // whole warps, and no barrier follows
-  copy_tile(first);
+  copy_rows<D>(tile, vectors, first, lane);
   for (bool more = true; more; first += stride) {
     cp_async_wait<0>();
     __syncwarp();   // the copies of every lane have landed
     float v[OCTETS][8];
-#pragma unroll
-    for (int c = 0; c < OCTETS; ++c) {
-      constexpr int WIDTH = kChunk<T>;
-#pragma unroll
-      for (int k = 0; k < 8; k += WIDTH)
-        unpack_chunk<T>(*reinterpret_cast<const uint4*>(own_row + ((c * LANES + part) * 8 + k) * sizeof(T)), v[c] + k);
-    }
+    read_row<D, T>(v, own_row, part);
     __syncwarp();   // every lane has read its row
     more = rows - first > stride;
-    if (more) copy_tile(first + stride);
+    if (more) copy_rows<D>(tile, vectors, first + stride, lane);
     // A row beyond the last one counts as the last, and is not stored.
     auto own_place = [&]() { return place_of(min(first + lane / LANES, rows - 1), kv_heads, tokens); };
     if (mean) {
       const RowPlace place = own_place();
-      const float* own_mean = mean + place.batch * mean_batch_stride + place.head * D + part * 8;
-#pragma unroll
-      for (int c = 0; c < OCTETS; ++c)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[c][e] -= own_mean[c * LANES * 8 + e];
+      subtract_mean<LANES>(v, mean + place.batch * mean_batch_stride + place.head * D + part * 8);
     }
     float undo = 1.f;
-    if (kHasWideRange<T> || mean) {
-      float largest = 0.f, multiplier;
-#pragma unroll
-      for (int c = 0; c < OCTETS; ++c)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) largest = fmaxf(largest, fabsf(v[c][e]));
-#pragma unroll
-      for (int distance = 1; distance < LANES; distance *= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-      power_of_two(largest, multiplier, undo);
-#pragma unroll
-      for (int c = 0; c < OCTETS; ++c)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[c][e] *= multiplier;
-    }
+    if (kHasWideRange<T> || mean) undo = bring_near_one<LANES>(v);
 
     hadamard_rounds<LANES, true>(v, staged_signs, rounds, part, 0);
 
@@ -376,10 +279,7 @@ __global__ void __launch_bounds__(32, kEncodeBlocks<D>)
     for (int c = 0; c < OCTETS; ++c)
 #pragma unroll
       for (int e = 0; e < 8; ++e) squares[e % 4] = fmaf(v[c][e], v[c][e], squares[e % 4]);
-    float square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-#pragma unroll
-    for (int distance = 1; distance < LANES; distance *= 2)
-      square += __shfl_xor_sync(0xffffffffu, square, distance);
+    const float square = sum_of_lanes<LANES>((squares[0] + squares[1]) + (squares[2] + squares[3]));
     const bool finite = square < infinity();         // not for NaN either
     const bool coded = finite && square > 0.f;
     const float unit = ROOT * sqrtf(square);         // v = unit * z
@@ -511,8 +411,8 @@ __global__ void __launch_bounds__(32, kDecodeBlocks<D>)
                              u64 head_stride, const float* __restrict__ codebook, int bits,
                              const float* __restrict__ signs, int rounds, float remaining_scale, T* y, int kv_heads,
                              int tokens, u32 rows) {
-  using Tile = CodeTile<D>;
-  constexpr int LANES = Tile::LANES, OCTETS = Tile::OCTETS, WORDS = Tile::WORDS, PITCH = kCodePitch<T, D>;
+  using Tile = RowTile<D>;
+  constexpr int LANES = Tile::LANES, OCTETS = Tile::OCTETS, WORDS = Tile::WORDS, PITCH = kRowPitch<T, D>;
   KVB_SHARED(float, staged_signs, [kMostRounds * D]);
   KVB_SHARED(float, table, [kCodes]);
   KVB_DYNAMIC_SHARED(char, tile);

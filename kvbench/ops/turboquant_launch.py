@@ -33,11 +33,11 @@ def launch_encode(x, rotation, codes, scale_mode, mean, backend, arguments):
     batch, kv_heads, tokens, head_dim = x.shape
     function = loaders.get_function("turboquant", f"kvb::turboquant_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}>",
                                     backend, x.device)
-    function(*_row_blocks(x.shape, ENCODE_BLOCKS, backend, x.device), (
+    function(*row_blocks(x.shape, ENCODE_BLOCKS, backend, x.device), (
         x, *map(np.uint64, x.strides[:3]), *device_rotation(rotation, x.device), mean, mean_stride(mean), factors,
         _codebook_on_device(codes.bits, x.device), np.int32(codes.bits), np.int32(SCALE_MODES.index(scale_mode)),
         *codes.arguments(), np.int32(kv_heads), np.int32(tokens), np.uint32(batch * kv_heads * tokens)),
-        shared_bytes=_tile_bytes(head_dim, x.itemsize), stream=arguments.stream)
+        shared_bytes=tile_bytes(head_dim, x.itemsize), stream=arguments.stream)
 
 
 def launch_decode(codes, rotation, out, backend, arguments):
@@ -45,10 +45,10 @@ def launch_decode(codes, rotation, out, backend, arguments):
     with rotated_back(out, rotation, backend, arguments) as target:
         function = loaders.get_function(
             "turboquant", f"kvb::turboquant_decode_kernel<{CXX_TYPE[target.dtype]}, {head_dim}>", backend, out.device)
-        function(*_row_blocks(out.shape, DECODE_BLOCKS, backend, out.device), (
+        function(*row_blocks(out.shape, DECODE_BLOCKS, backend, out.device), (
             *codes.arguments(), _codebook_on_device(codes.bits, out.device), np.int32(codes.bits),
             *device_rotation(rotation, out.device), target, np.int32(kv_heads), np.int32(tokens),
-            np.uint32(batch * kv_heads * tokens)), shared_bytes=_tile_bytes(head_dim, target.itemsize),
+            np.uint32(batch * kv_heads * tokens)), shared_bytes=tile_bytes(head_dim, target.itemsize),
             stream=arguments.stream)
 
 
@@ -115,14 +115,14 @@ def _code_tile(head_dim) -> tuple[int, int]:
     return 32 // lanes, lanes
 
 
-def _row_blocks(shape, blocks, backend, device):
-    """(grid, block) of the encode and decode kernels for vectors of that shape."""
+def row_blocks(shape, blocks, backend, device):
+    """(grid, block) of kernels that take tiles of rows (kvb/row_tiles.cuh), for vectors of that shape."""
     tiles = -(-math.prod(shape[:-1]) // _code_tile(shape[-1])[0])
     return (min(tiles, blocks[shape[-1]] * loaders.multiprocessors(backend, device)),), (32,)
 
 
-def _tile_bytes(head_dim, itemsize):
-    """Dynamic shared memory of the encode and decode kernels: a tile of padded rows."""
+def tile_bytes(head_dim, itemsize):
+    """Dynamic shared memory of these kernels: a tile of padded rows."""
     rows, lanes = _code_tile(head_dim)
     return rows * (head_dim * itemsize + 16 * lanes)
 
