@@ -2,17 +2,22 @@
 // Reference: reference/rabitq.py; where a bit lies: reference/planes.py.
 //
 // rabitq_encode_kernel: rotate, sign, r = |y|^2 / |y|_1 and a = <c_q, k~>, in one pass.
-//   Work     Four lanes share a row, a warp takes eight rows at a time and walks over the rows with a grid stride.  Lane
-//            l holds the octets l, l + 4, ... of a row, which are bits 4 p + l of each word: a word is made of four
-//            lanes by two shuffles.
-//   Norm     The rotated vector is not scaled: signs do not see remaining_scale, and r takes it once.  A power of two per
-//            row brings the largest coordinate near 1 beforehand where squares might leave the range of float (not for
-//            float16 without a mean).  NaN or Inf anywhere make |y|^2 NaN or Inf: no other test is needed.
+//   Work     A lane has a whole row in registers (kvb/row_tiles.cuh).  A warp, which is a block, takes 32 (16) rows, a
+//            tile, at a time and walks over the rows with a grid stride.
+//   Loads    Whole rows, by cp.async into a tile of shared memory.  Once the tile stands in registers, the next one is
+//            fetched into the same memory while this one is worked on.
+//   Norm     The rotated vector is not scaled: signs do not see remaining_scale, and r takes it once.  A power of two
+//            per row brings the largest coordinate near 1 beforehand where squares might leave the range of float (not
+//            for float16 without a mean).  NaN or Inf anywhere make |y|^2 NaN or Inf: no other test is needed.
 //   Bytes    D sizeof(T) read and D / 8 + 2 written per row, once: 2192 per 8 rows of 128, fp16.
-//   Counts   Instructions of a warp per 8 rows of 128, fp16, three rounds, no means, in the machine code for sm_90: places
-//            and loads 105, rotation 3 * 318 (128 FADD, 97 FFMA, 64 SHFL), sums and signs 137, words and stores 105:
-//            1300, 325 issue cycles of an SM.  Memory takes 163 for them at 3 TB/s on 132 SMs at 1.7 GHz: bound by issue
-//            slots, at half of that bandwidth at most.
+//   Counts   Instructions of a warp per 32 rows of 128, fp16, three rounds, no means, in the machine code for sm_90:
+//            loads 150 (128 of them conversions), copies of the next tile 126, rotation 3 * 1000, sums and signs 384,
+//            places, words and stores 140: 3800, 950 per 8 rows, 238 issue cycles of an SM.  Memory takes 163 for them
+//            at 3 TB/s on 132 SMs at 1.7 GHz: bound by issue slots, at 69 % of that bandwidth at most.
+//   Before   Four lanes shared a row, two levels of the rotation and the words by shuffles: 1300 instructions per 8
+//            rows, 62.8 us for 32K tokens x 8 heads of 128, fp16, on an H100 with a cold cache, 3.1 instructions a
+//            cycle of 4.  What tensor cores would take for a rotation (halves of float to tf32 operands) is no fewer
+//            instructions, and other bits than those of turboquant.
 //
 // rabitq_quantize_kernel: the integers of queries, for those who want them alone; a warp has a query.
 //
@@ -41,21 +46,24 @@
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/hadamard.cuh"
-#include "kvb/rows.cuh"
+#include "kvb/row_tiles.cuh"
 
 namespace kvb {
 
 constexpr int kMostRounds = 8, kMostQueries = 16;
 
+// Signs of a rotation to shared memory.
+template <int D>
+__device__ __forceinline__ void stage_signs(float* staged, const float* signs, int rounds) {
+  for (int i = threadIdx.x; i < rounds * D / 4; i += blockDim.x)
+    reinterpret_cast<float4*>(staged)[i] = reinterpret_cast<const float4*>(signs)[i];
+}
+
 // ---- keys -----------------------------------------------------------------------------------------------------------
 
-// Sum over the LANES lanes that share a row.
-template <int LANES>
-__device__ __forceinline__ float sum_of_lanes(float x) {
-#pragma unroll
-  for (int distance = 1; distance < LANES; distance *= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
+// Blocks, of one warp each, that share a multiprocessor: registers allow them.
+template <int D>
+constexpr int kEncodeBlocks = D == 64 ? 18 : D == 128 ? 12 : 8;
 
 __device__ __forceinline__ __half saturated_half(float x, bool finite) {
   return __float2half_rn(finite ? fminf(fmaxf(x, -65504.f), 65504.f) : __int_as_float(0x7fc00000));
@@ -68,100 +76,88 @@ __device__ __forceinline__ __half saturated_half(float x, bool finite) {
 // sign : (batch, kv_heads, tokens, D / 32) with strides in tokens        rescale, offset : without words; offset or null
 // rows = batch * kv_heads * tokens
 template <class T, int D>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(32, kEncodeBlocks<D>)
     rabitq_encode_kernel(const T* __restrict__ keys, u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride,
                          const float* __restrict__ key_mean, u64 key_mean_stride,
                          const float* __restrict__ query_mean, u64 query_mean_stride,
                          const float* __restrict__ signs, int rounds, float remaining_scale,
                          const float* __restrict__ factors, u32* sign, __half* rescale, __half* offset,
                          u64 batch_stride, u64 head_stride, int kv_heads, int tokens, u32 rows) {
-  static_assert(D == 64 || D == 128 || D == 256, "four lanes hold a row in registers");
-  constexpr int LANES = 4, WORDS = D / 32, ROWS_PER_WARP = 32 / LANES, WIDTH = kChunk<T>;
+  static_assert(D == 64 || D == 128 || D == 256, "a row divides into lanes of at most 128 coordinates");
+  using Tile = RowTile<D>;
+  constexpr int LANES = Tile::LANES, OCTETS = Tile::OCTETS, WORDS = Tile::WORDS;
   KVB_SHARED(float, staged_signs, [kMostRounds * D]);
-  for (int i = threadIdx.x; i < rounds * D; i += 256) staged_signs[i] = signs[i];
-  __syncthreads();
+  KVB_DYNAMIC_SHARED(char, tile);
+  const int lane = threadIdx.x, part = lane % LANES;
+  const char* own_row = tile + lane / LANES * kRowPitch<T, D>;
+  const Vectors<T> vectors = {keys, key_batch_stride, key_head_stride, key_token_stride, kv_heads, tokens, rows};
+  const u32 stride = gridDim.x * Tile::ROWS;
+  u32 first = blockIdx.x * Tile::ROWS;
+  if (first >= rows) return;
+  copy_rows<D>(tile, vectors, first, lane);
+  stage_signs<D>(staged_signs, signs, rounds);
 
-  const int lane = threadIdx.x % LANES;
-  const u32 stride = gridDim.x * 8 * ROWS_PER_WARP;
-  // The same rounds for all lanes: shuffles see whole warps.
-  for (u32 first = (blockIdx.x * 8 + threadIdx.x / 32) * ROWS_PER_WARP; first < rows;) {
-    const u32 row = first + threadIdx.x % 32 / LANES;
-    const bool present = row < rows;
-    const RowPlace place = place_of(present ? row : rows - 1, kv_heads, tokens);
-    const T* from = keys + place.batch * key_batch_stride + place.head * key_head_stride
-                    + place.token * key_token_stride;
-    float v[WORDS][8];   // v[w][p]: coordinate 32 w + 8 lane + p
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w)
-#pragma unroll
-      for (int k = 0; k < 8; k += WIDTH)
-        unpack_chunk<T>(load_once(reinterpret_cast<const uint4*>(from + w * 32 + lane * 8 + k)), v[w] + k);
+  for (bool more = true; more; first += stride) {
+    cp_async_wait<0>();
+    __syncwarp();   // the copies, and the signs, of every lane are there
+    float v[OCTETS][8];
+    read_row<D, T>(v, own_row, part);
+    __syncwarp();   // every lane has read its row
+    more = rows - first > stride;
+    if (more) copy_rows<D>(tile, vectors, first + stride, lane);
+    // A row beyond the last one counts as the last, and is not stored.
+    auto own_place = [&]() { return place_of(min(first + lane / LANES, rows - 1), kv_heads, tokens); };
     if (key_mean) {
-      const float* mean = key_mean + place.batch * key_mean_stride + place.head * D + lane * 8;
-#pragma unroll
-      for (int w = 0; w < WORDS; ++w)
-#pragma unroll
-        for (int p = 0; p < 8; ++p) v[w][p] -= mean[w * 32 + p];
+      const RowPlace place = own_place();
+      subtract_mean<LANES>(v, key_mean + place.batch * key_mean_stride + place.head * D + part * 8);
     }
-    float undo = 1.f;
-    if (kHasWideRange<T> || key_mean) {
-      float largest = 0.f, multiplier;
-#pragma unroll
-      for (int w = 0; w < WORDS; ++w)
-#pragma unroll
-        for (int p = 0; p < 8; ++p) largest = fmaxf(largest, fabsf(v[w][p]));
-#pragma unroll
-      for (int distance = 1; distance < LANES; distance *= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-      power_of_two(largest, multiplier, undo);
-#pragma unroll
-      for (int w = 0; w < WORDS; ++w)
-#pragma unroll
-        for (int p = 0; p < 8; ++p) v[w][p] *= multiplier;
-    }
-    float product = 0.f;
+    // No -0 either, which is not negative but of a dense rotation, whose rows are float; a Hadamard one gives none.
+    float undo = kHasWideRange<T> || key_mean ? bring_near_one<LANES>(v) : 1.f, product = 0.f;
     if (query_mean) {
-      const float* mean = query_mean + place.batch * query_mean_stride + place.head * D + lane * 8;
+      const RowPlace place = own_place();
+      const float* mean = query_mean + place.batch * query_mean_stride + place.head * D + part * 8;
 #pragma unroll
-      for (int w = 0; w < WORDS; ++w)
+      for (int c = 0; c < OCTETS; ++c)
 #pragma unroll
-        for (int p = 0; p < 8; ++p) product = fmaf(mean[w * 32 + p], v[w][p], product);
+        for (int e = 0; e < 8; ++e) product = fmaf(mean[c * LANES * 8 + e], v[c][e], product);
+      product = sum_of_lanes<LANES>(product);
     }
 
-    hadamard_rounds<LANES, true>(v, staged_signs, rounds, lane, 0);
+    hadamard_rounds<LANES, true>(v, staged_signs, rounds, part, 0);
 
-    float squares[2] = {}, sums[2] = {};
-    u32 words[WORDS] = {};
+    float squares[4] = {}, sums[4] = {};
 #pragma unroll
-    for (int w = 0; w < WORDS; ++w)
+    for (int c = 0; c < OCTETS; ++c)
 #pragma unroll
-      for (int p = 0; p < 8; ++p) {
-        // A dense rotation may give -0, which is not negative; a Hadamard one gives none.
-        const float y = rounds ? v[w][p] : v[w][p] + 0.f;
-        squares[p % 2] = fmaf(y, y, squares[p % 2]);
-        sums[p % 2] += fabsf(y);
-        words[w] |= __float_as_uint(y) >> (31 - 4 * p) & 1u << (4 * p);
+      for (int e = 0; e < 8; ++e) {
+        squares[e % 4] = fmaf(v[c][e], v[c][e], squares[e % 4]);
+        sums[e % 4] += fabsf(v[c][e]);
       }
-    const float square = sum_of_lanes<LANES>(squares[0] + squares[1]);
-    const float sum = sum_of_lanes<LANES>(sums[0] + sums[1]);
-    if (query_mean) product = sum_of_lanes<LANES>(product);
+    const float square = sum_of_lanes<LANES>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const float sum = sum_of_lanes<LANES>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     const bool finite = square < infinity();         // not for NaN either
     const bool coded = finite && square > 0.f;
-    const u64 token = place.batch * batch_stride + place.head * head_stride + place.token;
+    u32 words[WORDS];
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
-      u32 word = coded ? words[w] << lane : 0u;
+      // Bit 4 p + s is coordinate 8 s + p: a lane's octets are s = part, part + LANES, ...
+      u32 word = 0;
 #pragma unroll
-      for (int distance = 1; distance < LANES; distance *= 2) word |= __shfl_xor_sync(0xffffffffu, word, distance);
-      if (present && w % LANES == lane) sign[token * WORDS + w] = word;
+      for (int p = 7; p >= 0; --p)
+#pragma unroll
+        for (int i = 4 / LANES - 1; i >= 0; --i) append_sign(word, v[w * (4 / LANES) + i][p], LANES);
+      word = whole_word<LANES>(word, part);
+      words[w] = coded ? word : 0u;
     }
-    if (present && lane == 0) {
+    const RowPlace place = own_place();
+    const u32 row = first + lane / LANES;
+    const u64 token = place.batch * batch_stride + place.head * head_stride + place.token;
+    if (row < rows && part == 0) {
+      store_row(sign + token * WORDS, words);
       if (factors) undo *= factors[row];
       rescale[token] = saturated_half(coded ? square / sum * remaining_scale * undo : 0.f, finite);
       if (offset) offset[token] = saturated_half(product * undo, finite);
     }
-    if (rows - first <= stride) break;
-    first += stride;
   }
 }
 
@@ -257,11 +253,6 @@ __device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 32], const 
   for (int e = 0; e < N; ++e) codes[e] = min(max(__float2int_rn(v[0][e]), wide ? -127 : 0), wide ? 127 : 15);
   const float nan = __int_as_float(0x7fc00000);
   return {usable ? step : nan, usable ? (wide ? 0.f : low) : nan, square, constant};
-}
-
-template <int D>
-__device__ __forceinline__ void stage_signs(float* staged, const float* signs, int rounds) {
-  for (int i = threadIdx.x; i < rounds * D; i += blockDim.x) staged[i] = signs[i];
 }
 
 // codes : (batch, q_heads, D) bytes        step, low : (batch, q_heads)        Grid (kv_heads, batch), 128 threads
@@ -494,9 +485,9 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
 }  // namespace kvb
 
 #define KVB_EXPORT_TYPE(T)                                \
-  KVB_EXPORT(64, kvb::rabitq_encode_kernel<T, 64>)        \
-  KVB_EXPORT(80, kvb::rabitq_encode_kernel<T, 128>)       \
-  KVB_EXPORT(144, kvb::rabitq_encode_kernel<T, 256>)
+  KVB_EXPORT(112, kvb::rabitq_encode_kernel<T, 64>)       \
+  KVB_EXPORT(168, kvb::rabitq_encode_kernel<T, 128>)      \
+  KVB_EXPORT(255, kvb::rabitq_encode_kernel<T, 256>)
 KVB_EXPORT_TYPE(float)
 KVB_EXPORT_TYPE(__half)
 KVB_EXPORT_TYPE(__nv_bfloat16)

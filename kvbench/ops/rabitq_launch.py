@@ -9,10 +9,11 @@ import numpy as np
 from kvbench import loaders
 from kvbench.ops import rotation as rotation_operator
 from kvbench.ops.dispatch import CXX_TYPE, RUN_TIME_TYPE
-from kvbench.ops.turboquant_launch import device_rotation, mean_stride, prepared_rows, rotated_on_device
+from kvbench.ops.turboquant_launch import (device_rotation, mean_stride, prepared_rows, rotated_on_device, row_blocks,
+                                           tile_bytes)
 from kvbench.reference.rabitq import alignment
 
-ENCODE_BLOCKS = {64: 6, 128: 4, 256: 2}       # per multiprocessor, of 256 threads: what registers allow
+ENCODE_BLOCKS = {64: 18, 128: 12, 256: 8}     # per multiprocessor, of one warp: kEncodeBlocks
 
 
 def launch_encode(keys, rotation, code, key_mean, query_mean, backend, arguments):
@@ -24,14 +25,13 @@ def launch_encode(keys, rotation, code, key_mean, query_mean, backend, arguments
         if query_mean is not None:            # its product with the key is that of both, rotated
             query_mean = rotated_on_device(query_mean, rotation, backend, arguments)
     batch, kv_heads, tokens, head_dim = keys.shape
-    rows = batch * kv_heads * tokens
     function = loaders.get_function("rabitq", f"kvb::rabitq_encode_kernel<{CXX_TYPE[keys.dtype]}, {head_dim}>", backend,
                                     keys.device)
-    blocks = min(-(-rows // 64), ENCODE_BLOCKS[head_dim] * loaders.multiprocessors(backend, keys.device))
-    function((blocks,), (256,), (
+    function(*row_blocks(keys.shape, ENCODE_BLOCKS, backend, keys.device), (
         keys, *map(np.uint64, keys.strides[:3]), key_mean, mean_stride(key_mean), query_mean, mean_stride(query_mean),
         *device_rotation(rotation, keys.device), factors, code.sign, code.rescale, code.offset,
-        *map(np.uint64, code.strides), np.int32(kv_heads), np.int32(tokens), np.uint32(rows)), stream=arguments.stream)
+        *map(np.uint64, code.strides), np.int32(kv_heads), np.int32(tokens), np.uint32(batch * kv_heads * tokens)),
+        shared_bytes=tile_bytes(head_dim, keys.itemsize), stream=arguments.stream)
 
 
 def launch_quantize(query, rotation, query_mean, kv_heads, query_bits, rounding, seed, step, codes, delta, low, backend,
