@@ -80,7 +80,7 @@ def _published_table(rows: list[dict], machine: str) -> str:
     """Kernels as their authors publish them, measured on this machine in another run, over ours for the same codes."""
     published = json.loads((HERE / PUBLISHED).read_text(encoding="utf-8")).get(machine, [])
     ours = {(row["method"], _column(_cache(row))): row["cold_us"] for row in rows
-            if row["cold_us"] and not row["baseline"] and row["flush"] == "write"}
+            if row["attends"] and row["cold_us"] and not row["baseline"] and row["flush"] == "write"}
     columns = list(dict.fromkeys(cache for entry in published for cache in entry["us"]
                                  if (entry["method"], cache) in ours))
 

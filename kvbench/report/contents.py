@@ -144,7 +144,8 @@ def _exact(case: dict, entry: dict) -> bool:
 def _attends(kernel: str) -> bool:
     """By the registry; a kernel that it does not know (any more) compares with nothing."""
     registry.load()
-    return kernel in registry.KERNELS and suites.get("decode").belongs(registry.KERNELS[kernel])
+    return kernel in registry.KERNELS and any(suites.get(name).belongs(registry.KERNELS[kernel])
+                                              for name in ("decode", "step"))
 
 
 def _run(run: dict) -> dict:
