@@ -611,8 +611,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
                                partial_output + row * splits * D, partial_statistics + row * splits,
                                tickets + pair * parts + part};
   finish_planes<D, HEADS, kPlaneWarps>(state, rings, target, group, split, splits, active,
-                                       staged_signs + key_rounds * D,
-                          value_rounds, value_remaining_scale, output, output_type, row);
+                                       staged_signs + key_rounds * D, value_rounds, value_remaining_scale, output,
+                                       output_type, row);
 }
 
 }  // namespace kvb
