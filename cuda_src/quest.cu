@@ -17,6 +17,7 @@
 //            conversions, 64 multiply-adds, 16 loads of the query, 32 for the sums of lanes, 20 to store: 160; 40000
 //            per SM for the case above, 5.8 us at 4 a cycle and 1.7 GHz.
 //   Before   Pages were loaded when their turn came: 31.7 us for that case on an H100 with a cold cache, 28.2 warm.
+//            This version has not been measured.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 
