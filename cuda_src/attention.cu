@@ -521,12 +521,12 @@ KVB_EXPORT_DECODE(__half)
 KVB_EXPORT_SPARSE(__half)
 KVB_EXPORT_SPARSE(__nv_bfloat16)
 KVB_EXPORT_DECODE(__nv_bfloat16)
-KVB_EXPORT(120, kvb::attention_decode_simple_kernel<64>)
+KVB_EXPORT(128, kvb::attention_decode_simple_kernel<64>)
 KVB_EXPORT(128, kvb::attention_decode_simple_kernel<128>)
-KVB_EXPORT(120, kvb::attention_decode_simple_kernel<256>)
-KVB_EXPORT(120, kvb::attention_sparse_simple_kernel<64>)
-KVB_EXPORT(120, kvb::attention_sparse_simple_kernel<128>)
-KVB_EXPORT(120, kvb::attention_sparse_simple_kernel<256>)
+KVB_EXPORT(128, kvb::attention_decode_simple_kernel<256>)
+KVB_EXPORT(128, kvb::attention_sparse_simple_kernel<64>)
+KVB_EXPORT(128, kvb::attention_sparse_simple_kernel<128>)
+KVB_EXPORT(128, kvb::attention_sparse_simple_kernel<256>)
 
 #define KVB_EXPORT_MERGE(In)                                      \
   KVB_EXPORT(40, kvb::attention_merge_kernel<In, float>)          \
