@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, PARTS == 1 ? 16 / kEncod
   const KeySegment* own_segments = reinterpret_cast<const KeySegment*>(segments) + plan * SEGMENTS;
   for (int i = warp; i < scalars; i += WARPS) {
     const KeyGroup group = own_groups[i];
-    for (int m = lane; m < 1 << (group.bits - 1) && group.size > 0; m += 32) {
+    const int magnitudes = group.size > 0 ? 1 << (group.bits - 1) : 0;   // a group may be there for its place alone
+    for (int m = lane; m < magnitudes; m += 32) {
       books[i][0][m] = boundaries[group.book * kMostBoundaries + m];
       books[i][1][m] = centroids[group.book * kMostCodes + m];
     }
