@@ -13,7 +13,9 @@
 //
 // selection_moments_kernel   ("shrink" only) mean and variance of the candidates, in double, per part
 // selection_histogram_kernel per part of a row: largest key and weight, and how many keys share each bin of width 1/64.
-//                            Bins are those of the key itself, modulo 2048, so the largest need not be known first.
+//                            Bins are those of the key itself, counted modulo 8192, so the largest need not be known
+//                            first; the 2048 that end with it are kept.  Where keys are further apart than 8192 bins,
+//                            128 in units of the logit, the part is counted a second time.
 // selection_collect_kernel   Each block adds up the bins of its row.  Masses of a bin are known within exp(1/64), so
 //                            they bracket the key at which the prefix ends: it is among some hundred tokens.  The block
 //                            sums exact masses of its part, sets bits for tokens above the bracket, lists those inside.
@@ -30,18 +32,21 @@
 //             8 per listed token, and 8 KB of bins per part, which every block of the row reads.
 //   Counts    Per token and query head 10 instructions and an addition to shared memory for the histogram, 21 for the
 //             collection: at 32 heads of 128K tokens 4.2 M * 32 / 32 = 4.2 M warp instructions, 5 us of the 900 G/s
-//             that an H100 issues.  The histogram hides behind its loads (4 us from L2, 6 us from memory), the
-//             collection does not; 1 to 2 us before it (bins) and 3 to 4 us after it (ticket, search, positions) are
-//             latency.
-//   Loads     Four of 16 bytes per thread are under way, 32 KB per multiprocessor.  Neither kernel branches on a
-//             token: the four of a load overlap.
-//   Code      What a block executes but once waits for its instructions, so it is kept short by loops.
+//             that an H100 issues.
+//   Latency   is the rest, of a block of the collection 10.3 us in all (samples of ncu, 32 heads of 128K tokens): 1.6
+//             until loads are under way, 2.6 for the bracket, 4.3 for the tokens, 1.6 for sums and ticket; and 5 to 6
+//             for the last block, 2.4 until it has what the others wrote, 1.1 for the search, 2.5 for positions.  So
+//             what it needs from memory it asks for at once; reductions are unrolled or single instructions; barriers
+//             are few.
+//   Loads     Four of 16 bytes per thread are under way while four are worked on, 32 KB per multiprocessor.  Neither
+//             kernel branches on a token: the four of a load overlap.
 //   Shared    Additions are of 32 bits: those of 64 would be loops of compare and swap.
 //   Tried     On an H100, 32 heads of 128K tokens, 2 % chosen, caches flushed and not: three passes, with a list
 //             reserved in global memory by each warp and a search of each head by one warp: 126 and 109 us.  The two
 //             passes above, but unrolled throughout, with branches on tokens and a load for each bin and part: 47 and
-//             36 us.  This version: 43 and 34.5, where the counts above promise half: what the collection waits for is
-//             not known yet.
+//             36 us.  Loops for all that is done once, to wait less for instructions, and keys 32 units apart counted a
+//             second time: 43 and 34.5.  This version: 37 and 28.6.  Launches that overlap (griddepcontrol) gain 1 us
+//             for the four kernels of a decode step together: not worth a second way to launch.
 //   Memory    is left as it was found: what must be zero before a launch is zero after it.
 #include "kvb/device.cuh"
 
@@ -51,7 +56,7 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kMaxParts = 32;                     // of a row: a lane each
 constexpr int kMaxGroup = kWarps;                 // query heads of a list: a warp each
 constexpr int kQuads = 8;                         // groups of four tokens that a lane takes of a tile: 32 bits
-constexpr int kBins = 2048;
+constexpr int kBins = 2048, kRing = 8192;         // of a row, from its largest key downwards; that are counted
 constexpr float kBinsPerUnit = 64.f;              // a power of two: the bounds of a bin are exact
 constexpr int kDigits = 256;                      // of the search among listed tokens
 constexpr int kChunk = 4096;                      // words of 32 tokens that are turned into positions at a time
@@ -200,14 +205,14 @@ struct Row {
 };
 
 // The tokens [begin, end) of the block's part, in tiles of 128 quads tokens, one per warp at a time.
-// kAtOnce : quads that are loaded together
+// kAtOnce : quads that are loaded together, while those before them are worked on
 template <int C, int kAtOnce>
 struct Tiles {
   const Row<C>& row;
-  int first, begin, end, span, quads;
+  int first, begin, end, quads;
   bool aligned;
 
-  __device__ __forceinline__ Tiles(const Row<C>& row, int span, int quads) : row(row), span(span), quads(quads) {
+  __device__ __forceinline__ Tiles(const Row<C>& row, int span, int quads) : row(row), quads(quads) {
     first = static_cast<int>(blockIdx.x) * span;
     begin = max(first, row.start);
     end = min(first + span, row.stop);
@@ -234,36 +239,46 @@ struct Tiles {
           values[i][j] = at >= begin && at < end ? source[at] : __uint_as_float(0x7fffffffu);
         }
   }
-  // Calls visit(i, j, y, noise) for token tile + 128 i + 4 lane + j, with y not a number outside the range, then
-  // done(tile); and prepare(), which the whole block does, when the first loads are under way.  It returns whether
-  // what is infinite is to be no number, too.
+  // Calls prepare(), which the whole block does, when the first loads are under way; it returns whether what is
+  // infinite is to be no number, too.  Then visit(i, j, y, noise) for token tile + 128 (from + i) + 4 lane + j, with y
+  // not a number outside the range, and done(tile, from, last) after those that were loaded together.
   template <class Prepare, class Visit, class Done>
   __device__ __forceinline__ void visit(const Prepare& prepare, const Visit& visit, const Done& done) const {
-    const int size = 128 * quads;
-    int tile = first + static_cast<int>(threadIdx.x / 32) * size;
-    bool only_finite = false;
-    for (int taken = 0; taken < span; taken += kWarps * size, tile += kWarps * size) {
+    float y[kAtOnce][4], next_y[kAtOnce][4];
+    float noise[C == kPlain ? 1 : kAtOnce][4], next_noise[C == kPlain ? 1 : kAtOnce][4];
+    int tile = first + static_cast<int>(threadIdx.x / 32) * 128 * quads, from = 0;   // that y is of, after `started`
+    bool started = false, only_finite = false;
 #pragma unroll 1
-      for (int from = 0; from < kQuads && from < quads; from += kAtOnce) {
-        float y[kAtOnce][4], noise[C == kPlain ? 1 : kAtOnce][4];
-        load(y, row.logits, tile, from);
-        if constexpr (C != kPlain) load(noise, row.sigma, tile, from);
-        if (from == 0 && taken == 0) only_finite = prepare();
-        if (tile >= end) continue;
-        if (only_finite)
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-              if (from + i < quads && !is_finite(y[i][j])) y[i][j] = __uint_as_float(0x7fffffffu);
+    for (int next_tile = tile, next_from = 0;;) {
+      if (next_tile < end) {
+        load(next_y, row.logits, next_tile, next_from);
+        if constexpr (C != kPlain) load(next_noise, row.sigma, next_tile, next_from);
+      }
+      if (!started) {
+        only_finite = prepare();
+        started = true;
+      } else {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
           if (from + i < quads) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) visit(from + i, j, y[i][j], C == kPlain ? 0.f : noise[C == kPlain ? 0 : i][j]);
+            for (int j = 0; j < 4; ++j) {
+              if (only_finite && !is_finite(y[i][j])) y[i][j] = __uint_as_float(0x7fffffffu);
+              visit(i, j, y[i][j], C == kPlain ? 0.f : noise[C == kPlain ? 0 : i][j]);
+            }
           }
+        done(tile, from, next_from == 0);
       }
-      if (tile < end) done(tile);
+      if (next_tile >= end) return;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          y[i][j] = next_y[i][j];
+          if constexpr (C != kPlain) noise[i][j] = next_noise[i][j];
+        }
+      tile = next_tile, from = next_from, next_from += kAtOnce;
+      if (next_from >= quads) next_from = 0, next_tile += kWarps * 128 * quads;
     }
   }
 };
@@ -276,22 +291,19 @@ __device__ __forceinline__ void for_always_kept(const Row<C>& row, int span, con
   for (int t = max(first, row.stop) + static_cast<int>(threadIdx.x); t < last; t += kThreads) visit(row.logits[t]);
 }
 
-// Loops that are not unrolled: what a block executes but once waits for its instructions.
-__device__ __forceinline__ u32 warp_max(u32 x) {
-#pragma unroll 1
-  for (int distance = 16; distance; distance /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, distance));
-  return x;
-}
+__device__ __forceinline__ u32 warp_max(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
+__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
-#pragma unroll 1
+#pragma unroll
   for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
   return x;
 }
-template <class T>
-__device__ __forceinline__ T warp_prefix(T x) {   // inclusive
-#pragma unroll 1
-  for (int distance = 1; distance < 32; distance *= 2) {
+// Inclusive, over `kLanes` lanes; those beyond have sums of no meaning.
+template <int kLanes = 32, class T>
+__device__ __forceinline__ T warp_prefix(T x) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
     const T below = __shfl_up_sync(0xffffffffu, x, distance);
     if (threadIdx.x % 32 >= static_cast<u32>(distance)) x += below;
   }
@@ -307,23 +319,10 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
   __syncthreads();
   return sum;
 }
-// Sum over the threads before this one; `total` that over all.
-template <class T>
-__device__ __forceinline__ T block_prefix(T x, T* scratch, T& total) {
-  const T inclusive = warp_prefix(x);
-  if (threadIdx.x % 32 == 31) scratch[threadIdx.x / 32] = inclusive;
-  __syncthreads();
-  const T upto = warp_prefix(threadIdx.x % 32 < kWarps ? scratch[threadIdx.x % 32] : T(0));
-  __syncthreads();
-  total = __shfl_sync(0xffffffffu, upto, 31);
-  const T before = __shfl_sync(0xffffffffu, upto, (threadIdx.x / 32 + 31) % 32);
-  return (threadIdx.x < 32 ? T(0) : before) + inclusive - x;
-}
-
-// Whether this block is the last of `blocks` to get here; it then sees what the others have written.
+// Whether this block is the last of `blocks` to get here; it then sees what the others have written.  What any but its
+// first warp has written lies before a barrier.
 __device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks) {
   KVB_SHARED(int, is_last);
-  __syncthreads();
   if (threadIdx.x == 0) {
     is_last = take_ticket(ticket) == blocks - 1;
     if (is_last) *ticket = 0;
@@ -376,14 +375,15 @@ template <int C>
 __global__ void __launch_bounds__(kThreads, 1)
     selection_histogram_kernel(KVB_SELECTION_PARAMETERS, const double* __restrict__ moments, PartBounds* bounds,
                                u32* counts, float* masses, int total) {
-  KVB_SHARED(u32, bins, [C == kShift ? 3 : 1][kBins + 1]);   // and what is no candidate
+  constexpr int RING = C == kShift ? kBins : kRing;
+  KVB_SHARED(u32, bins, [C == kShift ? 3 : 1][RING + 4]);   // and what is no candidate
   KVB_SHARED(u32, reduced, [4]);   // largest order keys of key, -key and weight; candidates
   KVB_SHARED(u64, sums, [kWarps]);
   const u64 row_id = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y, part = row_id * gridDim.x + blockIdx.x;
   const Row<C> row({logits, sigma, lengths, moments, tokens, span, quads, sinks, recent, block}, row_id, blockIdx.z);
   const Tiles<C, C == kPlain ? 4 : 2> tiles(row, span, quads);
   auto zero_bins = [&] {
-    for (int i = threadIdx.x; i < (C == kShift ? 3 : 1) * kBins; i += kThreads) bins[i / kBins][i % kBins] = 0;
+    for (u32 i = threadIdx.x; i < sizeof(bins) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = {0, 0, 0, 0};
   };
   float largest = -kLargestFinite, smallest = kLargestFinite, heaviest = -kLargestFinite;
   u32 count = 0;
@@ -403,9 +403,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         largest = fmaxf(largest, C == kPlain ? y : own);   // plain: infinite, if any is
         smallest = fminf(smallest, own);
         if (C == kShift && usable) heaviest = fmaxf(heaviest, weight);
-        if (C != kShift) atomicAdd(&bins[0][usable ? bin_of(own) & (kBins - 1) : kBins], 1u);
+        if (C != kShift) atomicAdd(&bins[0][usable ? bin_of(own) & (RING - 1) : RING], 1u);
       },
-      [](int) {});
+      [](int, int, bool) {});
   const bool infinite = __syncthreads_or(largest > kLargestFinite);
   if (infinite) {
     largest = -kLargestFinite;
@@ -432,10 +432,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   heaviest = from_order_key(reduced[2]);
   if (reduced[3]) {
-    // Keys 2048 bins apart share one: then only those count that are near the largest.  With "shift", masses must wait
-    // for the largest weight anyway.
+    // Keys that share a bin, RING bins apart: then only those count that are near the largest.  With "shift", masses
+    // must wait for the largest weight anyway.
     const u32 top = static_cast<u32>(bin_of(from_order_key(reduced[0])));
-    if (C == kShift || top - static_cast<u32>(bin_of(from_order_key(~reduced[1]))) >= kBins) {
+    if (C == kShift || top - static_cast<u32>(bin_of(from_order_key(~reduced[1]))) >= RING) {
       zero_bins();
       __syncthreads();
 #pragma unroll 4
@@ -444,13 +444,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         const bool usable = row.candidate(t, key, weight);
         const u32 bin = usable ? static_cast<u32>(bin_of(key)) : 0;
         if (!usable || top - bin >= kBins) continue;
-        atomicAdd(&bins[0][bin % kBins], 1u);
-        if constexpr (C == kShift) add_mass(&bins[1][bin % kBins], &bins[2][bin % kBins], mass_of(weight, heaviest));
+        atomicAdd(&bins[0][bin % RING], 1u);
+        if constexpr (C == kShift) add_mass(&bins[1][bin % RING], &bins[2][bin % RING], mass_of(weight, heaviest));
       }
       __syncthreads();
     }
-    for (int i = threadIdx.x; i < kBins; i += kThreads) {
-      counts[part * kBins + i] = bins[0][i];
+#pragma unroll
+    for (u32 i = threadIdx.x; i < kBins; i += kThreads) {   // of those that end with the largest key's, modulo kBins
+      counts[part * kBins + i] = bins[0][(top - (top - i) % kBins) % RING];
       if constexpr (C == kShift)
         masses[part * kBins + i] = static_cast<float>(static_cast<u64>(bins[2][i]) << 32 | bins[1][i]);
     }
@@ -476,19 +477,30 @@ struct Enough {
   }
 };
 
-// The bracket, from the histograms of the parts of a row.  The block calls it.
+// The bracket, from the histograms of the parts of a row.  The block calls it; what it has written to shared memory
+// before is seen by all of it afterwards, if there are candidates.
 template <int C>
 __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const u32* counts, const float* masses,
-                                                u32 share, int least, int most) {
+                                                u32 share, int least, int most, bool total) {
+  constexpr int PER_THREAD = kBins / kThreads, GROUPS = kBins / PER_THREAD;
+  static_assert(PER_THREAD == 4, "a load of 16 bytes");
+  KVB_SHARED(uint4, row_counts, [GROUPS]);
+  KVB_SHARED(float, row_masses, [C == kShift ? kBins : 1]);
   KVB_SHARED(u32, count_sums, [kWarps]);
   KVB_SHARED(u64, mass_sums, [kWarps]);
   KVB_SHARED(int, ends, [2]);   // the first bin up to which the prefix may be long enough, and surely is
-  KVB_SHARED(u32, row_counts, [kBins]);
-  KVB_SHARED(float, row_masses, [C == kShift ? kBins : 1]);
-  constexpr int PER_THREAD = kBins / kThreads;
-  const int parts = gridDim.x, lane = threadIdx.x % 32;
+  const int parts = gridDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int own_bin = static_cast<int>(threadIdx.x) * PER_THREAD;
+  constexpr int AT_ONCE = 8;   // parts; their loads are under way together
   PartBounds own = {0, 0, 0, 0.f};
   if (lane < parts) own = bounds[lane];
+  uint4 loaded[AT_ONCE];
+  auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i < parts) loaded[i] = *reinterpret_cast<const uint4*>(counts + (first + i) * kBins + own_bin);
+  };
+  load(0);
   const u32 largest_order = warp_max(own.largest_key), heaviest_order = warp_max(own.largest_weight);
   const u32 infinite = __any_sync(0xffffffffu, own.candidates & kInfinite);
   own.candidates &= ~kInfinite;
@@ -498,67 +510,78 @@ __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const 
     return {0.f, heaviest_order ? from_order_key(heaviest_order) : 0.f, kLargestFinite, infinity, 0, infinite, {}};
   Bracket bracket = {from_order_key(largest_order), from_order_key(heaviest_order), 0.f, 0.f, candidates, infinite, {}};
   constexpr float LOG2_E = 1.44269504f;
-  const float scale = own.largest_weight
-      ? exp2_approx((from_order_key(own.largest_weight) - bracket.largest_weight) * LOG2_E) : 0.f;
-  const float outside = warp_sum(own.outside * scale);
+  float scale = 0.f, outside = 0.f;
+  if (total || C == kShift) {
+    if (own.largest_weight)
+      scale = exp2_approx((from_order_key(own.largest_weight) - bracket.largest_weight) * LOG2_E);
+    outside = warp_sum(own.outside * scale);
+  }
   const u32 top = static_cast<u32>(bin_of(bracket.largest_key));
   // A part's bins reach from its own largest key downwards.
   const u32 gap = own.candidates ? top - static_cast<u32>(bin_of(from_order_key(own.largest_key))) : 0xffffffffu;
   auto bound = [&](int below) {   // of a bin, from below; exact up to 2^18
     return (static_cast<float>(static_cast<int>(top)) - static_cast<float>(below)) / kBinsPerUnit;
   };
-  static_assert(PER_THREAD == 4, "a load of 16 bytes");
   u32 count[PER_THREAD] = {};
-  u64 mass[PER_THREAD];
   float sums[PER_THREAD] = {};
-  const int own_bin = threadIdx.x * PER_THREAD;
-  constexpr int AT_ONCE = 8;   // parts; their loads are under way together
 #pragma unroll 1
-  for (int first = 0; first < parts; first += AT_ONCE) {
-    uint4 loaded[AT_ONCE];
+  for (int first = 0;;) {
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
-      loaded[i] = *reinterpret_cast<const uint4*>(counts + min(first + i, parts - 1) * kBins + own_bin);
+      if (first + i < parts) {
+        const u32 part_gap = __shfl_sync(0xffffffffu, gap, first + i);
+        const float part_scale = C == kShift ? __shfl_sync(0xffffffffu, scale, first + i) : 0.f;
+        const u32 part_counts[PER_THREAD] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const u32 part_gap = __shfl_sync(0xffffffffu, gap, first + i);
-      const float part_scale = C == kShift ? __shfl_sync(0xffffffffu, scale, first + i) : 0.f;
-      const u32 part_counts[PER_THREAD] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
-#pragma unroll
-      for (int j = 0; j < PER_THREAD; ++j) {
-        const bool counts_here = ((top - own_bin - j) & (kBins - 1)) >= part_gap;
-        count[j] += counts_here ? part_counts[j] : 0;
-        if (C == kShift && counts_here) sums[j] += masses[(first + i) * kBins + own_bin + j] * part_scale;
+        for (int j = 0; j < PER_THREAD; ++j) {
+          const bool counts_here = ((top - own_bin - j) & (kBins - 1)) >= part_gap;
+          count[j] += counts_here ? part_counts[j] : 0;
+          if (C == kShift && counts_here) sums[j] += masses[(first + i) * kBins + own_bin + j] * part_scale;
+        }
       }
-    }
+    first += AT_ONCE;
+    if (first >= parts) break;
+    load(first);
   }
+  row_counts[threadIdx.x] = {count[0], count[1], count[2], count[3]};
+  if constexpr (C == kShift)
 #pragma unroll
-  for (int j = 0; j < PER_THREAD; ++j) {
-    row_counts[own_bin + j] = count[j];
-    if constexpr (C == kShift) row_masses[own_bin + j] = sums[j];
-  }
+    for (int j = 0; j < PER_THREAD; ++j) row_masses[own_bin + j] = sums[j];
+  if (threadIdx.x < 2) ends[threadIdx.x] = kBins;
   __syncthreads();
-#pragma unroll
-  for (int j = 0; j < PER_THREAD; ++j) {   // from the largest key downwards
-    count[j] = row_counts[(top - own_bin - j) & (kBins - 1)];
-    if constexpr (C == kShift) sums[j] = row_masses[(top - own_bin - j) & (kBins - 1)];
-  }
+
+  // From the largest key downwards, by whole groups of bins; those of the first that lie above it are the lowest, which
+  // weigh e^-32 at most, and are left out.
+  const int from = (static_cast<int>(top / PER_THREAD) - static_cast<int>(threadIdx.x)) & (GROUPS - 1);
+  const uint4 own_group = row_counts[from];
+  const u32 group_counts[PER_THREAD] = {own_group.w, own_group.z, own_group.y, own_group.x};
+  const int first_below = own_bin - (PER_THREAD - 1 - static_cast<int>(top % PER_THREAD));   // bins below the top
+  u64 mass[PER_THREAD], own_mass = 0;
+  u32 own_count = 0;
 #pragma unroll
   for (int j = 0; j < PER_THREAD; ++j) {
-    const float lowest = bound(static_cast<int>(threadIdx.x) * PER_THREAD + j) - bracket.largest_weight;
-    mass[j] = C == kShift ? static_cast<u64>(sums[j])
+    const int below = first_below + j;
+    const float lowest = bound(below) - bracket.largest_weight;
+    count[j] = below >= 0 ? group_counts[j] : 0;
+    mass[j] = C == kShift ? (below >= 0 ? static_cast<u64>(row_masses[C == kShift ? from * PER_THREAD + 3 - j : 0]) : 0)
                           : count[j] * static_cast<u64>(__float2uint_rn(exp2_approx(fminf(lowest, 0.f) * LOG2_E) *
                                                                         2147483648.f));
+    own_count += count[j];
+    own_mass += mass[j];
   }
-  if (threadIdx.x < 2) ends[threadIdx.x] = kBins;
-  u32 counted;
-  u64 everything;
-  u32 own_count = 0;
-  u64 own_mass = 0;
-#pragma unroll
-  for (int j = 0; j < PER_THREAD; ++j) own_count += count[j], own_mass += mass[j];
-  u32 count_before = block_prefix(own_count, count_sums, counted);
-  u64 mass_before = block_prefix(own_mass, mass_sums, everything);
+  u32 count_upto = warp_prefix(own_count);
+  u64 mass_upto = warp_prefix(own_mass);
+  if (lane == 31) count_sums[warp] = count_upto, mass_sums[warp] = mass_upto;
+  __syncthreads();
+  {
+    const u32 counts_upto = warp_prefix<kWarps>(lane < kWarps ? count_sums[lane] : 0u);
+    const u64 masses_upto = warp_prefix<kWarps>(lane < kWarps ? mass_sums[lane] : u64(0));
+    const u32 count_before = __shfl_sync(0xffffffffu, counts_upto, (warp + 31) % 32);
+    const u64 mass_before = __shfl_sync(0xffffffffu, masses_upto, (warp + 31) % 32);
+    if (warp > 0) count_upto += count_before, mass_upto += mass_before;
+    own_mass = __shfl_sync(0xffffffffu, masses_upto, kWarps - 1);
+  }
+  const u64 everything = own_mass;
   least = min(least, candidates);
   most = min(most, candidates);
   // What the masses of keys are times these at most; and each is rounded, here and there, to an integer.
@@ -575,28 +598,24 @@ __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const 
                                     left * fmaxf(rest - others, 0.f);
     return (heavy && share < kShareOne && static_cast<int>(size) >= least) || static_cast<int>(size) >= most;
   };
-  if (threadIdx.x == 0) {
-    if (enough(0, 0, false)) ends[0] = -1;
-    if (enough(0, 0, true)) ends[1] = -1;
-  }
 #pragma unroll
-  for (int surely = 0; surely < 2; ++surely) {   // both sums grow: one thread has the bin
-    if (enough(mass_before, count_before, surely) ||
-        !enough(mass_before + own_mass, count_before + own_count, surely))
-      continue;
-    u64 prefix = mass_before;
-    u32 size = count_before;
-    int bin = -1;
+  for (int surely = 0; surely < 2; ++surely) {   // both sums grow
+    if (threadIdx.x == 0 && enough(0, 0, surely)) atomicMin(&ends[surely], -1);
+    const u32 votes = __ballot_sync(0xffffffffu, enough(mass_upto, count_upto, surely));
+    if (lane != __ffs(static_cast<int>(votes)) - 1) continue;
+    u64 prefix = mass_upto;
+    u32 size = count_upto;
+    int bin = first_below + PER_THREAD - 1;
 #pragma unroll
-    for (int j = 0; j < PER_THREAD; ++j) {
-      prefix += mass[j];
-      size += count[j];
-      if (bin < 0 && enough(prefix, size, surely)) bin = static_cast<int>(threadIdx.x) * PER_THREAD + j;
+    for (int j = PER_THREAD - 1; j > 0; --j) {
+      prefix -= mass[j];
+      size -= count[j];
+      if (enough(prefix, size, surely)) bin = first_below + j - 1;
     }
-    ends[surely] = bin;
+    atomicMin(&ends[surely], max(bin, 0));
   }
   __syncthreads();
-  bracket.high = ends[0] <= 0 ? infinity : bound(ends[0] - 1);
+  bracket.high = ends[0] <= 0 ? infinity : bound(min(ends[0] - 1, kBins - PER_THREAD));   // counted in any case
   bracket.low = ends[1] < 0 ? infinity : ends[1] == kBins ? -kLargestFinite : bound(ends[1]);
   bracket.low = fminf(bracket.low, kLargestFinite);
   return bracket;
@@ -656,9 +675,9 @@ __device__ __forceinline__ void find_digit(const u32* counts, const u32* lows, c
   const int place = lane % PER_LANE * 32 + source;
   const u32 digit_count = counts[place];
   const u64 digit_mass = mass_at(place);
-  count = __shfl_sync(0xffffffffu, count - own_count, source) + warp_prefix(lane < PER_LANE ? digit_count : 0u);
-  mass = __shfl_sync(0xffffffffu, mass - own_mass, source) + warp_prefix(lane < PER_LANE ? digit_mass : 0ull);
-  const int first = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, enough(mass, count)))) - 1;
+  count = __shfl_sync(0xffffffffu, count - own_count, source) + warp_prefix<PER_LANE>(digit_count);
+  mass = __shfl_sync(0xffffffffu, mass - own_mass, source) + warp_prefix<PER_LANE>(digit_mass);
+  const int first = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, enough(mass, count)))) - 1;   // one of those
   if (lane != first) return;
   const int digit = source * PER_LANE + first;
   const u64 low = search.low + (static_cast<u64>(digit) << search.shift), others = (1ull << search.shift) - 1;
@@ -677,14 +696,12 @@ __device__ __forceinline__ void find_digit(const u32* counts, const u32* lows, c
 }
 
 // Ends the searches [first, last) that are kSearching.  each.visit(f) calls f(head, rank, mass) for this thread's share
-// of their tokens.  digits : shared (last - first, 3, kDigits)
+// of their tokens.  digits : shared (last - first, 3, kDigits), zero before and after
 template <LastRank kLast, class Each>
 __device__ __forceinline__ void find_last(Search* searches, int first, int last, u32* digits, const Each& each) {
-  const int head = first + static_cast<int>(threadIdx.x / 32);
+  const int lane = threadIdx.x % 32, head = first + static_cast<int>(threadIdx.x / 32);
   auto open = [&] { return head < last && searches[head].state == kSearching; };
   while (__syncthreads_or(open())) {
-    for (int i = threadIdx.x; i < (last - first) * 3 * kDigits; i += kThreads) digits[i] = 0;
-    __syncthreads();
     each.visit([&](int h, u64 rank, u32 mass) {
       const Search& search = searches[h];
       if (search.state != kSearching || rank < search.low || rank > search.high) return;
@@ -695,33 +712,47 @@ __device__ __forceinline__ void find_last(Search* searches, int first, int last,
     });
     __syncthreads();
     if (open()) {
-      const u32* own = digits + (head - first) * 3 * kDigits;
+      u32* own = digits + (head - first) * 3 * kDigits;
       find_digit<kLast>(own, own + kDigits, own + 2 * kDigits, searches[head]);
       __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 3 * kDigits; i += 128)
+        *reinterpret_cast<uint4*>(own + i + 4 * lane) = {0, 0, 0, 0};
     }
   }
-  __syncthreads();
 }
 
 // The list of a part, of which this thread has every `threads`-th entry.
 struct PartList {
   const Entry* entries;
+  Entry held[2];   // its first ones
   int head, length, rank, threads;
 
-  // Lists of the parts of `group` rows, to all threads of the block.  lengths : [kMaxGroup][kMaxParts]
-  __device__ __forceinline__ PartList(const Entry* first, const u32 (*lengths)[kMaxParts], int group, int parts,
+  // Lists of the parts of `group` rows, to all threads of the block.
+  __device__ __forceinline__ PartList(const Entry* all, const PartSums* sums, u64 first_row, int group, int parts,
                                       int capacity) {
     threads = kThreads / (group * parts);
     rank = static_cast<int>(threadIdx.x) % threads;
     const int list = static_cast<int>(threadIdx.x) / threads, own = list < group * parts ? list : 0;
     head = own / parts;
-    length = list < group * parts ? static_cast<int>(lengths[head][own % parts]) : 0;
-    entries = first + static_cast<u64>(own) * capacity;
+    const u64 part = first_row * parts + own;
+    const u32 listed = __ldcg(&sums[part].listed);
+    entries = all + part * capacity;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {   // whether they are there is not known yet
+      const u64 entry = __ldcg(reinterpret_cast<const u64*>(entries + min(rank + i * threads, capacity - 1)));
+      held[i] = {static_cast<u32>(entry), static_cast<int>(entry >> 32)};
+    }
+    length = list < group * parts ? static_cast<int>(min(listed, static_cast<u32>(capacity))) : 0;
   }
   template <class Visit>
   __device__ __forceinline__ void visit(const Visit& f) const {   // f(key, token)
+    int i = 0;
 #pragma unroll 1
-    for (int at = rank; at < length; at += threads) f(entries[at].key, entries[at].token);
+    for (int at = rank; at < length; at += threads, ++i) {
+      const Entry entry = i == 0 ? held[0] : i == 1 ? held[1] : entries[at];
+      f(entry.key, entry.token);
+    }
   }
 };
 // Two sets of tokens for find_last, by key or by logit.
@@ -806,13 +837,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     u32* words = masks + row_id * mask_words;
     Entry* own_entries = entries + part * capacity;
     u64 mass_inside = 0, mass_above = 0;
-    u32 above = 0, inside = 0, count_above = 0;
+    u32 above = 0, count_above = 0;   // above: of the whole tile
+    u32 now_above = 0, now_inside = 0;   // of the tokens that were loaded together
     tiles.visit(
         [&] {
           if (threadIdx.x == 0) *listed = 0;
           bracket = find_bracket<C>(bounds + row_id * parts, counts + row_id * parts * kBins,
-                                    masses + row_id * parts * kBins, share, least, most);
-          __syncthreads();   // `listed`
+                                    masses + row_id * parts * kBins, share, least, most, total);
           if (blockIdx.x == 0 && threadIdx.x == 0) brackets[row_id] = bracket;
           return C == kPlain && bracket.infinite;
         },
@@ -829,24 +860,28 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (key >= bracket.high) {
             mass_above += own;
             if (C == kShift) ++count_above;
-            else above |= bit;
+            else now_above |= bit;
           }
-          if (key >= bracket.low) inside |= bit;
+          if (key >= bracket.low) now_inside |= bit;
           if (C == kShift) {   // what decides in the end is the logit
-            if (key >= bracket.high) inside &= ~bit;
-            if (y >= bracket.high) above |= bit;
-            else if (y >= bracket.low) inside |= bit;
+            if (key >= bracket.high) now_inside &= ~bit;
+            if (y >= bracket.high) now_above |= bit;
+            else if (y >= bracket.low) now_inside |= bit;
           }
         },
-        [&](int tile) {
-          if (C != kShift) inside &= ~above, count_above += static_cast<u32>(__popc(above));
-          for (; inside; inside &= inside - 1) {
-            const int bit = __ffs(static_cast<int>(inside)) - 1, t = tile + bit / 4 * 128 + lane * 4 + bit % 4;
+        [&](int tile, int from, bool last) {
+          if (C != kShift) now_inside &= ~now_above, count_above += static_cast<u32>(__popc(now_above));
+          for (; now_inside; now_inside &= now_inside - 1) {
+            const int bit = __ffs(static_cast<int>(now_inside)) - 1;
+            const int t = tile + (from + bit / 4) * 128 + lane * 4 + bit % 4;
             float key, weight;
             row.candidate(t, key, weight);
             const u32 at = atomicAdd(listed, 1u);
             if (at < static_cast<u32>(capacity)) own_entries[at] = {order_key(key), t};
           }
+          above |= now_above << (4 * from);
+          now_above = 0;
+          if (!last) return;
           const u32 word = transpose_nibbles(above);
           const int t = tile + lane % 8 * 128 + lane / 8 * 32;
           if (lane % 8 < quads && t < tiles.end) words[t / 32] = word;
@@ -854,14 +889,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
     // Words of the part in front of the first candidate are those of tiles, too; a part without candidates has none.
     u64 outside = 0;
-    if (total)
+    if (total) {
       for_always_kept(row, span, [&](float y) {
         if (is_finite(y)) outside += mass_of(y, bracket.largest_weight);
       });
+      outside = block_sum(outside, warp_sums[0]);
+    }
     mass_inside = warp_sum(mass_inside);
     mass_above = warp_sum(mass_above);
     count_above = warp_sum(count_above);
-    if (total) outside = block_sum(outside, warp_sums[0]);
     if (lane == 0) {
       warp_sums[0][warp] = mass_inside;
       warp_sums[1][warp] = mass_above;
@@ -869,8 +905,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (warp == 0) {
-      const u64 inside_sum = warp_sum(lane < kWarps ? warp_sums[0][lane] : 0);
-      const u64 above_sum = warp_sum(lane < kWarps ? warp_sums[1][lane] : 0);
+      const u64 inside_sum = warp_sum(lane < kWarps ? warp_sums[0][lane] : u64(0));
+      const u64 above_sum = warp_sum(lane < kWarps ? warp_sums[1][lane] : u64(0));
       const u32 count_sum = warp_sum(lane < kWarps ? static_cast<u32>(warp_sums[2][lane]) : 0u);
       if (lane == 0) sums[part] = {inside_sum, above_sum, outside, count_sum, *listed};
     }
@@ -884,7 +920,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   KVB_SHARED(u32, chosen, [kChunk]);
   KVB_SHARED(Search, searches, [kMaxGroup]);
   KVB_SHARED(Bracket, own_brackets, [kMaxGroup]);
-  KVB_SHARED(u32, lengths_of_lists, [kMaxGroup][kMaxParts]);
   KVB_SHARED(int, rewrite, [kMaxGroup]);   // whether the bits of a query head have to be set anew
   KVB_SHARED(int, int_sums, [kWarps]);
   KVB_SHARED(u64, totals, [2][kMaxGroup]);   // masses: of what is always kept, of everything
@@ -900,17 +935,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       *reinterpret_cast<uint4*>(chosen + i) = bits;
     }
   };
+  // What is needed from memory, asked for at once.
+  const PartList list(entries, sums, first_row, group, parts, capacity);
+  const u64 own_row = first_row + min(warp, group - 1);
+  const u32 bracket_word = lane < 8 ? __ldcg(reinterpret_cast<const u32*>(brackets + own_row) + lane) : 0;
+  PartSums own = {0, 0, 0, 0, 0};
+  if (lane < parts) {
+    const u64* from = reinterpret_cast<const u64*>(sums + own_row * parts + lane);
+    const u64 both = __ldcg(from + 3);
+    own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), static_cast<u32>(both), static_cast<u32>(both >> 32)};
+  }
+  for (int i = threadIdx.x; i < group * 3 * kDigits; i += kThreads) digits[i] = 0;
+  load_words(0);
   if (warp < group) {
-    const u64 row = first_row + warp;
-    const u32 bracket_word = lane < 8 ? __ldcg(reinterpret_cast<const u32*>(brackets + row) + lane) : 0;
-    PartSums own = {0, 0, 0, 0, 0};
-    if (lane < parts) {
-      const u64* from = reinterpret_cast<const u64*>(sums + row * parts + lane);
-      const u64 both = __ldcg(from + 3);
-      own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), static_cast<u32>(both), static_cast<u32>(both >> 32)};
-    }
     if (lane < 8) reinterpret_cast<u32*>(own_brackets + warp)[lane] = bracket_word;
-    if (lane < parts) lengths_of_lists[warp][lane] = min(own.listed, static_cast<u32>(capacity));
     __syncwarp();
     const bool overflow = __any_sync(0xffffffffu, own.listed > static_cast<u32>(capacity));
     const u64 outside = warp_sum(own.outside), everything = warp_sum(own.candidates) + outside;
@@ -949,12 +987,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
 
-  const PartList list(entries + first_row * parts * capacity, lengths_of_lists, group, parts, capacity);
   constexpr LastRank LAST = C == kShift ? kEveryTie : kAnyBetween;
   find_last<LAST>(searches, 0, group, digits,
                   ListedTokens<C>{list, arguments, first_row + list.head, own_brackets[list.head].largest_weight});
 
   // What is rare: a search of the whole row; and with "shift" one by the logit.
+  bool anew = false;   // whether bits were written since they were loaded
   for (int h = 0; h < group; ++h) {
     Search& search = searches[h];
     if (search.state != kFailed && !rewrite[h] && !(C == kShift && bounded)) continue;
@@ -999,6 +1037,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (!rewrite[h]) continue;
+    anew = true;
 #pragma unroll 1
     for (int t = static_cast<int>(threadIdx.x); t < words * 32; t += kThreads) {
       float key, weight;
@@ -1012,9 +1051,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   int* positions = indices + static_cast<u64>(list_id) * tokens;
   int written = 0;
   for (int from = 0; from < words; from += kChunk) {
-    __syncthreads();
-    load_words(from);
-    __syncthreads();
+    if (from || anew) {
+      __syncthreads();
+      load_words(from);
+      __syncthreads();
+    }
     if (searches[list.head].state == kFound && !rewrite[list.head])
       list.visit([&](u32 key, int t) {
         if (C == kShift) key = order_key(logits[(first_row + list.head) * tokens + t]);
@@ -1023,29 +1064,35 @@ __global__ void __launch_bounds__(kThreads, 1)
       });
     __syncthreads();
     // Each warp takes neighbouring words, a row of 32 at a time, so that its stores are neighbours, too.
+    constexpr int ROWS = kChunk / kThreads;
     const int size = min(kChunk, words - from), rows = (size + kThreads - 1) / kThreads;
-    auto row_bits = [&](int i) {
+    u32 bits[ROWS], upto[ROWS / 2];   // upto: numbers of bits in rows 2 i and 2 i + 1, in its halves
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
       const int word = (warp * rows + i) * 32 + lane;
-      return i < rows && word < size ? chosen[word] : 0u;
-    };
-    int count = 0;
-#pragma unroll 1
-    for (int i = 0; i < rows; ++i) count += __popc(row_bits(i));
-    count = warp_sum(count);
-    if (lane == 0) int_sums[warp] = count;
-    __syncthreads();
-    const int upto = warp_prefix(lane < kWarps ? int_sums[lane] : 0);
-    int at = written + __shfl_sync(0xffffffffu, upto, warp) - count;
-    written += __shfl_sync(0xffffffffu, upto, 31);
-#pragma unroll 1
-    for (int i = 0; i < rows; ++i) {
-      u32 bits = row_bits(i);
-      const int own = __popc(bits), row_upto = warp_prefix(own);
-      for (int place = at + row_upto - own; bits; bits &= bits - 1)
-        positions[place++] = (from + (warp * rows + i) * 32 + lane) * 32 + __ffs(static_cast<int>(bits)) - 1;
-      at += __shfl_sync(0xffffffffu, row_upto, 31);
+      bits[i] = i < rows && word < size ? chosen[word] : 0u;
     }
-    __syncthreads();   // `chosen` has been read
+    u32 count = 0;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += 2) {
+      upto[i / 2] = warp_prefix(static_cast<u32>(__popc(bits[i]) | __popc(bits[i + 1]) << 16));
+      const u32 both = __shfl_sync(0xffffffffu, upto[i / 2], 31);
+      count += (both & 0xffff) + (both >> 16);
+    }
+    if (lane == 0) int_sums[warp] = static_cast<int>(count);
+    __syncthreads();   // `chosen` has been read, too
+    const int before = warp_prefix<kWarps>(lane < kWarps ? int_sums[lane] : 0);
+    int at = written + __shfl_sync(0xffffffffu, before, warp) - static_cast<int>(count);
+    written += __shfl_sync(0xffffffffu, before, kWarps - 1);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int own_upto = static_cast<int>(i % 2 ? upto[i / 2] >> 16 : upto[i / 2] & 0xffff);
+      int* place = positions + (at + own_upto - __popc(bits[i]));
+      const int first = (from + (warp * rows + i) * 32 + lane) * 32 - 1;
+#pragma unroll 1
+      for (u32 left = bits[i]; left; left &= left - 1) *place++ = first + __ffs(static_cast<int>(left));
+      at += __shfl_sync(0xffffffffu, own_upto, 31);
+    }
   }
   if (threadIdx.x == 0) out_counts[list_id] = written;
   if (static_cast<int>(threadIdx.x) < group) {

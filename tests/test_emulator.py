@@ -505,6 +505,17 @@ def test_warp_votes(run, votes, mask, seed):
         assert tuple(out[lane]) == expected
 
 
+@given(mask=st.just(2**32 - 1) | masks, seed=schedules)
+def test_reductions(run, mask, seed):
+    lanes = [lane for lane in range(32) if mask >> lane & 1]
+    x = np.random.default_rng(seed % 2**32).integers(0, 2**32, 32, dtype=u32)
+    out = np.zeros((32, 2), u32)
+    run("reduce_kernel", 1, 32, x, out, u32(mask), seed=seed)
+    expected = np.zeros((32, 2), u32)
+    expected[lanes] = sum(int(v) for v in x[lanes]) % 2**32, max(x[lanes])
+    np.testing.assert_array_equal(out, expected)
+
+
 # ---- atomics ---------------------------------------------------------------------------------------------------------
 
 ATOMICS = {

@@ -141,6 +141,13 @@ __global__ void __launch_bounds__(32) shuffle_kernel(const T* x, T* out, u32 mas
   if (kind == 3) out[lane] = __shfl_xor_sync(mask, x[lane], argument, width);
 }
 
+__global__ void __launch_bounds__(32) reduce_kernel(const u32* x, u32* out, u32 mask) {
+  const int lane = threadIdx.x;
+  if (!(mask >> lane & 1)) return;
+  out[2 * lane] = __reduce_add_sync(mask, x[lane]);
+  out[2 * lane + 1] = __reduce_max_sync(mask, x[lane]);
+}
+
 // out[lane] = {ballot, any, all} of the predicates of the lanes in the mask
 __global__ void __launch_bounds__(32) warp_votes_kernel(const int* predicate, u32* out, u32 mask) {
   const int lane = threadIdx.x;
@@ -256,6 +263,7 @@ KVB_EXPORT(64, kvb::shuffle_kernel<float>)
 KVB_EXPORT(64, kvb::shuffle_kernel<double>)
 KVB_EXPORT(64, kvb::shuffle_kernel<unsigned long long>)
 KVB_EXPORT(64, kvb::warp_votes_kernel)
+KVB_EXPORT(64, kvb::reduce_kernel)
 KVB_EXPORT(64, kvb::atomic_kernel<int>)
 KVB_EXPORT(64, kvb::atomic_kernel<unsigned int>)
 KVB_EXPORT(64, kvb::atomic_add_kernel)

@@ -32,6 +32,16 @@ KVB_EMU_OWN inline void combine_ballot(Warp& warp, u32 members) {
     if (warp.lane[__builtin_ctz(rest)].in[0]) votes |= rest & -rest;
   for (u32 rest = members; rest; rest &= rest - 1) __builtin_memcpy(warp.lane[__builtin_ctz(rest)].out, &votes, 4);
 }
+template <bool kLargest>
+KVB_EMU_OWN void combine_reduce(Warp& warp, u32 members) {
+  u32 result = 0;
+  for (u32 rest = members; rest; rest &= rest - 1) {
+    u32 value;
+    __builtin_memcpy(&value, warp.lane[__builtin_ctz(rest)].in, 4);
+    result = !kLargest ? result + value : value > result ? value : result;
+  }
+  for (u32 rest = members; rest; rest &= rest - 1) __builtin_memcpy(warp.lane[__builtin_ctz(rest)].out, &result, 4);
+}
 template <class T>
 KVB_EMU_OWN void combine_shuffle(Warp& warp, u32 members) {
   for (u32 rest = members; rest; rest &= rest - 1) {
@@ -60,6 +70,14 @@ KVB_EMU_OWN inline u32 ballot(u32 mask, bool vote, const char* what, int line) {
   u32 votes;
   __builtin_memcpy(&votes, me.out, 4);
   return votes;
+}
+template <bool kLargest>
+KVB_EMU_OWN u32 reduce(u32 mask, u32 value, const char* what, int line) {
+  Lane& me = my_lane();
+  __builtin_memcpy(me.in, &value, 4);
+  collective(mask, combine_reduce<kLargest>, what, line);
+  __builtin_memcpy(&value, me.out, 4);
+  return value;
 }
 KVB_EMU_OWN inline int lane_id() { return int(machine.current->lane); }
 
@@ -96,6 +114,13 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
 }
 inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return kvb::emu::ballot(mask, predicate != 0, "__any_sync", line) != 0;
+}
+// Of u32 alone; a GPU of compute capability 8.0 or more has them.
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+  return kvb::emu::reduce<false>(mask, value, "__reduce_add_sync", line);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+  return kvb::emu::reduce<true>(mask, value, "__reduce_max_sync", line);
 }
 inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return kvb::emu::ballot(mask, predicate == 0, "__all_sync", line) == 0;
