@@ -43,7 +43,7 @@
 //             reaches 89 %.
 //
 // attention_sparse_kernel: the same over listed tokens alone, with one list per KV head or per query head.
-//   Leading   slots of the cache, those of exact sinks and tail, may stand in front of every list: all that a sparse
+//   Leading   slots of the cache, those of exact sinks and tail, may stand behind every list: all that a sparse
 //             cache attends to is one launch, without a second one for them and a third that merges.
 //   Rows      A lane loads one of the 16 positions of a tile, two tiles ahead; copies take them by shuffles.  Whole
 //             rows of 2 * D bytes, so that segments of 128 bytes or more are read, and nothing of any other row.
@@ -79,27 +79,31 @@ struct EveryToken {
   __device__ __forceinline__ int token(int i) const { return i < count ? i : -1; }
 };
 
-// The first `leading` slots, then those of the list, which counts from slot `first`.  Entries outside the sequence are
-// no token: -1.
+// The slots of the list, which counts from slot `first`, then the first `leading`.  Entries outside the sequence are no
+// token: -1.  An entry is asked for before it is known whether the list is that long: three loads would else wait for
+// each other, counts, entries and rows.
 struct ListedTokens {
   static constexpr bool kListed = true;
-  int first, leading;
-  int count;
-  int length;
-  const int* list;   // of position 0, so that position `leading` is the first entry
+  int first, count, length;
+  int listed, slots;   // entries: present, that there is memory for
+  const int* list;
   __device__ __forceinline__ ListedTokens(const int* lengths, int b, int tokens, const int* indices, const int* counts,
                                           u64 batch_stride, u64 list_stride, int slots, int list_id, int lists,
                                           const int* leading_counts, int first)
       : first(first),
-        leading(leading_counts ? min(max(leading_counts[b], 0), first) : 0),
-        count(leading + min(max(counts[b * lists + list_id], 0), slots)),
         length(lengths ? min(max(lengths[b], 0), tokens - first) : tokens - first),
-        list(indices + b * batch_stride + list_id * list_stride - leading) {}
-  __device__ __forceinline__ int token(int i) const {
-    if (i < leading) return i;
-    const int token = i < count ? __ldg(list + i) : -1;
-    return static_cast<u32>(token) < static_cast<u32>(length) ? first + token : -1;
+        listed(min(max(counts[b * lists + list_id], 0), slots)),
+        slots(slots),
+        list(indices + b * batch_stride + list_id * list_stride) {
+    count = listed + (leading_counts ? min(max(leading_counts[b], 0), first) : 0);
   }
+  __device__ __forceinline__ int entry(int i) const { return i < slots ? __ldg(list + i) : -1; }
+  // Of position i, with entry(i).
+  __device__ __forceinline__ int token(int i, int entry) const {
+    if (i >= listed) return i < count ? i - listed : -1;
+    return static_cast<u32>(entry) < static_cast<u32>(length) ? first + entry : -1;
+  }
+  __device__ __forceinline__ int token(int i) const { return token(i, entry(i)); }
 };
 
 // The arguments that all decode kernels share.
@@ -150,6 +154,8 @@ __device__ __forceinline__ void attend(const DecodeArguments<T>& arguments, cons
 
   const int split = blockIdx.x, b = blockIdx.z, splits = gridDim.x, group = arguments.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int tile = split * kDecodeWarps + warp, entry = 0;
+  if constexpr (Tokens::kListed) entry = tokens.entry(tile * kTile + lane % kTile);
   const int length = tokens.count, tiles = (length + kTile - 1) / kTile;
   const int active = active_splits(tiles, kDecodeWarps, splits);
   if (split >= active) return;
@@ -163,6 +169,19 @@ __device__ __forceinline__ void attend(const DecodeArguments<T>& arguments, cons
   const u64 key_token_stride = arguments.key_token_stride, value_token_stride = arguments.value_token_stride;
   const float scale_log2 = arguments.scale_log2;
   const u64 policy = read_once_policy();
+
+  // A operand of S: query head g (and g + 8) as rows, in fragment order; chunk s holds two k-steps of 16.  It stays in
+  // shared memory, read again for every tile, so that the accumulators have the registers.
+  uint4* staged_query = shared + kDecodeWarps * kRingUnits * UNIT;   // (KEY_STEPS, HALVES, 32)
+  constexpr int QUERY_CHUNKS = KEY_STEPS * HALVES, QUERY_LOADS = (QUERY_CHUNKS + kDecodeWarps - 1) / kDecodeWarps;
+  uint4 raw_query[QUERY_LOADS];
+#pragma unroll
+  for (int i = 0; i < QUERY_LOADS; ++i) {
+    const int chunk = warp + i * kDecodeWarps, h = g + 8 * (chunk % HALVES);
+    raw_query[i] = chunk < QUERY_CHUNKS && h < group
+        ? *reinterpret_cast<const uint4*>(query + (row + h) * D + 32 * (chunk / HALVES) + 8 * t)
+        : make_uint4(0, 0, 0, 0);
+  }
 
   // Listed tokens: lane i % 16 holds position i of the tile that is copied next, and of the one behind it.
   const int tile_step = active * kDecodeWarps;
@@ -193,23 +212,16 @@ __device__ __forceinline__ void attend(const DecodeArguments<T>& arguments, cons
     }
     cp_async_commit();
   };
-  int tile = split * kDecodeWarps + warp;
   if constexpr (Tokens::kListed) {
-    token = listed(tile);
+    token = tile < tiles ? tokens.token(tile * kTile + lane % kTile, entry) : -1;
     token_ahead = listed(tile + tile_step);
     present = __ballot_sync(0xffffffffu, token >= 0);
   }
   copy_rows(head_keys, key_token_stride, tile, 0);
   copy_rows(head_values, value_token_stride, tile, 1);
-
-  // A operand of S: query head g (and g + 8) as rows, in fragment order; chunk s holds two k-steps of 16.  It stays in
-  // shared memory, read again for every tile, so that the accumulators have the registers.
-  uint4* staged_query = shared + kDecodeWarps * kRingUnits * UNIT;   // (KEY_STEPS, HALVES, 32)
-  for (int i = warp; i < KEY_STEPS * HALVES; i += kDecodeWarps) {
-    const int s = i / HALVES, h = g + 8 * (i % HALVES);
-    const T* from = query + (row + h) * D + 32 * s + 8 * t;
-    staged_query[i * 32 + lane] = h < group ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-  }
+#pragma unroll
+  for (int i = 0; i < QUERY_LOADS; ++i)
+    if (warp + i * kDecodeWarps < QUERY_CHUNKS) staged_query[(warp + i * kDecodeWarps) * 32 + lane] = raw_query[i];
   __syncthreads();
 
   float o[4 * VALUE_STEPS][HALVES][4] = {};   // o[4 s + w]: dims 64 s + 8 g + 2 w (+ 1 for [2], [3]), heads 2t, 2t+1

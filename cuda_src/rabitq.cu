@@ -52,11 +52,12 @@ namespace kvb {
 
 constexpr int kMostRounds = 8, kMostQueries = 16;
 
-// Signs of a rotation to shared memory.
+// Signs of a rotation to shared memory, asynchronously.
 template <int D>
 __device__ __forceinline__ void stage_signs(float* staged, const float* signs, int rounds) {
   for (int i = threadIdx.x; i < rounds * D / 4; i += blockDim.x)
-    reinterpret_cast<float4*>(staged)[i] = reinterpret_cast<const float4*>(signs)[i];
+    cp_async_16(staged + 4 * i, signs + 4 * i);
+  cp_async_commit();
 }
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
@@ -181,13 +182,34 @@ __device__ __forceinline__ float dither(const Rounding& rounding, u32 i) {
 //   query    (batch, q_heads, D), type 0 float, 1 fp16, 2 bf16
 //   rotated  R q, likewise but float, and mean R c_q, where a dense matrix has rotated them; else null
 //   mean     c_q of this KV head, or null        key_mean   c_k of it, or null
-//   signs    (rounds, D) in shared memory        rounds     0 with `rotated`
 struct QuerySource {
   const void* query;
   int type;
-  const float *rotated, *mean, *key_mean, *signs;
-  int rounds;
-  float remaining_scale;
+  const float *rotated, *mean, *key_mean;
+};
+
+// D / 32 coordinates of a query, centred, and what they add to its scalars.
+template <int D>
+struct QueryShare {
+  float v[1][D / 32], square, constant;
+
+  // Zeros if row `row` is not `present`.
+  __device__ __forceinline__ QueryShare(const QuerySource& from, u64 row, bool present, int lane)
+      : v{}, square(0.f), constant(0.f) {
+    constexpr int N = D / 32;
+    const int first = lane * N;
+    float raw[N] = {}, key_mean[N] = {}, mean[N] = {};
+    if (from.key_mean) load_floats(key_mean, from.key_mean, 0, first);
+    if (from.mean) load_floats(mean, from.mean, 0, first);
+    if (from.rotated && present) load_floats(v[0], from.rotated, 0, row * D + first);
+    if (present) load_floats(raw, from.query, from.type, row * D + first);   // converts, and so waits: last
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      constant = fmaf(raw[e], key_mean[e], constant);
+      v[0][e] = (from.rotated ? v[0][e] : raw[e]) - mean[e];
+      square = fmaf(v[0][e], v[0][e], square);
+    }
+  }
 };
 
 struct QueryScalars {
@@ -195,30 +217,22 @@ struct QueryScalars {
   float square, constant;   // |q - c_q|^2 and <q, c_k>
 };
 
-// A warp rounds query `row` (zeros if it is not `present`): codes[e] is that of coordinate D / 32 lane + e.  Float
-// arithmetic as in the reference.
+// A warp rounds a query: codes[e] is that of coordinate D / 32 lane + e, and its random number rounding.counter plus
+// `at` plus e.  Float arithmetic as in the reference.
+// signs : (rounds, D) in shared memory        rounds : 0 for what is rotated already
 template <int D>
-__device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 32], const QuerySource& from, u64 row,
-                                                    bool present, int lane, const Rounding& rounding) {
+__device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 32], QueryShare<D>& share, const float* signs,
+                                                    int rounds, float remaining_scale, u32 at, int lane,
+                                                    const Rounding& rounding) {
   constexpr int N = D / 32;
-  const int first = lane * N;
-  float v[1][N] = {}, square = 0.f, constant = 0.f;
-  if (present) load_floats(v[0], from.query, from.type, row * D + first);
-  if (from.key_mean)
-#pragma unroll
-    for (int e = 0; e < N; ++e) constant = fmaf(v[0][e], from.key_mean[first + e], constant);
-  if (from.rotated && present) load_floats(v[0], from.rotated, 0, row * D + first);
-  if (from.mean)
-#pragma unroll
-    for (int e = 0; e < N; ++e) v[0][e] -= from.mean[first + e];
-#pragma unroll
-  for (int e = 0; e < N; ++e) square = fmaf(v[0][e], v[0][e], square);
-  hadamard_rounds<32>(v, from.signs, from.rounds, lane, 0);
+  float(&v)[1][N] = share.v;
+  float &square = share.square, &constant = share.constant;
+  hadamard_rounds<32>(v, signs, rounds, lane, 0);
   float low = infinity(), high = -infinity();
   int usable = 1;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    v[0][e] = __fmul_rn(v[0][e], from.remaining_scale);
+    v[0][e] = __fmul_rn(v[0][e], remaining_scale);
     low = fminf(low, v[0][e]);
     high = fmaxf(high, v[0][e]);
     usable &= fabsf(v[0][e]) < infinity();
@@ -248,7 +262,7 @@ __device__ __forceinline__ QueryScalars round_query(int (&codes)[D / 32], const 
 #pragma unroll
     for (int e = 0; e < N; ++e)   // floor, by rounding down to a whole number
       v[0][e] = static_cast<float>(
-          __float2int_rd(__fadd_rn(v[0][e], dither(rounding, static_cast<u32>(row) * D + first + e))));
+          __float2int_rd(__fadd_rn(v[0][e], dither(rounding, at + e))));
 #pragma unroll
   for (int e = 0; e < N; ++e) codes[e] = min(max(__float2int_rn(v[0][e]), wide ? -127 : 0), wide ? 127 : 15);
   const float nan = __int_as_float(0x7fc00000);
@@ -264,15 +278,17 @@ __global__ void __launch_bounds__(128)
                            u32 seed, u32 counter, u8* codes, float* step, float* low, int group) {
   KVB_SHARED(float, staged_signs, [kMostRounds * D]);
   stage_signs<D>(staged_signs, signs, rounds);
+  cp_async_wait<0>();
   __syncthreads();
   const int lane = threadIdx.x % 32;
   const float* mean = query_mean ? query_mean + blockIdx.y * query_mean_stride + blockIdx.x * D : nullptr;
   for (int h = threadIdx.x / 32; h < group; h += 4) {
     const u64 row = (static_cast<u64>(blockIdx.y) * gridDim.x + blockIdx.x) * group + h;
     int made[D / 32];
-    const QueryScalars scalars = round_query<D>(
-        made, {query, query_type, rotated, mean, nullptr, staged_signs, rounds, remaining_scale}, row, true, lane,
-        {bits, random, seed, counter});
+    QueryShare<D> share({query, query_type, rotated, mean, nullptr}, row, true, lane);
+    const QueryScalars scalars =
+        round_query<D>(made, share, staged_signs, rounds, remaining_scale,
+                       static_cast<u32>(row * D + lane * (D / 32)), lane, {bits, random, seed, counter});
 #pragma unroll
     for (int e = 0; e < D / 32; ++e) codes[row * D + lane * (D / 32) + e] = static_cast<u8>(made[e]);
     if (lane == 0) {
@@ -351,15 +367,19 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
   u32 first = (blockIdx.x * 8 + warp) * TOKENS;
   if (first < length) load(first);   // on its way while the query is rounded
 
+  const QuerySource source = {query, query_type, rotated,
+                              query_mean ? query_mean + blockIdx.z * query_mean_stride + blockIdx.y * D : nullptr,
+                              key_mean ? key_mean + blockIdx.z * key_mean_stride + blockIdx.y * D : nullptr};
   stage_signs<D>(staged_signs, signs, rounds);
+  QueryShare<D> share(source, pair * group + warp, warp < group, lane);   // while the signs are under way
+  cp_async_wait<0>();
   __syncthreads();
   for (int h = warp; h < TILES * 4; h += 8) {        // a warp rounds a query head, or zeros
-    const float* mean = query_mean ? query_mean + blockIdx.z * query_mean_stride + blockIdx.y * D : nullptr;
-    const float* centre = key_mean ? key_mean + blockIdx.z * key_mean_stride + blockIdx.y * D : nullptr;
+    if (h >= 8) share = QueryShare<D>(source, pair * group + h, h < group, lane);
     int codes[D / 32], total[2] = {};
-    const QueryScalars scalars = round_query<D>(
-        codes, {query, query_type, rotated, mean, centre, staged_signs, rounds, remaining_scale}, pair * group + h,
-        h < group, lane, {bits, random, seed, counter});
+    const QueryScalars scalars =
+        round_query<D>(codes, share, staged_signs, rounds, remaining_scale,
+                       static_cast<u32>((pair * group + h) * D + lane * (D / 32)), lane, {bits, random, seed, counter});
 #pragma unroll
     for (int e = 0; e < D / 32; ++e) {
       // Coordinate 8 s + p of a word: product 2 c + s / 2 has it in operand s % 2, as digit times -8 / 2^s.

@@ -83,12 +83,12 @@ def test_many_tokens_in_many_blocks(backend):
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("most", [None, 300])
 @pytest.mark.parametrize("calibrated", [False, "shrink", "shift"])
-@pytest.mark.parametrize("content", ["narrow", "normal", "wide", "masked"])
+@pytest.mark.parametrize("content", ["narrow", "normal", "apart", "wide", "masked"])
 def test_long_rows_in_every_mode(backend, most, calibrated, content):
-    """Rows whose keys are further apart than bins reach, or so near each other that the whole row is searched; infinite
-    logits; and with "shift" a bound that raises the threshold."""
+    """Rows whose keys are further apart than bins are kept, or than they are counted, or so near each other that the
+    whole row is searched; infinite logits; and with "shift" a bound that raises the threshold."""
     tokens, rng = 6000, np.random.default_rng(7)
-    y = normal(8, (1, 4, tokens), tau={"narrow": 0.02, "normal": 3.0, "wide": 20.0, "masked": 3.0}[content])
+    y = normal(8, (1, 4, tokens), tau={"narrow": 0.02, "normal": 3.0, "apart": 9.0, "wide": 20.0}.get(content, 3.0))
     if content == "masked":
         y[..., rng.permutation(tokens)[:2000]] = rng.choice([np.inf, -np.inf, np.nan, -1e9], (1, 4, 2000))
     sigma = rng.uniform(0, 1, y.shape)
