@@ -7,7 +7,8 @@
 // octets.
 //
 // block_gtq_encode_kernel: permute, rotate by groups, normalise, code, pack.
-//   Work     A warp takes 32 tokens of one head; the warps of a block (four, two at D = 256) share codebooks only.
+//   Work     A warp takes 32 tokens of one head at a time, with a grid stride; the warps of a block (four, two at
+//            D = 256) share codebooks only.
 //   Rows     stand in shared memory in rate order, in fp16.  Rows of fp16 at multiples of 16 bytes come in chunks of
 //            eight numbers, all of a warp's loads at once, and every number goes to its place; others number by number.
 //   Rotation mma.m16n8k16 with tokens as rows of A and 256 R_g^T as B, in two parts of fp16, which the host has put
@@ -63,6 +64,8 @@ constexpr int kDecodeWarps = 4, kDecodeTokens = 32, kDecodePitch = kDecodeTokens
 constexpr int kEncodeTokens = 32;   // of a warp
 template <int D>
 constexpr int kEncodeWarps = D == 256 ? 2 : 4;
+template <class T, int PARTS>
+constexpr int kResidentEncodeWarps = PARTS == 2 ? 8 : kHasWideRange<T> ? 12 : 16;   // on a multiprocessor
 constexpr float kRotationScale = 256.f;   // of the parts of rotations in fp16
 
 // y[e] += sum_i matrix[i, e] factor x[i] for eight neighbouring columns of a square matrix of that size, whose rows
@@ -182,13 +185,14 @@ __device__ __forceinline__ void store_rows(Word* to, const Word* from, int size,
 // mean : (kv_heads, D) every mean_batch_stride elements, subtracted from x, or null (as it must be for PARTS = 1)
 // order : (heads, D); groups : (heads, scalars); segments : (heads, D / 16): of head h of sequence b in row
 //         b plan_stride + h; plan_stride is 0 where all sequences share one plan, else kv_heads
-// rotations : B operands of R_g, (size / 16, size / 8, 32) times four words: of the high part of kRotationScale R_g in
-//         fp16, and of what it leaves          boundaries : (books, 128)     centroids : (books, 256)
+// rotations : B operands of R_g, (size / 16 of y, size / 16 of z, 2 octets of y, 32) times four words: of the high part
+//         of kRotationScale R_g in fp16, and of what it leaves; behind the last 256 words more
+// boundaries : (books, 128)     centroids : (books, 256)
 // exponents : (heads,), of scalars of one byte             scale_mode : 0 nc, 1 plain, 2 mse, 3 unbiased
 // sign, magnitude, and halves or bytes : (batch, kv_heads, tokens, D / 32, magnitude_words, scalars), strides in tokens
-// Grid (ceil(tokens / (32 warps)), kv_heads, batch), block 32 kEncodeWarps
+// Grid (blocks of a head, kv_heads, batch), block 32 kEncodeWarps
 template <class T, int D, int PARTS>
-__global__ void __launch_bounds__(kEncodeWarps<D> * 32, PARTS == 1 ? 16 / kEncodeWarps<D> : 8 / kEncodeWarps<D>)
+__global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, PARTS> / kEncodeWarps<D>)
     block_gtq_encode_kernel(const T* __restrict__ x, u64 x_batch_stride, u64 x_head_stride, u64 x_token_stride,
                             const float* __restrict__ mean, u64 mean_batch_stride, const i32* __restrict__ order,
                             const i32* __restrict__ groups, const i32* __restrict__ segments,
@@ -201,6 +205,7 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, PARTS == 1 ? 16 / kEncod
   constexpr bool SCALES = kHasWideRange<T> || PARTS == 2;      // by a power of two for every group
   KVB_SHARED(float, books, [kMostGroups][2][kMostBoundaries]);   // decisions, magnitudes
   KVB_SHARED(u16, places, [D]);                                  // of coordinates in rate order
+  KVB_SHARED(u16, coordinates, [D]);                             // at these places
   KVB_SHARED(float, largest_of, [SCALES ? THREADS * (SEGMENTS + 1) : 1]);
   KVB_DYNAMIC_SHARED(char, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -215,12 +220,13 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, PARTS == 1 ? 16 / kEncod
       books[i][1][m] = centroids[group.book * kMostCodes + m];
     }
   }
-  for (int i = threadIdx.x; i < D; i += THREADS) places[order[plan * D + i]] = static_cast<u16>(i);
+  for (int i = threadIdx.x; i < D; i += THREADS) {
+    coordinates[i] = static_cast<u16>(order[plan * D + i]);
+    places[coordinates[i]] = static_cast<u16>(i);
+  }
   __syncthreads();
 
   // What follows is one warp's own.
-  const int first = (blockIdx.x * WARPS + warp) * kEncodeTokens, count = min(tokens - first, kEncodeTokens);
-  if (count <= 0) return;
   const int row_words = SIGN_WORDS + magnitude_words;
   char* own = shared + warp * (2 * PARTS * PART + kEncodeTokens * (4 * row_words + 2 * kMostGroups));
   __half* operands = reinterpret_cast<__half*>(own);                     // (parts, tokens, pitch)
@@ -228,220 +234,231 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, PARTS == 1 ? 16 / kEncod
   u32* magnitude_rows = sign_rows + kEncodeTokens * SIGN_WORDS;          // (tokens, words)
   u16* scalar_rows = reinterpret_cast<u16*>(magnitude_rows + kEncodeTokens * magnitude_words);   // (tokens, scalars)
   float* own_largest = largest_of + warp * (SCALES ? 32 * (SEGMENTS + 1) : 0);   // (tokens, segments), padded
-  for (int i = lane; i < kEncodeTokens * magnitude_words; i += 32) magnitude_rows[i] = 0;
 
-  // ---- rows, in rate order, as A operands ----
-  constexpr int PAIRS = D / 64;   // of neighbouring coordinates, per lane
-  int from[PAIRS][2];
-  float centre[PAIRS][2];
-#pragma unroll
-  for (int i = 0; i < PAIRS; ++i)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      from[i][e] = order[plan * D + 64 * i + 2 * lane + e];
-      centre[i][e] = PARTS == 2 && mean ? -0.25f * mean[b * mean_batch_stride + head * D + from[i][e]] : 0.f;
-    }
-  const T* rows = x + b * x_batch_stride + head * x_head_stride + first * x_token_stride;
-  // A quarter of x - mean, which cannot overflow.
-  auto centred = [&](int token, int i, int e) {
-    return fmaf(0.25f, to_float(rows[token * x_token_stride + from[i][e]]), centre[i][e]);
-  };
-  if constexpr (SCALES) {
-#pragma unroll 4
-    for (int token = 0; token < count; ++token)
-#pragma unroll
-      for (int i = 0; i < PAIRS; ++i) {
-        float largest = fmaxf(fabsf(centred(token, i, 0)), fabsf(centred(token, i, 1)));
-#pragma unroll
-        for (int distance = 4; distance; distance /= 2)
-          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-        if (lane % 8 == 0) own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8] = largest;
-      }
-    __syncwarp();
-    if (lane < count)
-      for (int i = 0; i < scalars; ++i) {
-        const KeyGroup group = own_groups[i];
-        float largest = 0.f;
-        float* of_group = own_largest + lane * (SEGMENTS + 1) + group.start / 16;
-        for (int k = 0; k < group.size / 16; ++k) largest = fmaxf(largest, of_group[k]);
-        for (int k = 0; k < group.size / 16; ++k) of_group[k] = largest;
-      }
-    __syncwarp();
-  }
-  const u64 alignment = reinterpret_cast<u64>(rows) | sizeof(T) * x_token_stride;
-  if (!SCALES && alignment % 16 == 0) {   // chunks of eight coordinates, each of them to its place
-    constexpr int LANES = D / 8;          // per row
-    constexpr int ROWS = 32 / LANES;      // at a time
-    const int own_row = lane / LANES;
-    u16* to[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e)
-      to[e] = reinterpret_cast<u16*>(operands) + own_row * PITCH + places[lane % LANES * 8 + e];
-    const T* chunks = rows + own_row * x_token_stride + lane % LANES * 8;
-#pragma unroll 16
-    for (int token = 0; token < kEncodeTokens; token += ROWS) {
-      uint4 chunk = make_uint4(0, 0, 0, 0);
-      if (token + own_row < count) chunk = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride));
-      const u32 words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-      for (int e = 0; e < 8; ++e) to[e][token * PITCH] = static_cast<u16>(words[e / 2] >> (16 * (e % 2)));
-    }
-  } else {
-#pragma unroll 4
-    for (int token = 0; token < kEncodeTokens; ++token)
-#pragma unroll
-      for (int i = 0; i < PAIRS; ++i) {
-        float multiplier = 4.f, undo, v[2] = {}, rest[2] = {};
-        if (SCALES && token < count)
-          power_of_two(own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8], multiplier, undo);
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (token < count) {
-            v[e] = centred(token, i, e) * multiplier;
-            rest[e] = v[e] - to_float(from_float<__half>(v[e]));
-          }
-        u32* to = reinterpret_cast<u32*>(operands + token * PITCH + 64 * i) + lane;
-        *to = pack_pair<__half>(v[0], v[1]);
-        if constexpr (PARTS == 2) to[PART / 2] = pack_pair<__half>(rest[0], rest[1]);
-      }
-  }
-  __syncwarp();
-
-  // ---- groups ----
-  // The lane's tokens are g, g + 8, g + 16, g + 24; its coordinates of an octet 2 t and 2 t + 1.
-  const __half* own_rows = operands + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
-  u8* own_signs = reinterpret_cast<u8*>(sign_rows) + g * (4 * SIGN_WORDS) + t;
-  u8* own_magnitudes = reinterpret_cast<u8*>(magnitude_rows) + g * (4 * magnitude_words) + t;
-  const int exponent = exponents[plan];
-  u32 signs[4] = {}, tops[4] = {};   // bytes of a word of which the first half is known
-  bool finite = true;                // of token g + 8 t
-  for (int i = 0; i < scalars; ++i) {
-    const KeyGroup group = own_groups[i];
-    float s = 0.f;
-    if (group.size > 0) {   // the same for the whole block
-      const int steps = group.size / 16, bits = group.bits;
-      const __half* group_rows = own_rows + group.start;
-      float unit[4] = {}, inverse[4], inner[4] = {}, energy[4] = {};   // of y = unit z
 #pragma unroll 1
-      for (int k = 0; k < steps; ++k)
+  for (int first = (blockIdx.x * WARPS + warp) * kEncodeTokens; first < tokens;
+       first += gridDim.x * WARPS * kEncodeTokens) {
+    const int count = min(tokens - first, kEncodeTokens);
+    for (int i = lane; i < kEncodeTokens * magnitude_words; i += 32) magnitude_rows[i] = 0;
+
+    // ---- rows, in rate order, as A operands ----
+    constexpr int PAIRS = D / 64;   // of neighbouring coordinates, per lane
+    int from[PAIRS][2];
+    float centre[PAIRS][2];
 #pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          u32 a[4], rest[4];
-          ldmatrix_x4(a, group_rows + 16 * u * PITCH + 16 * k);
-          if constexpr (PARTS == 2) ldmatrix_x4(rest, group_rows + 16 * u * PITCH + 16 * k + PART);
+    for (int i = 0; i < PAIRS; ++i)
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            float2 v = unpack_pair<__half>(a[r]);
-            if constexpr (PARTS == 2) {
-              const float2 more = unpack_pair<__half>(rest[r]);
-              v.x += more.x;
-              v.y += more.y;
-            }
-            unit[2 * u + r % 2] = fmaf(v.x, v.x, fmaf(v.y, v.y, unit[2 * u + r % 2]));
-          }
+      for (int e = 0; e < 2; ++e) {
+        from[i][e] = coordinates[64 * i + 2 * lane + e];
+        centre[i][e] = PARTS == 2 && mean ? -0.25f * mean[b * mean_batch_stride + head * D + from[i][e]] : 0.f;
+      }
+    const T* rows = x + b * x_batch_stride + head * x_head_stride + first * x_token_stride;
+    // A quarter of x - mean, which cannot overflow.
+    auto centred = [&](int token, int i, int e) {
+      return fmaf(0.25f, to_float(rows[token * x_token_stride + from[i][e]]), centre[i][e]);
+    };
+    if constexpr (SCALES) {
+#pragma unroll 4
+      for (int token = 0; token < count; ++token)
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+          float largest = fmaxf(fabsf(centred(token, i, 0)), fabsf(centred(token, i, 1)));
+#pragma unroll
+          for (int distance = 4; distance; distance /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+          if (lane % 8 == 0) own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8] = largest;
         }
+      __syncwarp();
+      if (lane < count)
+        for (int i = 0; i < scalars; ++i) {
+          const KeyGroup group = own_groups[i];
+          float largest = 0.f;
+          float* of_group = own_largest + lane * (SEGMENTS + 1) + group.start / 16;
+          for (int k = 0; k < group.size / 16; ++k) largest = fmaxf(largest, of_group[k]);
+          for (int k = 0; k < group.size / 16; ++k) of_group[k] = largest;
+        }
+      __syncwarp();
+    }
+    const u64 alignment = reinterpret_cast<u64>(rows) | sizeof(T) * x_token_stride;
+    if (!SCALES && alignment % 16 == 0) {   // chunks of eight coordinates, each of them to its place
+      constexpr int LANES = D / 8;          // per row
+      constexpr int ROWS = 32 / LANES;      // at a time
+      const int own_row = lane / LANES;
+      u16* to[8];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 1);
-        unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 2);
-        unit[q] *= group.inverse_size;
-        if (q == t) finite = finite && unit[q] < infinity();   // not for NaN either
-        inverse[q] = unit[q] > 0.f ? rsqrtf(unit[q]) : 0.f;
-        unit[q] *= inverse[q] * kRotationScale;
-        inverse[q] *= 1.f / kRotationScale;
+      for (int e = 0; e < 8; ++e)
+        to[e] = reinterpret_cast<u16*>(operands) + own_row * PITCH + places[lane % LANES * 8 + e];
+      const T* chunks = rows + own_row * x_token_stride + lane % LANES * 8;
+#pragma unroll 16
+      for (int token = 0; token < kEncodeTokens; token += ROWS) {
+        uint4 chunk = make_uint4(0, 0, 0, 0);
+        if (token + own_row < count) chunk = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride));
+        const u32 words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+        for (int e = 0; e < 8; ++e) to[e][token * PITCH] = static_cast<u16>(words[e / 2] >> (16 * (e % 2)));
       }
+    } else {
+#pragma unroll 4
+      for (int token = 0; token < kEncodeTokens; ++token)
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+          float multiplier = 4.f, undo, v[2] = {}, rest[2] = {};
+          if (SCALES && token < count)
+            power_of_two(own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8], multiplier, undo);
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (token < count) {
+              v[e] = centred(token, i, e) * multiplier;
+              rest[e] = v[e] - to_float(from_float<__half>(v[e]));
+            }
+          u32* to = reinterpret_cast<u32*>(operands + token * PITCH + 64 * i) + lane;
+          *to = pack_pair<__half>(v[0], v[1]);
+          if constexpr (PARTS == 2) to[PART / 2] = pack_pair<__half>(rest[0], rest[1]);
+        }
+    }
+    __syncwarp();
 
+    // ---- groups ----
+    // The lane's tokens are g, g + 8, g + 16, g + 24; its coordinates of an octet 2 t and 2 t + 1.
+    const __half* own_rows = operands + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
+    u8* own_signs = reinterpret_cast<u8*>(sign_rows) + g * (4 * SIGN_WORDS) + t;
+    u8* own_magnitudes = reinterpret_cast<u8*>(magnitude_rows) + g * (4 * magnitude_words) + t;
+    u32 signs[4] = {}, tops[4] = {};   // bytes of a word of which the first half is known
+    bool finite = true;                // of token g + 8 t
+    for (int i = 0; i < scalars; ++i) {
+      const KeyGroup group = own_groups[i];
+      float s = 0.f;
+      if (group.size > 0) {   // the same for the whole block
+        const int steps = group.size / 16, bits = group.bits;
+        const __half* group_rows = own_rows + group.start;
+        float unit[4] = {}, inverse[4], inner[4] = {}, energy[4] = {};   // of y = unit z
+        // B operands of two octets; those of the first are under way while the product before is made, of whatever
+        // comes behind the last one, too.
+        const uint4* next = reinterpret_cast<const uint4*>(rotations + group.rotation) + lane;
+        uint4 ahead = next[0];
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {   // 16 coordinates, two octets
-        float y[2][2][4] = {};   // [tokens][octet]
-        const uint4* tile = reinterpret_cast<const uint4*>(rotations + group.rotation) + 64 * step + lane;
-#pragma unroll 1
-        for (int k = 0; k < steps; ++k, tile += 64 * steps) {
-          const uint4 r[2] = {tile[0], tile[32]};
+        for (int k = 0; k < steps; ++k)
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
             u32 a[4], rest[4];
             ldmatrix_x4(a, group_rows + 16 * u * PITCH + 16 * k);
             if constexpr (PARTS == 2) ldmatrix_x4(rest, group_rows + 16 * u * PITCH + 16 * k + PART);
 #pragma unroll
-            for (int octet = 0; octet < 2; ++octet) {
-              mma_m16n8k16<__half>(y[u][octet], a, {r[octet].x, r[octet].y});
-              mma_m16n8k16<__half>(y[u][octet], a, {r[octet].z, r[octet].w});
-              if constexpr (PARTS == 2) mma_m16n8k16<__half>(y[u][octet], rest, {r[octet].x, r[octet].y});
+            for (int r = 0; r < 4; ++r) {
+              float2 v = unpack_pair<__half>(a[r]);
+              if constexpr (PARTS == 2) {
+                const float2 more = unpack_pair<__half>(rest[r]);
+                v.x += more.x;
+                v.y += more.y;
+              }
+              unit[2 * u + r % 2] = fmaf(v.x, v.x, fmaf(v.y, v.y, unit[2 * u + r % 2]));
             }
           }
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 1);
+          unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 2);
+          unit[q] *= group.inverse_size;
+          if (q == t) finite = finite && unit[q] < infinity();   // not for NaN either
+          inverse[q] = unit[q] > 0.f ? rsqrtf(unit[q]) : 0.f;
+          unit[q] *= inverse[q] * kRotationScale;
+          inverse[q] *= 1.f / kRotationScale;
         }
-        const float* book = books[i][0];
-        CodeBytes codes;
-        switch (bits) {
-          case 1: codes = code_segment<1>(y, unit, inverse, book, bits, inner, energy); break;
-          case 2: codes = code_segment<2>(y, unit, inverse, book, bits, inner, energy); break;
-          case 3: codes = code_segment<3>(y, unit, inverse, book, bits, inner, energy); break;
-          case 4: codes = code_segment<4>(y, unit, inverse, book, bits, inner, energy); break;
-          case 5: codes = code_segment<5>(y, unit, inverse, book, bits, inner, energy); break;
-          default: codes = code_segment<6>(y, unit, inverse, book, bits, inner, energy);
-        }
-        const int k = group.start / 16 + step;
-        const KeySegment segment = own_segments[k];
-        // Byte t of every word of a row is this lane's.
-        auto store_bytes = [&](u8* to, int row_bytes, const u32(&from)[4]) {
-#pragma unroll
-          for (int q = 0; q < 4; ++q) to[8 * q * row_bytes] = static_cast<u8>(from[q]);
-        };
-#pragma unroll
-        for (int q = 0; q < 4; ++q) signs[q] = k % 2 ? signs[q] | codes.sign[q] << 2 : codes.sign[q];
-        if (k % 2) store_bytes(own_signs + 4 * (k / 2), 4 * SIGN_WORDS, signs);
-#pragma unroll
-        for (int pair = 0; pair < 3; ++pair)
-          if (bits >= 3 + 2 * pair)
-            store_bytes(own_magnitudes + 4 * segment.pairs[pair], 4 * magnitude_words, codes.pairs[pair]);
-        if (bits % 2 == 0) {
-#pragma unroll
-          for (int q = 0; q < 4; ++q) tops[q] = segment.top_half ? tops[q] | codes.top[q] << 2 : codes.top[q];
-          store_bytes(own_magnitudes + 4 * segment.top, 4 * magnitude_words, tops);
-        }
-      }
-#pragma unroll
-      for (int q = 0; q < 4; ++q)
-#pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2) {
-          inner[q] += __shfl_xor_sync(0xffffffffu, inner[q], distance);
-          energy[q] += __shfl_xor_sync(0xffffffffu, energy[q], distance);
-        }
-      auto own_of = [&](const float (&of)[4]) { return t < 2 ? (t ? of[1] : of[0]) : t == 2 ? of[2] : of[3]; };
-      const float own_unit = own_of(unit) * (1.f / kRotationScale);
-      if (own_unit > 0.f)
-        s = own_unit * scale_factor(scale_mode, own_of(inner) * own_of(inverse) * group.inverse_size,
-                                    own_of(energy) * group.inverse_size);
-      if (SCALES && g + 8 * t < count) {
-        float multiplier, undo;
-        power_of_two(own_largest[(g + 8 * t) * (SEGMENTS + 1) + group.start / 16], multiplier, undo);
-        s *= undo * 4.f;
-      }
-    }
-    const u16 stored = stored_scalar(s, halves != nullptr, exponent);
-    if (halves) scalar_rows[(g + 8 * t) * scalars + i] = stored;
-    else reinterpret_cast<u8*>(scalar_rows)[(g + 8 * t) * scalars + i] = static_cast<u8>(stored);
-  }
 
-  // ---- whole rows; of tokens with NaN or Inf, zeros and NaN ----
-  __syncwarp();
-  for (int row = 0, bad = ~__ballot_sync(0xffffffffu, finite); bad; ++row)   // bit 4 g + t: of token g + 8 t
-    if (const int bit = 1 << (row % 8 * 4 + row / 8); bad & bit) {
-      bad &= ~bit;
-      if (lane < SIGN_WORDS) sign_rows[row * SIGN_WORDS + lane] = 0;
-      for (int i = lane; i < magnitude_words; i += 32) magnitude_rows[row * magnitude_words + i] = 0;
-      if (lane < scalars) {
-        if (halves) scalar_rows[row * scalars + lane] = 0x7fff;
-        else reinterpret_cast<u8*>(scalar_rows)[row * scalars + lane] = 255;
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {   // 16 coordinates, two octets
+          float y[2][2][4] = {};   // [tokens][octet]
+#pragma unroll 1
+          for (int k = 0; k < steps; ++k) {
+            const uint4 r[2] = {ahead, next[32]};
+            next += 64;
+            ahead = next[0];
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+              u32 a[4], rest[4];
+              ldmatrix_x4(a, group_rows + 16 * u * PITCH + 16 * k);
+              if constexpr (PARTS == 2) ldmatrix_x4(rest, group_rows + 16 * u * PITCH + 16 * k + PART);
+#pragma unroll
+              for (int octet = 0; octet < 2; ++octet) {
+                mma_m16n8k16<__half>(y[u][octet], a, {r[octet].x, r[octet].y});
+                mma_m16n8k16<__half>(y[u][octet], a, {r[octet].z, r[octet].w});
+                if constexpr (PARTS == 2) mma_m16n8k16<__half>(y[u][octet], rest, {r[octet].x, r[octet].y});
+              }
+            }
+          }
+          const float* book = books[i][0];
+          CodeBytes codes;
+          switch (bits) {
+            case 1: codes = code_segment<1>(y, unit, inverse, book, bits, inner, energy); break;
+            case 2: codes = code_segment<2>(y, unit, inverse, book, bits, inner, energy); break;
+            case 3: codes = code_segment<3>(y, unit, inverse, book, bits, inner, energy); break;
+            case 4: codes = code_segment<4>(y, unit, inverse, book, bits, inner, energy); break;
+            case 5: codes = code_segment<5>(y, unit, inverse, book, bits, inner, energy); break;
+            default: codes = code_segment<6>(y, unit, inverse, book, bits, inner, energy);
+          }
+          const int k = group.start / 16 + step;
+          const KeySegment segment = own_segments[k];
+          // Byte t of every word of a row is this lane's.
+          auto store_bytes = [&](u8* to, int row_bytes, const u32(&from)[4]) {
+#pragma unroll
+            for (int q = 0; q < 4; ++q) to[8 * q * row_bytes] = static_cast<u8>(from[q]);
+          };
+#pragma unroll
+          for (int q = 0; q < 4; ++q) signs[q] = k % 2 ? signs[q] | codes.sign[q] << 2 : codes.sign[q];
+          if (k % 2) store_bytes(own_signs + 4 * (k / 2), 4 * SIGN_WORDS, signs);
+#pragma unroll
+          for (int pair = 0; pair < 3; ++pair)
+            if (bits >= 3 + 2 * pair)
+              store_bytes(own_magnitudes + 4 * segment.pairs[pair], 4 * magnitude_words, codes.pairs[pair]);
+          if (bits % 2 == 0) {
+#pragma unroll
+            for (int q = 0; q < 4; ++q) tops[q] = segment.top_half ? tops[q] | codes.top[q] << 2 : codes.top[q];
+            store_bytes(own_magnitudes + 4 * segment.top, 4 * magnitude_words, tops);
+          }
+        }
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+#pragma unroll
+          for (int distance = 1; distance < 4; distance *= 2) {
+            inner[q] += __shfl_xor_sync(0xffffffffu, inner[q], distance);
+            energy[q] += __shfl_xor_sync(0xffffffffu, energy[q], distance);
+          }
+        auto own_of = [&](const float (&of)[4]) { return t < 2 ? (t ? of[1] : of[0]) : t == 2 ? of[2] : of[3]; };
+        const float own_unit = own_of(unit) * (1.f / kRotationScale);
+        if (own_unit > 0.f)
+          s = own_unit * scale_factor(scale_mode, own_of(inner) * own_of(inverse) * group.inverse_size,
+                                      own_of(energy) * group.inverse_size);
+        if (SCALES && g + 8 * t < count) {
+          float multiplier, undo;
+          power_of_two(own_largest[(g + 8 * t) * (SEGMENTS + 1) + group.start / 16], multiplier, undo);
+          s *= undo * 4.f;
+        }
       }
+      const u16 stored = stored_scalar(s, halves != nullptr, exponents[plan]);
+      if (halves) scalar_rows[(g + 8 * t) * scalars + i] = stored;
+      else reinterpret_cast<u8*>(scalar_rows)[(g + 8 * t) * scalars + i] = static_cast<u8>(stored);
     }
-  __syncwarp();
-  const u64 token = b * batch_stride + head * head_stride + first;
-  store_rows(sign + token * SIGN_WORDS, sign_rows, count * SIGN_WORDS, lane);
-  store_rows(magnitude + token * magnitude_words, magnitude_rows, count * magnitude_words, lane);
-  if (halves) store_rows(reinterpret_cast<u16*>(halves) + token * scalars, scalar_rows, count * scalars, lane);
-  else store_rows(bytes + token * scalars, reinterpret_cast<const u8*>(scalar_rows), count * scalars, lane);
+
+    // ---- whole rows; of tokens with NaN or Inf, zeros and NaN ----
+    __syncwarp();
+    for (int row = 0, bad = ~__ballot_sync(0xffffffffu, finite); bad; ++row)   // bit 4 g + t: of token g + 8 t
+      if (const int bit = 1 << (row % 8 * 4 + row / 8); bad & bit) {
+        bad &= ~bit;
+        if (lane < SIGN_WORDS) sign_rows[row * SIGN_WORDS + lane] = 0;
+        for (int i = lane; i < magnitude_words; i += 32) magnitude_rows[row * magnitude_words + i] = 0;
+        if (lane < scalars) {
+          if (halves) scalar_rows[row * scalars + lane] = 0x7fff;
+          else reinterpret_cast<u8*>(scalar_rows)[row * scalars + lane] = 255;
+        }
+      }
+    __syncwarp();
+    const u64 token = b * batch_stride + head * head_stride + first;
+    store_rows(sign + token * SIGN_WORDS, sign_rows, count * SIGN_WORDS, lane);
+    store_rows(magnitude + token * magnitude_words, magnitude_rows, count * magnitude_words, lane);
+    if (halves) store_rows(reinterpret_cast<u16*>(halves) + token * scalars, scalar_rows, count * scalars, lane);
+    else store_rows(bytes + token * scalars, reinterpret_cast<const u8*>(scalar_rows), count * scalars, lane);
+    __syncwarp();   // the rows have been read
+  }
 }
 
 // ---- decode ---------------------------------------------------------------------------------------------------------
@@ -790,11 +807,11 @@ __global__ void __launch_bounds__(256, 1)
 }  // namespace kvb
 
 #define KVB_EXPORT_BLOCK_GTQ(D)                                         \
-  KVB_EXPORT(168, kvb::block_gtq_encode_kernel<float, D, 2>)            \
+  KVB_EXPORT(192, kvb::block_gtq_encode_kernel<float, D, 2>)            \
   KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__half, D, 1>)           \
-  KVB_EXPORT(168, kvb::block_gtq_encode_kernel<__half, D, 2>)           \
-  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 1>)    \
-  KVB_EXPORT(168, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 2>)    \
+  KVB_EXPORT(192, kvb::block_gtq_encode_kernel<__half, D, 2>)           \
+  KVB_EXPORT(168, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 1>)    \
+  KVB_EXPORT(192, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 2>)    \
   KVB_EXPORT(128, kvb::block_gtq_decode_kernel<float, D>)               \
   KVB_EXPORT(128, kvb::block_gtq_decode_kernel<__half, D>)              \
   KVB_EXPORT(128, kvb::block_gtq_decode_kernel<__nv_bfloat16, D>)       \

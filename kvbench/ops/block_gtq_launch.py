@@ -36,7 +36,10 @@ def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arg
     function = loaders.get_function(
         "block_gtq", f"kvb::block_gtq_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}, {parts}>", backend, x.device)
     row = 2 * parts * (head_dim + 8) + 4 * (head_dim // 32 + plan.magnitude_words) + 2 * 8    # operands, codes, scalars
-    function((-(-tokens // (ENCODE_TOKENS * warps)), kv_heads, batch), (32 * warps,), (
+    resident = (8 if parts == 2 else {"float16": 16, "bfloat16": 12}[x.dtype]) // warps   # as there
+    resident *= loaders.multiprocessors(backend, x.device)
+    blocks = min(-(-tokens // (ENCODE_TOKENS * warps)), max(1, resident // (kv_heads * batch)))
+    function((blocks, kv_heads, batch), (32 * warps,), (
         x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), order, groups, segments,
         _operands_on_device(plan, x.device), boundaries, centroids, exponents, _plan_stride(plan, kv_heads),
         np.int32(SCALE_MODES.index(scale_mode)), *_stored(codes), np.int32(tokens)),
@@ -204,17 +207,19 @@ def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _operands_on_device(plan: Plan, device: Device) -> Array:
-    """The rotations of the plan's sizes, one after another, as B operands of m16n8k16, [size / 16, size / 8, 32, 4]
+    """The rotations of the plan's sizes, one after another, as B operands of m16n8k16, [size / 16, size / 16, 2, 32, 4]
     words: 256 R_g in two parts of float16, high and what it leaves, each two words of two numbers.  Lane (n, t) has row
-    8 * octet + n, columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16."""
+    16 * step + 8 * octet + n, columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16.  Behind them is what the kernel loads ahead.
+    """
     operands = []
     for size in sorted({group.size for head in plan.groups for group in head}):
         matrix = 256 * plan.rotation_of(size).dense()
         high = matrix.astype(np.float16)
         parts = np.stack([high, (matrix - high).astype(np.float16)])
-        tiles = parts.reshape(2, size // 8, 8, size // 16, 2, 4, 2)      # part, octet, n, step, word, t, number
-        operands.append(tiles.transpose(3, 1, 2, 5, 0, 4, 6).ravel().view(np.uint32))
-    return upload(np.concatenate(operands), device)
+        # part, step, octet, n, columns, word, t, number
+        tiles = parts.reshape(2, size // 16, 2, 8, size // 16, 2, 4, 2)
+        operands.append(tiles.transpose(1, 4, 2, 3, 6, 0, 5, 7).ravel().view(np.uint32))
+    return upload(np.concatenate((*operands, np.zeros(256, np.uint32))), device)
 
 
 @functools.lru_cache(maxsize=64)
