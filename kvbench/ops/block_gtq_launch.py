@@ -107,11 +107,11 @@ def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, s
 def _attention_ring(head_dim: int, heads: int, warps: int, plan: Plan, value_bits: int) -> tuple[int, int]:
     """(tiles in a warp's ring, dynamic shared memory) of block_gtq_attention_kernel: three if there is room.
 
-    In memory: units and offsets of the heads, records of segments of 80 bytes, centroids of 6 to 8 bits, the query, the
+    In memory: units and offsets of the heads, records of chunks of 112 bytes, centroids of 6 to 8 bits, the query, the
     order of coordinates, the signs of the values' rotation, scalars of a tile per warp, and the rings.  The end of the
     kernel (kvb/splits.cuh) uses the rings again, and needs the rotated rows besides."""
     tile, most_groups, most_rounds = 32, 8, 8
-    fixed = (8 * heads + head_dim // TILE * (80 + 512) + 896 + 4 * head_dim * (1 + most_rounds)
+    fixed = (8 * heads + head_dim // TILE * (112 + 512) + 896 + 4 * head_dim * (1 + most_rounds)
              + warps * most_groups * tile * 4)
     scalar_bytes = plan.scalars * (2 if plan.exponents is None else 1)
     row = head_dim // 8 * (1 + value_bits) + 4 * plan.magnitude_words + scalar_bytes + 2
@@ -224,28 +224,52 @@ def _operands_on_device(plan: Plan, device: Device) -> Array:
 
 @functools.lru_cache(maxsize=64)
 def _records_on_device(plan: Plan, device: Device) -> tuple[Array, Array]:
-    """Of every head, as kvb/block_gtq_attention.cuh has them: records of segments, five times four words each, and
-    centroids of 6 to 8 bits."""
+    """Of every head, as kvb/block_gtq_attention.cuh has them: records of chunks and segments, seven times four words
+    each, and centroids of 6 to 8 bits."""
     tables = tables_of(plan)
-    records = np.zeros((*tables.segments.shape[:2], 5, 4), np.uint32)
+    records = np.zeros((*tables.segments.shape[:2], 7, 4), np.uint32)
     centroids = np.zeros((len(records), 64 + 128 + 256), np.float16)
-    for h, segments in enumerate(tables.segments):
-        for k, (bits, g, book, pair, middle, upper, top, half) in enumerate(segments.tolist()):
-            start, size, *_, rotation = tables.groups[h, g].tolist()
+    for h, segments in enumerate(tables.segments.tolist()):
+        chunks = _chunks_of(tables.groups[h].tolist())
+        for i, (count, work, k) in enumerate(chunks):
+            bits, g, book, pair, middle, upper, top, half = segments[k]
             levels, first = tables.centroids[book, : 2**bits].astype(np.float16), 2**bits - 64
             positive, negative = levels.reshape(2, -1)
             if bits > 5:
                 centroids[h, first : first + 2**bits] = levels
-            else:                                          # entries 4 sigma + m up to 3 bits, else m
-                entries = np.resize(positive, 16)
-                if bits <= 3:
+            else:
+                entries = np.resize(positive, 16)          # m
+                if bits == 2:                              # 2 sigma + m; 4 sigma + 2 m, and any bit 0
+                    entries[:4], entries[8:] = levels, np.repeat(levels, 2)
+                elif bits <= 3:                            # 4 sigma + m
                     entries[:8] = *np.resize(positive, 4), *np.resize(negative, 4)
-                records[h, k, 1], records[h, k, 2] = byte_table(entries[:8]), byte_table(entries[8:])
-            last = TILE * (k + 1) == start + size
-            records[h, k, 0] = bits + 16 * last, 4 * pair, 4 * top, 32 - 2 * half
-            records[h, k, 3] = 4 * middle, 4 * upper, max(2 * first, 0), 0
-            records[h, k, 4] = start, size, rotation, 0
+                records[h, i, 4], records[h, i, 5] = byte_table(entries[:8]), byte_table(entries[8:])
+            sign_to = {1: 2, 2: 1, 3: 2}.get(bits, 0)      # bit of the nibble for that of the first octet
+            top_to = 2 if bits == 4 else 0
+            for t in range(2):                             # lanes of the first or the second segment, or octet
+                second, octet = (t, 0) if count == 2 else (0, t)
+                for at, place, to in ((0, k + second, sign_to), (2, 2 * top + half + second, top_to)):
+                    records[h, i, t, at : at + 2] = place // 2 * 4, 32 + to - place % 2 * 2 - octet
+            records[h, i, 2] = 512 * k, 4 * DECODE_TOKENS * g, 4 * pair, 4 * middle
+            records[h, i, 3, :2] = 4 * upper, max(2 * first, 0) + bits
+            for j in range(count):
+                start, size, *_, rotation = tables.groups[h, g].tolist()
+                records[h, k + j, 6] = start, size, rotation, 2 * (count == 2) + j
+        for run in range(11):
+            until = sum(work - 1 + 5 * (2 - count) <= run for count, work, _ in chunks)
+            records[h, run // 4, 3, 2] |= until << run % 4 * 8
     return upload(records, device), upload(centroids, device)
+
+
+def _chunks_of(groups: list) -> list[tuple[int, int, int]]:
+    """(segments, work, first segment) of the chunks of a head, in runs: two segments of a group at a time up to 5 bits,
+    then those left over.  Work is the number of bits, 6 for 6 to 8."""
+    chunks = []
+    for start, size, bits, *_ in groups:
+        first, end = start // TILE, (start + size) // TILE
+        paired = first if bits > 5 else end - (end - first) % 2
+        chunks += [(2, bits, k) for k in range(first, paired, 2)] + [(1, min(bits, 6), k) for k in range(paired, end)]
+    return sorted(chunks, key=lambda chunk: (-chunk[0], *chunk[1:]))
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,29 +13,34 @@
 //   Start     The query, permuted and multiplied by the R_g of its groups (a few KB, not D^2), then by a power of two,
 //             becomes fp16.  That happens before all but one tile of the ring are asked for: behind them the matrices
 //             would wait.
-//   Keys      mma.m16n8k16 with the query as A, 16 heads by 16 coordinates of a segment, and codes as B, 16 coordinates
-//             by 8 tokens.  Lane (g, t) = (lane / 4, lane % 4) has coordinates 4t .. 4t + 3 of a segment, of the tokens
-//             g + 8 j.  One byte permutation puts those of two tokens into a word, of which a shift and a mask give
-//             eight selectors; tables of the high and of the low bytes of fp16 centroids make operands of them.  Tables
-//             have 8 entries: with the sign up to 3 bits, magnitudes of 4 bits, two of them magnitudes of 5 bits; 6 to
-//             8 bits look up every centroid in shared memory.  All threads of a block have the same segments, so that
+//   Keys      mma.m16n8k16 with the query as A, 16 heads by 16 coordinates, and codes as B, 16 coordinates by 8 tokens.
+//             Segments are multiplied by chunks: two neighbours of a group up to 5 bits, one where none is left over.
+//             Lane (g, t) = (lane / 4, lane % 4) has the tokens g + 8 j; of one segment coordinates 4t .. 4t + 3, of
+//             two eight of segment t / 2: half of the nibbles of one word of each plane, both octets.  One byte
+//             permutation puts those of two tokens into a word, of which a shift and a mask give eight selectors;
+//             tables of the high and of the low bytes of fp16 centroids make operands of them.  Tables have 8 entries:
+//             with the sign up to 3 bits, magnitudes of 4 bits, two of them magnitudes of 5 bits; 6 to 8 bits look up
+//             every centroid in shared memory.  The chunks of a head stand in runs of equal work, so that each kind is
+//             a loop of its own, without a switch; where runs end is read by shuffles, by which the compiler knows that
 //             nothing diverges.  The scalars of a group, float, turned into one row of 32 tokens per group, multiply
-//             its finished sums.
+//             the sums of each chunk, whose first product begins from the zero register.
 //   Softmax, values   As in kvb/plane_attention.cuh, from which they are.
 //   Bytes     Keys: D bits / 8 + 2 scalars (padding aside); values: D bits / 8 + 2, per token and KV head, once: 108 at
 //             D = 128, 3 + 3 bits, five groups.
 //   Counts    Warp instructions per tile of 32 tokens at D = 128, up to 8 heads, values of 3 bits, keys whose segments
-//             have 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for sm_90): segments 630 (of 16 coordinates and 32 tokens: 36
-//             for 1 bit, 60 for 2 or 3, 90 for 4, 135 for 5, 200 and more beyond), ends of groups 140, start of a tile
-//             130, copies 85, weights 70, values 286: 1340 in all, some 700 of them on the half-rate integer pipe.  At
-//             132 multiprocessors and 1.75 GHz, 128K tokens x 8 KV heads: 47 us of issue slots, 50 us of the integer
-//             pipe, 38 us of memory at 3 TB/s.
+//             have 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for sm_90): chunks 520 (of two segments 77 for 1 bit, 101 for
+//             2, 103 for 3, 141 for 4, 191 for 5; of one 53, 73, 74, 97 and 122, and 209 or more beyond), the loops
+//             around them 45, start of a tile 70, copies 64, weights 65, values 296: 1060 in all, some 620 of them on
+//             the half-rate integer pipe.  At 132 multiprocessors and 1.75 GHz, 128K tokens x 8 KV heads: 38 us of
+//             issue slots, 44 us of the integer pipe, 38 us of memory at 3 TB/s.
 //   Tried     H100, D = 128, 3 + 3 bits, fp16 scalars, us with L2 flushed:    32:8 128K  16:2 128K  32:8 32K  32:8 4K
 //               two blocks of 8 warps on a multiprocessor, tiles prepared in
 //               80 instructions more                                             103.1       52.2      42.3     17.5
 //               two blocks of 8 warps                                            101.2       51.7
-//               one block of 16 warps (this version)                              93.6       42.9      38.5     21.3
-//             With the L2 flushed by reading it is 92.8 at 32:8, 128K: bound by instructions, not by memory.
+//               one block of 16 warps, a switch per segment, 1414 instructions    93.6       42.9      38.5     21.3
+//               chunks in runs (this version)                                  not timed yet
+//             With the L2 flushed by reading, the one before was 92.8 at 32:8, 128K: bound by instructions, not by
+//             memory.  A bit per run that has chunks, tested instead of where it ends, takes more instructions.
 #pragma once
 #include "kvb/block_gtq_plan.cuh"
 #include "kvb/plane_attention.cuh"
@@ -45,94 +50,158 @@ namespace kvb {
 
 constexpr int kWideCentroids = 448;   // of a head, fp16, positive and negative ones: 64 of 6 bits, 128 of 7, 256 of 8
 
-// What the inner loop, and the fold, know of a segment.  Words of a row of magnitudes: their offsets in bytes.
-struct __align__(16) SegmentRecord {
-  i32 bits, pair, top, top_rotation;   // bits + 16 for the last of a group; words; 32 - 2 (half of the top word)
-  uint4 table[2];                      // as a ValueTable; entries 4 sigma + m up to 3 bits, else m, 0-7 and 8-15
-  i32 middle, upper, centroids, unused;    // words of pairs 1 and 2; of 6 to 8 bits, where their centroids begin
-  int4 fold;                           // of its group: first coordinate, coordinates, where R_g^T begins
-};
+// What the inner loop knows of chunk i, and the fold of segment i.  Offsets in bytes.  Runs, in this order: chunks of
+// two segments of 1, 2, .. 5 bits, chunks of one of 1, 2, .. 5 and of 6 to 8 bits.
+struct __align__(16) ChunkRecord {
+  // Of lanes with t / 2 = 0 and 1: the word of signs and how far it is rotated left, the word of the top plane likewise.
+  int4 lane[2];
+  i32 query, scalars, pair, middle;   // A operands; in the scratch of a warp; words of pairs 0 and 1
+  i32 upper, levels;                  // of 6 to 8 bits: word of pair 2; where centroids begin, plus the number of bits
+  u32 ends;                           // one after the last chunk of the runs 4 i .. 4 i + 3, a byte each
+  i32 unused;
+  // As a ValueTable.  1 and 3 bits: entries 4 sigma + m.  2 bits: 2 sigma + m, and, for the second of two products,
+  // 4 sigma + 2 m with any bit 0.  4 and 5 bits: m, 0-7 and 8-15.
+  uint4 table[2];
+  int4 fold;   // first coordinate and size of the segment's group, where R_g^T begins; in a chunk of two 2, the second
+};             // one 3, else 0
 
 // The keys of a tile in shared memory, as lane (g, t) reads them.
 struct KeyTile {
-  const char* rows[4];   // of magnitudes: tokens g, g + 8, ...
+  const char* signs;     // of token g; those of tokens g + 8, ... are 8 rows further on each time
+  const char* rows;      // of magnitudes: of token g; those of tokens g + 8, ... are `stride` bytes further on each time
+  int stride;
   int flip;              // chunks of 16 bytes stand in another order in some rows: exclusive or of an offset
   u32 halves;            // selector of PRMT: the lane's 16 bits of a word of each of two tokens
-  int octet;             // of the segment, which has the lane's coordinates
+  int upper;             // t / 2: of two segments, the lane has coordinates of this one; of one, of this octet
 
   __device__ __forceinline__ u32 both(const char* first, const char* second) const {
     return permute_bytes(*reinterpret_cast<const u32*>(first), *reinterpret_cast<const u32*>(second), halves);
   }
   // words[u]: of tokens g + 16 u and g + 16 u + 8
   __device__ __forceinline__ void load(u32 (&words)[2], int at) const {
-    const int place = at ^ flip;
+    const char* row = rows + (at ^ flip);
 #pragma unroll
-    for (int u = 0; u < 2; ++u) words[u] = both(rows[2 * u] + place, rows[2 * u + 1] + place);
+    for (int u = 0; u < 2; ++u) words[u] = both(row + 2 * u * stride, row + (2 * u + 1) * stride);
+  }
+  template <int D>
+  __device__ __forceinline__ void load_signs(u32 (&words)[2], int at) const {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) words[u] = both(signs + at + 2 * u * D, signs + at + (2 * u + 1) * D);
   }
 };
 
 __device__ __forceinline__ u32 rotate_left(u32 x, int n) { return __funnelshift_l(x, x, n); }
+// Bits of x where the mask has ones, of y elsewhere.
+__device__ __forceinline__ u32 choose(u32 mask, u32 x, u32 y) { return (x & mask) | (y & ~mask); }
 
-// sum[j] += a . codes of tokens 8 j .. 8 j + 7, of a segment of BITS bits; 6 stands for 6 to 8.
-// signs[u] : as KeyTile::load gives them, of the word that has the segment in its half `odd`
-template <int BITS>
-__device__ __forceinline__ void multiply_segment(float (&sum)[4][4], const u32 (&a)[4], const u32 (&signs)[2], int odd,
-                                                 const KeyTile& keys, const SegmentRecord& record,
-                                                 const char* centroids) {
-  const int sign_place = keys.octet + 2 * odd, pair_place = 2 * keys.octet;
-  const int bits = BITS == 6 ? record.bits & 15 : BITS;
-  u32 pairs[2], middle[2], upper[2] = {}, top[2] = {};
-  if constexpr (BITS >= 3) keys.load(pairs, record.pair);
-  if constexpr (BITS >= 5) keys.load(middle, record.middle);
+// sum[j] += query . codes of tokens 8 j .. 8 j + 7, of a chunk of SEGMENTS segments of BITS bits; 6 stands for 6 to 8.
+// query : the lane's part of the chunk's first A operand
+template <int D, int BITS, int SEGMENTS>
+__device__ __forceinline__ void multiply_chunk(float (&sum)[4][4], const uint4* query, const KeyTile& keys,
+                                               const ChunkRecord& record, const char* centroids) {
+  // Of two segments, a lane has half of the nibbles of one: both octets, one for each product.
+  const int4 own = record.lane[keys.upper];
+  const int second = SEGMENTS == 2 ? 4 * keys.upper : 0, pair_place = SEGMENTS == 2 ? 0 : 2 * keys.upper;
+  const int bits = BITS == 6 ? record.levels & 15 : BITS;
+  u32 signs[2], pairs[2], middle[2], upper[2] = {}, tops[2] = {};
+  keys.load_signs<D>(signs, own.x);
+  if constexpr (BITS >= 3) keys.load(pairs, record.pair + second);
+  if constexpr (BITS >= 5) keys.load(middle, record.middle + second);
   if (bits >= 7) keys.load(upper, record.upper);
-  if (bits % 2 == 0) {
-    keys.load(top, record.top);
-    const int rotation = record.top_rotation + (BITS == 4 ? 2 : 0) - keys.octet;
+  if (bits % 2 == 0) keys.load(tops, own.z);
+  u32 rotated[2], rotated_top[2];   // 2 bits only
+  if constexpr (BITS == 2) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u) top[u] = rotate_left(top[u], rotation) & (BITS == 4 ? 0x44444444u : 0x11111111u);
+    for (int u = 0; u < 2; ++u) {
+      rotated[u] = rotate_left(signs[u], own.y);
+      rotated_top[u] = rotate_left(tops[u], own.w) & 0x33333333u;
+    }
   }
 #pragma unroll
-  for (int u = 0; u < 2; ++u) {
-    // Nibbles 0-3: of the first token, 4-7: of the second.
-    u32 b[2][2], n = BITS <= 3 ? rotate_left(signs[u], 34 - sign_place) & 0x44444444u : 0;
-    const u32 negative = BITS >= 4 ? signs[u] >> sign_place & 0x11111111u : 0;
-    if constexpr (BITS >= 3) n |= pairs[u] >> pair_place & 0x33333333u;
-    if constexpr (BITS <= 5) {
-      const uint4 table = record.table[0], upper_table = record.table[1];
-      u32 in_upper = 0;
-      if constexpr (BITS % 2 == 0) n |= top[u];
-      if constexpr (BITS == 5) {
-        n |= rotate_left(middle[u], 34 - pair_place) & 0x44444444u;
-        in_upper = middle[u] >> (pair_place + 1) & 0x11111111u;
-      }
+  for (int i = 0; i < SEGMENTS; ++i) {
+    const uint4 operand = query[i * 32];
+    const u32 a[4] = {operand.x, operand.y, operand.z, operand.w};
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        u32 high = permute_bytes(table.x, table.y, n >> (16 * k));
-        u32 low = BITS == 1 ? table.z : permute_bytes(table.z, table.w, n >> (16 * k));
+    for (int u = 0; u < 2; ++u) {
+      // Nibbles 0-3: of the first token, 4-7: of the second.
+      u32 b[2][2], n = 0, negative = 0, top = 0;
+      if constexpr (BITS == 2) {   // both octets of a code from words with both their bits: the tables differ
+        n = choose(0x22222222u << i, rotated[u], rotated_top[u]);
+      } else {
+        const u32 sign = rotate_left(signs[u], own.y - i);
+        if constexpr (BITS <= 3) n = sign & 0x44444444u;
+        else negative = BITS == 6 ? sign & 0x11111111u : sign;
+        if constexpr (BITS % 2 == 0) top = rotate_left(tops[u], own.w - i) & (BITS == 4 ? 0x44444444u : 0x11111111u);
+        if constexpr (BITS >= 3) n |= pairs[u] >> (pair_place + 2 * i) & 0x33333333u;
+      }
+      if constexpr (BITS <= 5) {
+        const uint4 table = record.table[BITS == 2 ? i : 0], upper_table = record.table[1];
+        u32 in_upper = 0;
+        if constexpr (BITS == 4) n |= top;
         if constexpr (BITS == 5) {
-          const u32 mask = permute_bytes(0x0000ff00u, 0, in_upper >> (16 * k));
-          high ^= (high ^ permute_bytes(upper_table.x, upper_table.y, n >> (16 * k))) & mask;
-          low ^= (low ^ permute_bytes(upper_table.z, upper_table.w, n >> (16 * k))) & mask;
+          n |= rotate_left(middle[u], 34 - 2 * i - pair_place) & 0x44444444u;
+          in_upper = middle[u] >> (pair_place + 2 * i + 1);
         }
-        if constexpr (BITS >= 4) high ^= permute_bytes(0x00008000u, 0, negative >> (16 * k));
-        b[k][0] = permute_bytes(low, high, 0x5140u);
-        b[k][1] = permute_bytes(low, high, 0x7362u);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          u32 high = permute_bytes(table.x, table.y, n >> (16 * k));
+          u32 low = BITS == 1 ? table.z : permute_bytes(table.z, table.w, n >> (16 * k));
+          if constexpr (BITS == 5) {
+            // Here and for the sign, bit 0 of a nibble alone matters: others choose a byte like it, or its top bit.
+            const u32 mask = permute_bytes(0xff00ff00u, 0xff00ff00u, in_upper >> (16 * k));
+            high = choose(mask, permute_bytes(upper_table.x, upper_table.y, n >> (16 * k)), high);
+            low = choose(mask, permute_bytes(upper_table.z, upper_table.w, n >> (16 * k)), low);
+          }
+          if constexpr (BITS >= 4)
+            high ^= permute_bytes(0x80008000u, 0x80008000u, negative >> (16 * k)) & 0x80808080u;
+          b[k][0] = permute_bytes(low, high, 0x5140u);
+          b[k][1] = permute_bytes(low, high, 0x7362u);
+        }
+      } else {
+        // Codes as bytes: magnitude bits 0 to 3, then the others, then the sign; of even nibbles and of odd ones.
+        n |= (middle[u] >> pair_place & 0x33333333u) << 2;
+        const u32 rest =
+            (upper[u] >> pair_place & 0x33333333u) | top << (bits == 8 ? 2 : 0) | negative << (bits - 5);
+        const u32 even = (n & 0x0f0f0f0fu) | (rest & 0x0f0f0f0fu) << 4;
+        const u32 odds = (n >> 4 & 0x0f0f0f0fu) | (rest & 0xf0f0f0f0u);
+        const char* levels = centroids + (record.levels & ~15);
+        auto look_up = [&](u32 codes, int e) {
+          return static_cast<u32>(*reinterpret_cast<const u16*>(levels + 2 * permute_bytes(codes, 0, 0x4440u + e)));
+        };
+#pragma unroll
+        for (int e = 0; e < 4; ++e) b[e / 2][e % 2] = permute_bytes(look_up(even, e), look_up(odds, e), 0x5410u);
       }
-    } else {
-      // Codes as bytes: magnitude bits 0 to 3, then the others, then the sign; of even nibbles and of odd ones.
-      n |= (middle[u] >> pair_place & 0x33333333u) << 2;
-      const u32 rest = (upper[u] >> pair_place & 0x33333333u) | top[u] << (bits == 8 ? 2 : 0) | negative << (bits - 5);
-      const u32 even = (n & 0x0f0f0f0fu) | (rest & 0x0f0f0f0fu) << 4;
-      const u32 odds = (n >> 4 & 0x0f0f0f0fu) | (rest & 0xf0f0f0f0u);
-      const char* levels = centroids + record.centroids;
-      auto look_up = [&](u32 codes, int i) {
-        return static_cast<u32>(*reinterpret_cast<const u16*>(levels + 2 * permute_bytes(codes, 0, 0x4440u + i)));
-      };
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = permute_bytes(look_up(even, i), look_up(odds, i), 0x5410u);
+      for (int k = 0; k < 2; ++k) mma_m16n8k16<__half>(sum[2 * u + k], a, b[k]);
     }
+  }
+}
+
+// product[j][half][e] += the products of head g + 8 half and token 8 j + 2t + e, of the chunks from `chunk` on: the run
+// of BITS and SEGMENTS.
+// query : A operands of the lane      scalars : (groups, tokens) float, from token 2t on
+template <int D, int BITS, int SEGMENTS, int HALVES>
+__device__ __forceinline__ void multiply_run(float (&product)[4][HALVES][2], int& chunk, const u32 (&ends)[3],
+                                             const ChunkRecord* records, const char* query, const char* scalars,
+                                             const KeyTile& keys, const char* centroids) {
+  constexpr int RUN = (SEGMENTS == 2 ? 0 : 5) + BITS - 1;
+  const int end = ends[RUN / 4] >> RUN % 4 * 8 & 255;
+#pragma unroll 1
+  for (; chunk < end; ++chunk) {
+    const ChunkRecord& record = records[chunk];
+    float sum[4][4] = {};
+    multiply_chunk<D, BITS, SEGMENTS>(sum, reinterpret_cast<const uint4*>(query + record.query), keys, record,
+                                      centroids);
+    const float2* factors = reinterpret_cast<const float2*>(scalars + record.scalars);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) mma_m16n8k16<__half>(sum[2 * u + k], a, b[k]);
+    for (int j = 0; j < 4; ++j) {
+      const float2 s = factors[4 * j];
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        product[j][half][0] = fmaf(s.x, sum[j][2 * half], product[j][half][0]);
+        product[j][half][1] = fmaf(s.y, sum[j][2 * half + 1], product[j][half][1]);
+      }
+    }
   }
 }
 
@@ -152,20 +221,27 @@ struct KeyRowsInMemory {
   __device__ __forceinline__ bool aligned() const {
     return (reinterpret_cast<u64>(sign) | reinterpret_cast<u64>(magnitude) | reinterpret_cast<u64>(scalar)) % 16 == 0;
   }
+  static __device__ __forceinline__ const char* chunk(const char* all, int tile, int bytes, int lane) {
+    return all + (static_cast<u64>(static_cast<u32>(tile)) * static_cast<u32>(bytes) + 16 * lane);
+  }
   // places : of the lane's chunk of signs, of magnitudes and of scalars
   __device__ __forceinline__ void copy_whole(char* to, int tile, const int3& places, int lane, u64 policy) const {
-    auto from = [&](const char* rows, int bytes) { return rows + (static_cast<u64>(tile) * bytes + 16 * lane); };
-    const char* signs = from(sign, SIGN_BYTES);
+    const char* signs = chunk(sign, tile, SIGN_BYTES, lane);
+    const char* magnitudes = chunk(magnitude, tile, magnitude_bytes, lane);
+    const char* scalars = chunk(scalar, tile, scalar_bytes, lane);
     if (SIGN_BYTES >= 512 || 16 * lane < SIGN_BYTES)
 #pragma unroll
       for (int i = 0; i < SIGN_BYTES; i += 512) cp_async_16_once(to + places.x + i, signs + i, 16, policy);
-    const char* magnitudes = from(magnitude, magnitude_bytes);
     const int left = magnitude_bytes - 16 * lane;
     if (left > 0) cp_async_16_once(to + places.y, magnitudes, 16, policy);
     if (left > 512) cp_async_16_once(to + places.y + 512, magnitudes + 512, 16, policy);
+    if (16 * lane < scalar_bytes) cp_async_16_once(to + places.z, scalars, 16, policy);
+  }
+  // The magnitudes from 1024 bytes on.
+  __device__ __forceinline__ void copy_rest(char* to, int tile, int place, int lane, u64 policy) const {
 #pragma unroll 1
-    for (int i = 1024; i < left; i += 512) cp_async_16_once(to + places.y + i, magnitudes + i, 16, policy);
-    if (16 * lane < scalar_bytes) cp_async_16_once(to + places.z, from(scalar, scalar_bytes), 16, policy);
+    for (int i = 1024; i < magnitude_bytes - 16 * lane; i += 512)
+      cp_async_16_once(to + place + i, chunk(magnitude, tile, magnitude_bytes, lane) + i, 16, policy);
   }
   // Of the first `count` rows of a tile; the others become zero.
   __device__ __forceinline__ void copy_part(char* to, int tile, int count, int lane) const {
@@ -201,7 +277,7 @@ constexpr int kBlockGtqWarps = D <= 128 && HEADS == 8 ? 16 : 8;
 template <int D, int HEADS, int VALUE_BITS>
 __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_attention_kernel(
     const void* __restrict__ query, int query_type, const i32* __restrict__ order,
-    const SegmentRecord* __restrict__ records, const __half* __restrict__ centroids,
+    const ChunkRecord* __restrict__ records, const __half* __restrict__ centroids,
     const float* __restrict__ rotations, const i32* __restrict__ exponents, int plan_stride,
     const u32* __restrict__ sign,
     const u32* __restrict__ magnitude, const __half* __restrict__ halves, const u8* __restrict__ bytes,
@@ -231,7 +307,7 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   KVB_DYNAMIC_SHARED(char, shared);
   float* query_unit = reinterpret_cast<float*>(shared);                                  // (HEADS,)
   float* lse_offset = query_unit + HEADS;                                                // (HEADS,)
-  SegmentRecord* staged_records = reinterpret_cast<SegmentRecord*>(lse_offset + HEADS);  // (D / 16,)
+  ChunkRecord* staged_records = reinterpret_cast<ChunkRecord*>(lse_offset + HEADS);      // (D / 16,)
   char* const staged_centroids = reinterpret_cast<char*>(staged_records + D / 16);            // (kWideCentroids,) fp16
   uint4* staged_query = reinterpret_cast<uint4*>(staged_centroids + 2 * kWideCentroids);   // (D / 16, 32): A operands
   i32* staged_order = reinterpret_cast<i32*>(staged_query + 2 * D);                      // (D,)
@@ -249,9 +325,10 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   }
   const int own = threadIdx.x % D, share = threadIdx.x / D;   // coordinate in rate order, and heads, to fold
   const i32 own_order = order[plan * D + own];
-  const SegmentRecord* own_records = records + plan * (D / 16);
+  const ChunkRecord* own_records = records + plan * (D / 16);
   const int4 fold = own_records[own / 16].fold;
-  constexpr int RECORD_CHUNKS = D / 16 * static_cast<int>(sizeof(SegmentRecord)) / 16;
+  const int in_chunk = own_records[lane * N / 16].fold.w, second = in_chunk % 2, paired = in_chunk / 2;
+  constexpr int RECORD_CHUNKS = D / 16 * static_cast<int>(sizeof(ChunkRecord)) / 16;
   if (threadIdx.x < RECORD_CHUNKS)
     cp_async_16(reinterpret_cast<uint4*>(staged_records) + threadIdx.x,
                 reinterpret_cast<const uint4*>(own_records) + threadIdx.x);
@@ -280,9 +357,9 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   __syncthreads();
   const int scalars_at = KeyRowsInMemory<D>::SIGN_BYTES + magnitude_bytes;
   const int key_bytes = scalars_at + scalar_bytes, tile_bytes = key_bytes + kPlaneTileBytes<D, VALUE_BITS>;
-  char* const own_ring = rings + warp * ring * tile_bytes;
+  const int own_ring = warp * ring * tile_bytes;   // in the rings
   // The same for the copies, in a register of each lane: kvb/plane_attention.cuh says why.
-  char* const filled = reinterpret_cast<char*>(pinned(reinterpret_cast<u64>(own_ring)));
+  char* const filled = reinterpret_cast<char*>(pinned(reinterpret_cast<u64>(rings + own_ring)));
   const u64 policy = read_once_policy();
   const int stride = pinned(active * WARPS);
   int tile = split * WARPS + warp, next = tile;   // of the warp: read, copied
@@ -295,12 +372,16 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   const int whole_tiles = pinned(rows.aligned() && ValueCopy::aligned(values) ? length / kPlaneTile : 0);
   auto copy_next = [&](char* to) {
     if (next < whole_tiles) {
-      rows.copy_whole(to, next, key_places, lane, policy);
-      ValueCopy::from(values, next, lane).whole(to, single_place, pair_place, lane, policy);
-      if (lane < 4)
-        cp_async_16_once(to + scales_place,
-                         reinterpret_cast<const char*>(values.scale) +
-                             (static_cast<u64>(next) * (2 * kPlaneTile) + 16 * lane), 16, policy);
+      // Every address before the first copy, and no branch among them: ptxas 13.0 puts three instructions that do
+      // nothing before each of them that stands alone.
+      const KeyRowsInMemory<D> keys = rows;
+      const PlaneSide side = values;
+      const ValueCopy value_copy = ValueCopy::from(side, next, lane);
+      const char* scales = keys.chunk(reinterpret_cast<const char*>(side.scale), next, 2 * kPlaneTile, lane);
+      if (lane < 4) cp_async_16_once(to + scales_place, scales, 16, policy);
+      keys.copy_whole(to, next, key_places, lane, policy);
+      value_copy.whole(to, single_place, pair_place, lane, policy);
+      keys.copy_rest(to, next, key_places.y, lane, policy);
     } else if (next < tiles) {
       const int count = min(length - next * kPlaneTile, kPlaneTile);
       rows.copy_part(to, next, count, lane);
@@ -378,13 +459,15 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
     float unit = undo * scale_log2;
     const bool zero = largest < 1e-30f || unit == 0.f;
     if (zero) unit = 1.f;
-    // Coordinates 4t' .. 4t' + 3 of a segment are columns 2t', 2t' + 1, 2t' + 8, 2t' + 9 of A: a[0] and a[2] of rows
-    // 0-7, a[1] and a[3] of rows 8-15, which are zero for up to 8 heads.
+    // What lane (g, t') multiplies stands in columns 2t', 2t' + 1, 2t' + 8, 2t' + 9 of A: a[0] and a[2] of rows 0-7,
+    // a[1] and a[3] of rows 8-15, which are zero for up to 8 heads.  Of one segment these are coordinates 4t' .. 4t' +
+    // 3; of two, four of octet i of segment t' / 2 in operand i.
     __half* operands = reinterpret_cast<__half*>(staged_query);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      const int j = lane * N + e, of = h % 8 * 4 + j % 16 / 4;
-      __half* to = operands + (j / 16 * 32 + of) * 8 + j % 4 / 2 * 4 + j % 2;
+      const int j = lane * N + e, octet = j % 16 / 8;
+      const int operand = j / 16 + (paired ? octet - second : 0), upper = paired ? second : octet;
+      __half* to = operands + (operand * 32 + h % 8 * 4 + 2 * upper + j % 8 / 4) * 8 + j % 4 / 2 * 4 + j % 2;
       to[h / 8 * 2] = from_float<__half>(finite && !zero ? v[e] * multiplier : 0.f);
       if (HALVES == 1) to[2] = from_float<__half>(0.f);
     }
@@ -408,19 +491,25 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   float* own_scratch = scratch + warp * (kMostGroups * kPlaneTile);
   KeyTile keys;
   keys.flip = 16 * KeyRowsInMemory<D>::flip(magnitude_words, g * magnitude_words / 4);
+  keys.stride = 32 * magnitude_words;
   keys.halves = t % 2 ? 0x7632u : 0x5410u;
-  keys.octet = t / 2;
-  int read = 0, freed = (ring - 1) * tile_bytes;   // in the ring: the tile that is read, the one before it
+  keys.upper = t / 2;
+  // The lane's bytes of keys, from the values on that follow them.
+  const int sign_place = pinned(g * (D / 8) - key_bytes);
+  const int row_place = pinned(KeyRowsInMemory<D>::SIGN_BYTES + g * 4 * magnitude_words - key_bytes);
+  const int scalar_place = pinned(lane * scalars * scalar_size - scalar_bytes);
+  // In the rings: the values of the tile that is read; in the ring: the tile before it.
+  int read = own_ring + key_bytes, freed = (ring - 1) * tile_bytes;
   for (; tile < tiles; tile += stride) {
     if (ring == 3) cp_async_wait<1>();
     else cp_async_wait<0>();
     __syncwarp();   // every lane's copies have landed, and every lane has read the slot that is filled now
-    const char* current = own_ring + read;
+    const char* current = rings + read;
     copy_next(filled + freed);
 
     // ---- logits ----
     {
-      const char* from = current + scalars_at + lane * scalars * scalar_size;
+      const char* from = current + scalar_place;
       float* to = own_scratch + lane;
       if (halves) {   // as many as there can be: what follows the scalars, of this tile, too, is never used
         __half s[kMostGroups];
@@ -435,49 +524,31 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
       }
     }
     __syncwarp();
+    keys.rows = current + row_place;
+    keys.signs = current + sign_place;
+    float product[GROUPS][HALVES][2] = {};
+    const char *lane_query = reinterpret_cast<const char*>(own_query),
+               *lane_scalars = reinterpret_cast<const char*>(own_scratch + 2 * t);
+    u32 ends[3];   // the same in all lanes, but from one of them: then branches are known not to diverge
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j)
-      keys.rows[j] = current + KeyRowsInMemory<D>::SIGN_BYTES + (g + 8 * j) * (4 * magnitude_words);
-    float product[GROUPS][HALVES][2] = {}, sum[GROUPS][4] = {};
-    const float2* factors = reinterpret_cast<const float2*>(own_scratch) + t;
-#pragma unroll 1
-    for (int w = 0; w < D / 32; ++w) {
-      u32 signs[2];
-      const char* sign_row = current + g * (D / 8) + 4 * w;
-#pragma unroll
-      for (int u = 0; u < 2; ++u) signs[u] = keys.both(sign_row + 2 * u * D, sign_row + (2 * u + 1) * D);
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int k = 2 * w + odd;
-        const SegmentRecord& record = staged_records[k];
-        const uint4 words = own_query[k * 32];
-        const u32 a[4] = {words.x, words.y, words.z, words.w};
-        const int bits = record.bits;
-        switch (bits & 15) {
-          case 1: multiply_segment<1>(sum, a, signs, odd, keys, record, staged_centroids); break;
-          case 2: multiply_segment<2>(sum, a, signs, odd, keys, record, staged_centroids); break;
-          case 3: multiply_segment<3>(sum, a, signs, odd, keys, record, staged_centroids); break;
-          case 4: multiply_segment<4>(sum, a, signs, odd, keys, record, staged_centroids); break;
-          case 5: multiply_segment<5>(sum, a, signs, odd, keys, record, staged_centroids); break;
-          default: multiply_segment<6>(sum, a, signs, odd, keys, record, staged_centroids);
-        }
-        if (bits & 16) {   // the last segment of its group
-#pragma unroll
-          for (int j = 0; j < GROUPS; ++j) {
-            const float2 s = factors[4 * j];
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half) {
-              product[j][half][0] = fmaf(s.x, sum[j][2 * half], product[j][half][0]);
-              product[j][half][1] = fmaf(s.y, sum[j][2 * half + 1], product[j][half][1]);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[j][i] = 0.f;
-          }
-          factors += kPlaneTile / 2;
-        }
-      }
-    }
-    const __half2* value_scales = reinterpret_cast<const __half2*>(current + tile_bytes - 2 * kPlaneTile) + t;
+    for (int i = 0; i < 3; ++i) ends[i] = __shfl_sync(0xffffffffu, staged_records[i].ends, 0);
+    int chunk = 0;
+#define KVB_RUN(BITS, SEGMENTS)                                                                             \
+  multiply_run<D, BITS, SEGMENTS>(product, chunk, ends, staged_records, lane_query, lane_scalars, keys,     \
+                                  staged_centroids)
+    KVB_RUN(1, 2);
+    KVB_RUN(2, 2);
+    KVB_RUN(3, 2);
+    KVB_RUN(4, 2);
+    KVB_RUN(5, 2);
+    KVB_RUN(1, 1);
+    KVB_RUN(2, 1);
+    KVB_RUN(3, 1);
+    KVB_RUN(4, 1);
+    KVB_RUN(5, 1);
+    KVB_RUN(6, 1);
+#undef KVB_RUN
+    const __half2* value_scales = reinterpret_cast<const __half2*>(current + kPlaneTileBytes<D, VALUE_BITS> - 2 * kPlaneTile) + t;
     __half2 scale[GROUPS];
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) scale[j] = value_scales[4 * j];
@@ -496,10 +567,10 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
     state.weigh(p, scale, [&](int j, int half, int e, float x) { return fmaf(product[j][half][e], unit[half], x); }, t);
 
     // ---- values ----
-    add_values<D, HALVES, VALUE_BITS>(state.o, current + key_bytes, first_place, second_place, p, value_table,
+    add_values<D, HALVES, VALUE_BITS>(state.o, current, first_place, second_place, p, value_table,
                                       value_octet % 4);
-    freed = read;
-    read = read == (ring - 1) * tile_bytes ? 0 : read + tile_bytes;
+    freed = freed == (ring - 1) * tile_bytes ? 0 : freed + tile_bytes;
+    read = freed == (ring - 1) * tile_bytes ? read - freed : read + tile_bytes;
   }
   const DecodeTarget target = {lse ? lse + row : nullptr, key_mean ? lse_offset : nullptr,
                                partial_output + row * splits * D, partial_statistics + row * splits,
