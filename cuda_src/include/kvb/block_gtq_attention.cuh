@@ -53,7 +53,7 @@ constexpr int kWideCentroids = 448;   // of a head, fp16, positive and negative 
 // What the inner loop knows of chunk i, and the fold of segment i.  Offsets in bytes.  Runs, in this order: chunks of
 // two segments of 1, 2, .. 5 bits, chunks of one of 1, 2, .. 5 and of 6 to 8 bits.
 struct __align__(16) ChunkRecord {
-  // Of lanes with t / 2 = 0 and 1: the word of signs and how far it is rotated left, the word of the top plane likewise.
+  // Of lanes with t / 2 = 0 and 1: the word of signs and how far it is rotated left; the same of the top plane.
   int4 lane[2];
   i32 query, scalars, pair, middle;   // A operands; in the scratch of a warp; words of pairs 0 and 1
   i32 upper, levels;                  // of 6 to 8 bits: word of pair 2; where centroids begin, plus the number of bits
@@ -67,8 +67,8 @@ struct __align__(16) ChunkRecord {
 
 // The keys of a tile in shared memory, as lane (g, t) reads them.
 struct KeyTile {
-  const char* signs;     // of token g; those of tokens g + 8, ... are 8 rows further on each time
-  const char* rows;      // of magnitudes: of token g; those of tokens g + 8, ... are `stride` bytes further on each time
+  const char* signs;     // of token g; those of tokens g + 8, ... are 8 rows further on
+  const char* rows;      // of magnitudes: of token g; those of tokens g + 8, ... are `stride` bytes further on
   int stride;
   int flip;              // chunks of 16 bytes stand in another order in some rows: exclusive or of an offset
   u32 halves;            // selector of PRMT: the lane's 16 bits of a word of each of two tokens
@@ -548,7 +548,8 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
     KVB_RUN(5, 1);
     KVB_RUN(6, 1);
 #undef KVB_RUN
-    const __half2* value_scales = reinterpret_cast<const __half2*>(current + kPlaneTileBytes<D, VALUE_BITS> - 2 * kPlaneTile) + t;
+    const __half2* value_scales =
+        reinterpret_cast<const __half2*>(current + kPlaneTileBytes<D, VALUE_BITS> - 2 * kPlaneTile) + t;
     __half2 scale[GROUPS];
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) scale[j] = value_scales[4 * j];
