@@ -729,7 +729,6 @@ EXACT = {
     "permute_bytes": ([words] * 3, each(permute_bytes, u32)),
     "funnelshift_l": ([words] * 3, each(lambda lo, hi, n: wrap((int(hi) << 32 | int(lo)) << (int(n) % 32) >> 32), u32)),
     "funnelshift_r": ([words] * 3, each(lambda lo, hi, n: wrap((int(hi) << 32 | int(lo)) >> (int(n) % 32)), u32)),
-    "umulhi": ([words] * 2, each(lambda a, b: int(a) * int(b) >> 32, u32)),
     "dp4a": ([INT] * 3, each(dp4a, i32)),
     "min_int": ([INT] * 2, np.minimum), "max_int": ([INT] * 2, np.maximum),
     "min_unsigned": ([words] * 2, np.minimum), "max_unsigned": ([words] * 2, np.maximum),

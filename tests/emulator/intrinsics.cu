@@ -24,7 +24,6 @@ namespace kvb {
   MAP(permute_bytes, u32, u32, u32, u32, permute_bytes(a, b, c))                         \
   MAP(funnelshift_l, u32, u32, u32, u32, __funnelshift_l(a, b, c))                       \
   MAP(funnelshift_r, u32, u32, u32, u32, __funnelshift_r(a, b, c))                       \
-  MAP(umulhi, u32, u32, u32, u32, __umulhi(a, b))                                        \
   MAP(dp4a, i32, i32, i32, i32, __dp4a(a, b, c))                                         \
   MAP(min_int, i32, i32, u32, i32, min(a, b))                                            \
   MAP(max_int, i32, i32, u32, i32, max(a, b))                                            \

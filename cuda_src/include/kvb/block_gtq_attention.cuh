@@ -28,11 +28,11 @@
 //   Bytes     Keys: D bits / 8 + 2 scalars (padding aside); values: D bits / 8 + 2, per token and KV head, once: 108 at
 //             D = 128, 3 + 3 bits, five groups.
 //   Counts    Warp instructions per tile of 32 tokens at D = 128, up to 8 heads, values of 3 bits, keys whose segments
-//             have 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for sm_90): chunks 520 (of two segments 78 for 1 bit, 101 for
-//             2, 104 for 3, 140 for 4, 191 for 5; of one 53, 74, 73, 96 and 122, and 208 or more beyond), the loops
-//             around them 45, start of a tile 70, copies 60, weights 66, values 296: 1057 in all, some 590 of them on
-//             the half-rate integer pipe.  At 132 multiprocessors and 1.75 GHz, 128K tokens x 8 KV heads: 37 us of
-//             issue slots, 42 us of the integer pipe, 38 us of memory at 3 TB/s.
+//             have 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for sm_90): chunks 520 (of two segments 77 for 1 bit, 101 for
+//             2, 103 for 3, 141 for 4, 191 for 5; of one 53, 73, 74, 97 and 122, and 209 or more beyond), the loops
+//             around them 45, start of a tile 70, copies 64, weights 65, values 296: 1060 in all, some 620 of them on
+//             the half-rate integer pipe.  At 132 multiprocessors and 1.75 GHz, 128K tokens x 8 KV heads: 38 us of
+//             issue slots, 44 us of the integer pipe, 38 us of memory at 3 TB/s.
 //   Tried     H100, D = 128, 3 + 3 bits, fp16 scalars, us with L2 flushed:    32:8 128K  16:2 128K  32:8 32K  32:8 4K
 //               two blocks of 8 warps on a multiprocessor, tiles prepared in
 //               80 instructions more                                             103.1       52.2      42.3     17.5
@@ -40,9 +40,7 @@
 //               one block of 16 warps, a switch per segment, 1414 instructions    93.6       42.9      38.5     21.3
 //               chunks in runs (this version)                                  not timed yet
 //             With the L2 flushed by reading, the one before was 92.8 at 32:8, 128K: bound by instructions, not by
-//             memory.  Counted, but not timed: 24 shifts as multiplications leave as many fewer on the integer pipe; a
-//             number of chunks per run instead of where it ends takes no fewer instructions; to load the next chunk's
-//             record while one is multiplied takes 16 more.
+//             memory.  A bit per run that has chunks, tested instead of where it ends, takes more instructions.
 #pragma once
 #include "kvb/block_gtq_plan.cuh"
 #include "kvb/plane_attention.cuh"
@@ -93,8 +91,6 @@ struct KeyTile {
 };
 
 __device__ __forceinline__ u32 rotate_left(u32 x, int n) { return __funnelshift_l(x, x, n); }
-// x >> 16 as a multiplication: shifts share a pipe of half the rate with permutations and logic.
-__device__ __forceinline__ u32 upper_half(u32 x) { return __umulhi(x, 0x10000u); }
 // Bits of x where the mask has ones, of y elsewhere.
 __device__ __forceinline__ u32 choose(u32 mask, u32 x, u32 y) { return (x & mask) | (y & ~mask); }
 
@@ -148,17 +144,16 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[4][4], const uint4* 
         }
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const u32 selector = k ? upper_half(n) : n;
-          u32 high = permute_bytes(table.x, table.y, selector);
-          u32 low = BITS == 1 ? table.z : permute_bytes(table.z, table.w, selector);
+          u32 high = permute_bytes(table.x, table.y, n >> (16 * k));
+          u32 low = BITS == 1 ? table.z : permute_bytes(table.z, table.w, n >> (16 * k));
           if constexpr (BITS == 5) {
             // Here and for the sign, bit 0 of a nibble alone matters: others choose a byte like it, or its top bit.
-            const u32 mask = permute_bytes(0xff00ff00u, 0xff00ff00u, k ? upper_half(in_upper) : in_upper);
-            high = choose(mask, permute_bytes(upper_table.x, upper_table.y, selector), high);
-            low = choose(mask, permute_bytes(upper_table.z, upper_table.w, selector), low);
+            const u32 mask = permute_bytes(0xff00ff00u, 0xff00ff00u, in_upper >> (16 * k));
+            high = choose(mask, permute_bytes(upper_table.x, upper_table.y, n >> (16 * k)), high);
+            low = choose(mask, permute_bytes(upper_table.z, upper_table.w, n >> (16 * k)), low);
           }
           if constexpr (BITS >= 4)
-            high ^= permute_bytes(0x80008000u, 0x80008000u, k ? upper_half(negative) : negative) & 0x80808080u;
+            high ^= permute_bytes(0x80008000u, 0x80008000u, negative >> (16 * k)) & 0x80808080u;
           b[k][0] = permute_bytes(low, high, 0x5140u);
           b[k][1] = permute_bytes(low, high, 0x7362u);
         }
@@ -510,9 +505,6 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
     else cp_async_wait<0>();
     __syncwarp();   // every lane's copies have landed, and every lane has read the slot that is filled now
     const char* current = rings + read;
-    u32 ends[3];   // the same in all lanes, but from one of them: then branches are known not to diverge
-#pragma unroll
-    for (int i = 0; i < 3; ++i) ends[i] = __shfl_sync(0xffffffffu, staged_records[i].ends, 0);
     copy_next(filled + freed);
 
     // ---- logits ----
@@ -537,6 +529,9 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
     float product[GROUPS][HALVES][2] = {};
     const char *lane_query = reinterpret_cast<const char*>(own_query),
                *lane_scalars = reinterpret_cast<const char*>(own_scratch + 2 * t);
+    u32 ends[3];   // the same in all lanes, but from one of them: then branches are known not to diverge
+#pragma unroll
+    for (int i = 0; i < 3; ++i) ends[i] = __shfl_sync(0xffffffffu, staged_records[i].ends, 0);
     int chunk = 0;
 #define KVB_RUN(BITS, SEGMENTS)                                                                             \
   multiply_run<D, BITS, SEGMENTS>(product, chunk, ends, staged_records, lane_query, lane_scalars, keys,     \

@@ -190,7 +190,6 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned count) {
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned count) {
   return unsigned((((static_cast<unsigned long long>(high) << 32) | low) << (count & 31)) >> 32);
 }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(static_cast<unsigned long long>(a) * b >> 32); }
 inline int __dp4a(int a, int b, int c) {   // wraps around
   unsigned sum = unsigned(c);
   for (int i = 0; i < 4; ++i)
