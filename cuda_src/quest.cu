@@ -9,15 +9,14 @@
 //
 // quest_score_kernel: <q+, M> + <q-, m> for all query heads of a group from one read of the pages.
 //   Work     D sizeof(T) / 16 lanes, at most 32, share a page, so a warp takes 512 bytes of `low` and of `high` at a
-//            time and walks over the pages with a grid stride; the next ones are on their way meanwhile.  q+ and q-
-//            stand in shared memory.
+//            time and walks over the pages with a grid stride.  q+ and q- stand in shared memory.
 //   Bytes    2 D sizeof(T) read per page and KV head, 4 written per page, or per token, and query head: at 8 KV heads
 //            of 128, 128K tokens and pages of 16 33.6 MB, 11.2 us at 3 TB/s.
 //   Counts   Instructions of a warp per two pages of 128, float16, 4 query heads: 8 loads and addresses, 16
 //            conversions, 64 multiply-adds, 16 loads of the query, 32 for the sums of lanes, 20 to store: 160; 40000
 //            per SM for the case above, 5.8 us at 4 a cycle and 1.7 GHz.
-//   Before   Pages were loaded when their turn came: 31.7 us for that case on an H100 with a cold cache, 28.2 warm.
-//            This version has not been measured.
+//   Tried    The next pages on their way while these are met: 36.7 us for that case on an H100 with a cold cache, 32.9
+//            warm, where this version takes 32.0 and 28.2.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 
@@ -83,25 +82,6 @@ __global__ void __launch_bounds__(256)
   KVB_SHARED(float, positive, [kMostQueries * D]);
   KVB_SHARED(float, negative, [kMostQueries * D]);
   const u64 pair = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const int lane = threadIdx.x % 32, part = lane % LANES;
-  const u64 most = static_cast<u64>(pages) * page;
-  const u64 length = lengths ? min(static_cast<long long>(max(lengths[blockIdx.z], 0)), static_cast<long long>(most))
-                             : most;
-  const u64 base = blockIdx.z * batch_stride + blockIdx.y * head_stride;
-  const u32 stride = gridDim.x * 8 * PAGES;
-  auto has = [&](u32 number) { return number < static_cast<u32>(pages) && static_cast<u64>(number) * page < length; };
-  uint4 next[CHUNKS][2];
-  auto load = [&](u32 number) {
-    const u64 at = base + number * page_stride + part * WIDTH;
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      const uint4 nothing = make_uint4(0, 0, 0, 0);
-      next[c][0] = has(number) ? load_once(reinterpret_cast<const uint4*>(low + at + c * LANES * WIDTH)) : nothing;
-      next[c][1] = has(number) ? load_once(reinterpret_cast<const uint4*>(high + at + c * LANES * WIDTH)) : nothing;
-    }
-  };
-  u32 first = (blockIdx.x * 8 + threadIdx.x / 32) * PAGES;
-  load(first + lane / LANES);   // on its way while the query is staged
   for (int i = threadIdx.x; i < group * D; i += 256) {
     const float q = load_float(query, query_type, pair * group * D + i);
     positive[i] = q < 0.f ? 0.f : q;   // NaN stays
@@ -109,17 +89,24 @@ __global__ void __launch_bounds__(256)
   }
   __syncthreads();
 
+  const int lane = threadIdx.x % 32, part = lane % LANES;
+  const u64 most = static_cast<u64>(pages) * page;
+  const u64 length = lengths ? min(static_cast<long long>(max(lengths[blockIdx.z], 0)), static_cast<long long>(most))
+                             : most;
+  const u64 base = blockIdx.z * batch_stride + blockIdx.y * head_stride;
+  const u32 stride = gridDim.x * 8 * PAGES;
   // The same rounds for all lanes: shuffles see whole warps.
-  for (; first < static_cast<u32>(pages); first += stride) {
+  for (u32 first = (blockIdx.x * 8 + threadIdx.x / 32) * PAGES; first < static_cast<u32>(pages); first += stride) {
     const u32 number = first + lane / LANES;
-    const bool present = has(number);
+    const bool present = number < static_cast<u32>(pages) && static_cast<u64>(number) * page < length;
     float least[CHUNKS][WIDTH], largest[CHUNKS][WIDTH];
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
-      unpack_chunk<T>(next[c][0], least[c]);
-      unpack_chunk<T>(next[c][1], largest[c]);
+      const u64 at = base + number * page_stride + (c * LANES + part) * WIDTH;
+      const uint4 nothing = make_uint4(0, 0, 0, 0);
+      unpack_chunk<T>(present ? load_once(reinterpret_cast<const uint4*>(low + at)) : nothing, least[c]);
+      unpack_chunk<T>(present ? load_once(reinterpret_cast<const uint4*>(high + at)) : nothing, largest[c]);
     }
-    load(number + stride);
     for (int h = 0; h < group; ++h) {
       float sums[2] = {};
 #pragma unroll

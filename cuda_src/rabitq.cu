@@ -16,31 +16,35 @@
 //            at 3 TB/s on 132 SMs at 1.7 GHz: bound by issue slots, at 69 % of that bandwidth at most.
 //   Before   Four lanes shared a row, two levels of the rotation and the words by shuffles: 1300 instructions per 8
 //            rows, 62.8 us for 32K tokens x 8 heads of 128, fp16, on an H100 with a cold cache, 3.1 instructions a
-//            cycle of 4; now 51.7.  What tensor cores would take for a rotation (halves of float to tf32 operands) is no fewer
-//            instructions, and other bits than those of turboquant.
+//            cycle of 4; now 51.7.  What tensor cores would take for a rotation (halves of float to tf32 operands) is
+//            no fewer instructions, and other bits than those of turboquant.
 //
 // rabitq_quantize_kernel: the integers of queries, for those who want them alone; a warp has a query.
 //
-// rabitq_score_kernel: the same, once per block, and then logits of all query heads of a group from one read of the code.
-//   Operands A word of signs becomes operands of mma_m16n8k32 by masks: bits s = 0 ... 3 of every byte of the word, and of
-//            the word shifted right by 4, stand for 2^s, and the query's integers of those coordinates are multiplied by
-//            8 / 2^s beforehand.  Nine operations for 32 coordinates, shared by all query heads, where a shift to bit 0
-//            would take fifteen.  So that 8 times an integer fits a byte, integers are digits from -8 to 15: one of a
-//            query of 4 bits, and two, 16 high + low, of one of 8.
+// rabitq_score_kernel: the same, once per block, and then logits of all query heads of a group from one read of the
+//   code.
+//   Operands A word of signs becomes operands of mma_m16n8k32 by masks: bits s = 0 ... 3 of every byte of the word, and
+//            of the word shifted right by 4, stand for 2^s, and the query's integers of those coordinates are
+//            multiplied by 8 / 2^s beforehand.  Nine operations for 32 coordinates, shared by all query heads, where a
+//            shift to bit 0 would take fifteen.  So that 8 times an integer fits a byte, integers are digits from -8 to
+//            15: one of a query of 4 bits, and two, 16 high + low, of one of 8.
 //   Columns  Two per query head: (u, 1) for 4 bits, because D u + v needs <S, 1> as well, (low, high) for 8.  A lane of
 //            the result holds both columns of one head.  Sums begin at 4 sum(digits), and products are -8 digits where
 //            the key is negative: they end as 4 <S, digits>, exact.
-//   Work     A warp takes 64 tokens (32 for D = 256) at a time and walks over the tokens with a grid stride; the codes of
-//            the next ones are on their way to registers meanwhile.  Row g of a product is token g, lane t of its four
-//            has word t (D = 64: half of word t % 2; D = 256: words t and t + 4): codes are read in whole lines of 128
-//            bytes, without shared memory.
-//   Bytes    D / 8 + 2 read per token and KV head, 4 written per token and query head: at 8 KV heads of 128 with 4 query
-//            heads each and 128K tokens 18.9 and 16.8 MB, 12 us at 3 TB/s; what is written may stay in the L2 cache.
-//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads, in the machine code for sm_90: 72 for operands,
-//            16 products, 16 loads, 8 * 8 for results, 16 to store, 40 for addresses and what is carried over: 224.
-//            There are 124 times 64 tokens per SM: 28000 instructions, 7000 issue cycles, 4.1 us at 1.7 GHz.
+//   Work     A warp takes 64 tokens (32 for D = 256) at a time and walks over the tokens with a grid stride; the codes
+//            of the next ones are on their way to registers meanwhile.  Row g of a product is token g, lane t of its
+//            four has word t (D = 64: half of word t % 2; D = 256: words t and t + 4): codes are read in whole lines of
+//            128 bytes, without shared memory.
+//   Bytes    D / 8 + 2 read per token and KV head, 4 written per token and query head: at 8 KV heads of 128 with 4
+//            query heads each and 128K tokens 18.9 and 16.8 MB, 12 us at 3 TB/s; what is written may stay in the L2
+//            cache.
+//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads, in the machine code for sm_90: 72 for
+//            operands, 16 products, 16 loads, 8 * 8 for results, 16 to store, 40 for addresses and what is carried
+//            over: 224. There are 124 times 64 tokens per SM: 28000 instructions, 7000 issue cycles, 4.1 us at 1.7 GHz.
 //            Rounding the query comes before that, 770 instructions once per block, a warp per query head, while the
-//            first codes are on their way.
+//            first codes are on their way. Of 11.4 us that a multiprocessor is busy (17 us from launch to end, hot) it
+//            takes 3.7, most of it waiting for memory: signs, query and means are asked for at once.  A cold one takes
+//            21.3 us, 10 of which are lines of the flush on their way to memory and codes from there; a warm one 12.6.
 //   Paths    Tiles that are whole and need neither offset nor sigma are loaded from addresses that differ by constants,
 //            and stored without questions; the others take the long way.
 #include "kvb/convert.cuh"
@@ -74,7 +78,7 @@ __device__ __forceinline__ __half saturated_half(float x, bool finite) {
 // key_mean, query_mean : (kv_heads, D) every mean_batch_stride elements, or null
 // signs : (rounds, D), +-2^-floor(log2(D)/2); rounds 0: keys and query_mean are rotated already
 // factors : (batch, kv_heads, tokens), by which keys were divided, or null
-// sign : (batch, kv_heads, tokens, D / 32) with strides in tokens        rescale, offset : without words; offset or null
+// sign : (batch, kv_heads, tokens, D / 32) with strides in tokens        rescale, offset : no words; offset or null
 // rows = batch * kv_heads * tokens
 template <class T, int D>
 __global__ void __launch_bounds__(32, kEncodeBlocks<D>)
@@ -300,9 +304,9 @@ __global__ void __launch_bounds__(128)
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
-// How the four lanes that share a token divide its code into quarters of 16 coordinates, D / 64 for each lane: a quarter
-// has bits 4 p + s, p even (`odd` 0) or odd, of one word.  Quarter c of lane t is of word t, D = 64: t % 2, D = 256: of
-// words t and t + 4.
+// How the four lanes that share a token divide its code into quarters of 16 coordinates, D / 64 for each lane: a
+// quarter has bits 4 p + s, p even (`odd` 0) or odd, of one word.  Quarter c of lane t is of word t, D = 64: t % 2,
+// D = 256: of words t and t + 4.
 template <int D>
 __device__ __forceinline__ int quarter_lane(int word, int odd) { return D == 64 ? word + 2 * odd : word % 4; }
 template <int D>
@@ -317,8 +321,8 @@ struct StagedQueries {
   float constant[TILES * 4], kappa[TILES * 4];
 };
 
-// logits[b, kv_head * group + h, t] = scale (r_t (step_h <S_t, codes_h> + low_h <S_t, 1>) + a_t + <q_h, c_k>), -inf from
-// lengths[b] on; sigma likewise r_t kappa_h, and 0.
+// logits[b, kv_head * group + h, t] = scale (r_t (step_h <S_t, codes_h> + low_h <S_t, 1>) + a_t + <q_h, c_k>), -inf
+// from lengths[b] on; sigma likewise r_t kappa_h, and 0.
 // query, rotated, means, signs : as above; `noise` is (1 - E alpha^2) / (D - 1)
 // sign, rescale, offset : as for encode        lengths : (batch), or null
 // logits, sigma : (batch, kv_heads * group, tokens); sigma may be null

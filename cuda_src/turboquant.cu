@@ -23,10 +23,10 @@
 //            175: 4500, 1125 per 8 rows, 281 issue cycles of an SM.  Memory takes 183 for them at 3 TB/s on 132 SMs at
 //            1.7 GHz: bound by issue slots, at 65 % of that bandwidth at most.  The rotation alone takes 187; with four
 //            lanes a row, as in rotation.cu, it would take 240.
-//   Measured H100, 32K tokens x 8 heads of 128, fp16, 3 bits: 70 us, 38 % of the bandwidth of a copy; 2.6 instructions a
-//            cycle of 4.  Warps wait for instructions 15 % of their time (the hot code is 45 KB, and each of the 12 warps
-//            is somewhere else in it), and 15 % for tiles, one of which is under way per warp.  One token x 8 heads:
-//            8.9 us in a graph, 15.6 with cold caches.
+//   Measured H100, 32K tokens x 8 heads of 128, fp16, 3 bits: 70 us, 38 % of the bandwidth of a copy; 2.6 instructions
+//            a cycle of 4.  Warps wait for instructions 15 % of their time (the hot code is 45 KB, and each of the 12
+//            warps is somewhere else in it), and 15 % for tiles, one of which is under way per warp.  One token x 8
+//            heads: 8.9 us in a graph, 15.6 with cold caches.
 //
 // turboquant_decode_kernel: the same in reverse; the codes are looked up in a table of 16 centroids in shared memory,
 //   one bank each (256 entries for more than 4 bits), and the result leaves through the tile in whole rows.

@@ -200,7 +200,8 @@ class KVCache:
 
         Set it to an object with `__cuda_stream__`, which the cache then keeps, or to the handle of a stream that
         outlives the cache; one that does not synchronise with the legacy default stream. Caches of many layers may
-        share one.  Then `append` only queues the encoding, behind an event on the caller's stream, and the caller's
+        share one.  The caller's stream should have the higher priority: else blocks of its kernels wait for those that
+        encode.  Then `append` only queues the encoding, behind an event on the caller's stream, and the caller's
         stream waits for it, on the device, where its result is first needed:
 
         - A block is encoded as soon as all of its tokens have arrived, and counts as stored when `tail` says so,

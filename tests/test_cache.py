@@ -1915,37 +1915,37 @@ def test_gpu_a_captured_step_goes_on_while_blocks_are_encoded_aside(framework):
 @pytest.mark.timing
 def test_encoding_a_prompt_aside_costs_a_busy_stream_little(capsys):
     """A prompt of 32K tokens, next to as much other work as one layer of a model of 8 billion parameters has for it,
-    tens of milliseconds: less than 3 % more.  In line it would be added whole."""
+    tens of milliseconds: less than 3 % more.  The clock of a GPU that multiplies matrices drifts by more than that, so
+    the three ways take turns, and each turn is compared with its own round."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU")
     keys, values = torch.randn(2, 1, 8, 32768, 128, device="cuda", dtype=torch.float16)
-    a, b = torch.randn(2, 16384, 8192, device="cuda", dtype=torch.float16)
-    b, product = b.T.contiguous(), torch.empty(16384, 16384, device="cuda", dtype=torch.float16)
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.float16)
+    product = torch.empty(8192, 8192, device="cuda", dtype=torch.float16)
     made = caches.rabitq(1, 8, 32, 128, 33000, device="cuda")
     made.prepare(keys[:, :, :4096], values[:, :, :4096])
-    side = torch.cuda.Stream()
+    busy, side = torch.cuda.Stream(priority=-1), torch.cuda.Stream()
 
-    def milliseconds(append):
+    def milliseconds(append, stream):
+        made.encode_stream = stream
         made.clear()
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for i in range(6):
-            torch.mm(a, b, out=product)
-            if i == 1 and append:
-                made.append(keys, values)
-        end.record()
+        with torch.cuda.stream(busy):
+            start.record()
+            for i in range(20):
+                torch.mm(a, b, out=product)
+                if i == 1 and append:
+                    made.append(keys, values)
+            end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
 
-    medians = {}
-    for name, append, stream in (("alone", False, None), ("in line", True, None), ("aside", True, side.cuda_stream)):
-        made.encode_stream = stream
-        milliseconds(append)
-        medians[name] = float(np.median([milliseconds(append) for _ in range(15)]))
-    more = {name: f"{median:.3f} ms ({100 * (median / medians['alone'] - 1):+.2f} %)"
-            for name, median in medians.items()}
+    ways = {"alone": (False, None), "in line": (True, None), "aside": (True, side.cuda_stream)}
+    rounds = np.array([[milliseconds(*way) for way in ways.values()] for _ in range(16)])[1:]   # the first compiles
+    more = dict(zip(ways, np.median(rounds / rounds[:, :1], axis=0) - 1))
     with capsys.disabled():
-        print(f"\n32K tokens, 8 KV heads: a busy stream {more}")
-    assert medians["aside"] < 1.03 * medians["alone"]
+        print(f"\n32K tokens, 8 KV heads: to {np.median(rounds[:, 0]):.1f} ms of other work are added "
+              + ", ".join(f"{100 * more[way]:+.2f} % {way}" for way in ("in line", "aside")))
+    assert more["aside"] < 0.03

@@ -38,7 +38,8 @@
 //               80 instructions more                                             103.1       52.2      42.3     17.5
 //               two blocks of 8 warps                                            101.2       51.7
 //               one block of 16 warps, a switch per segment, 1414 instructions    93.6       42.9      38.5     21.3
-//               chunks in runs (this version)                                  not timed yet
+//               chunks in runs (this version)                                     83.8
+//               selectors shifted by multiplications, off the pipe of PRMT        84.4
 //             With the L2 flushed by reading, the one before was 92.8 at 32:8, 128K: bound by instructions, not by
 //             memory.  A bit per run that has chunks, tested instead of where it ends, takes more instructions.
 #pragma once

@@ -126,8 +126,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* share
                : "memory");
 }
 
-// Transposes an 8x8 matrix of 16-bit elements held by the warp: lane (g, t) = (lane / 4, lane % 4) gives elements 2t and
-// 2t + 1 of row g, and receives elements 2t and 2t + 1 of column g.
+// Transposes an 8x8 matrix of 16-bit elements held by the warp: lane (g, t) = (lane / 4, lane % 4) gives elements 2t
+// and 2t + 1 of row g, and receives elements 2t and 2t + 1 of column g.
 __device__ __forceinline__ u32 transpose_8x8(u32 x) {
   u32 y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
