@@ -72,20 +72,24 @@ constexpr int kMostQueries = 16;
 // out : (batch, kv_heads * group, slots); `wide` slots of a page, 1 or `page`
 // Grid (blocks, kv_heads, batch); group <= 16.
 template <class T, int D>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 3)
     quest_score_kernel(const void* __restrict__ query, int query_type, const T* __restrict__ low,
                        const T* __restrict__ high, u64 batch_stride, u64 head_stride, u64 page_stride,
                        const int* __restrict__ lengths, float scale, float* out, int slots, int wide, int page,
                        int pages, int group) {
   constexpr int WIDTH = kChunk<T>, LANES = D / WIDTH < 32 ? D / WIDTH : 32, CHUNKS = D / WIDTH / LANES;
   constexpr int PAGES = 32 / LANES;   // of a warp at a time
-  KVB_SHARED(float, positive, [kMostQueries * D]);
-  KVB_SHARED(float, negative, [kMostQueries * D]);
+  constexpr int QUADS = WIDTH / 4, AT_ONCE = D == 256 ? 2 / CHUNKS : 4;   // quads of a chunk; query heads whose sums overlap
+  // (heads, chunks, quads, lanes): neighbouring lanes read neighbouring quads
+  KVB_SHARED(float4, positive, [kMostQueries * D / 4]);
+  KVB_SHARED(float4, negative, [kMostQueries * D / 4]);
   const u64 pair = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
   for (int i = threadIdx.x; i < group * D; i += 256) {
     const float q = load_float(query, query_type, pair * group * D + i);
-    positive[i] = q < 0.f ? 0.f : q;   // NaN stays
-    negative[i] = q < 0.f ? q : 0.f;
+    const int d = i % D, of_lane = d / WIDTH % LANES, quad = d / (WIDTH * LANES) * QUADS + d % WIDTH / 4;
+    const int to = i - d + (quad * LANES + of_lane) * 4 + d % 4;
+    reinterpret_cast<float*>(positive)[to] = q < 0.f ? 0.f : q;   // NaN stays
+    reinterpret_cast<float*>(negative)[to] = q < 0.f ? q : 0.f;
   }
   __syncthreads();
 
@@ -107,25 +111,42 @@ __global__ void __launch_bounds__(256)
       unpack_chunk<T>(present ? load_once(reinterpret_cast<const uint4*>(low + at)) : nothing, least[c]);
       unpack_chunk<T>(present ? load_once(reinterpret_cast<const uint4*>(high + at)) : nothing, largest[c]);
     }
-    for (int h = 0; h < group; ++h) {
-      float sums[2] = {};
+    for (int h = 0; h < group; h += AT_ONCE) {
+      float bound[AT_ONCE];
 #pragma unroll
-      for (int c = 0; c < CHUNKS; ++c)
+      for (int k = 0; k < AT_ONCE; ++k) {
+        float sums[2] = {};
 #pragma unroll
-        for (int e = 0; e < WIDTH; ++e) {
-          const int i = h * D + (c * LANES + part) * WIDTH + e;
-          sums[0] = fmaf(positive[i], largest[c][e], sums[0]);
-          sums[1] = fmaf(negative[i], least[c][e], sums[1]);
+        for (int v = 0; v < CHUNKS * QUADS; ++v) {
+          const int i = (min(h + k, group - 1) * CHUNKS * QUADS + v) * LANES + part;
+          const float(&most_of)[WIDTH] = largest[v / QUADS];
+          const float(&least_of)[WIDTH] = least[v / QUADS];
+          const int e = v % QUADS * 4;
+          const float4 up = positive[i], down = negative[i];
+          sums[0] = fmaf(up.x, most_of[e], sums[0]);
+          sums[0] = fmaf(up.y, most_of[e + 1], sums[0]);
+          sums[0] = fmaf(up.z, most_of[e + 2], sums[0]);
+          sums[0] = fmaf(up.w, most_of[e + 3], sums[0]);
+          sums[1] = fmaf(down.x, least_of[e], sums[1]);
+          sums[1] = fmaf(down.y, least_of[e + 1], sums[1]);
+          sums[1] = fmaf(down.z, least_of[e + 2], sums[1]);
+          sums[1] = fmaf(down.w, least_of[e + 3], sums[1]);
         }
-      float bound = sums[0] + sums[1];
+        bound[k] = sums[0] + sums[1];
+      }
 #pragma unroll
-      for (int distance = 1; distance < LANES; distance *= 2) bound += __shfl_xor_sync(0xffffffffu, bound, distance);
-      bound *= scale;
-      float* to = out + (pair * group + h) * slots;
-      for (int i = part; i < wide; i += LANES) {
-        const u64 slot = static_cast<u64>(number) * wide + i;
-        if (slot < static_cast<u64>(slots))
-          to[slot] = present && (wide == 1 || slot < length) ? bound : -infinity();
+      for (int distance = 1; distance < LANES; distance *= 2)
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) bound[k] += __shfl_xor_sync(0xffffffffu, bound[k], distance);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        if (h + k >= group) break;
+        float* to = out + (pair * group + h + k) * slots;
+        for (int i = part; i < wide; i += LANES) {
+          const u64 slot = static_cast<u64>(number) * wide + i;
+          if (slot < static_cast<u64>(slots))
+            to[slot] = present && (wide == 1 || slot < length) ? bound[k] * scale : -infinity();
+        }
       }
     }
   }
@@ -137,8 +158,8 @@ __global__ void __launch_bounds__(256)
   KVB_EXPORT(64, kvb::quest_encode_kernel<T, 64>)         \
   KVB_EXPORT(64, kvb::quest_encode_kernel<T, 128>)        \
   KVB_EXPORT(64, kvb::quest_encode_kernel<T, 256>)        \
-  KVB_EXPORT(64, kvb::quest_score_kernel<T, 64>)          \
-  KVB_EXPORT(64, kvb::quest_score_kernel<T, 128>)         \
+  KVB_EXPORT(96, kvb::quest_score_kernel<T, 64>)          \
+  KVB_EXPORT(96, kvb::quest_score_kernel<T, 128>)         \
   KVB_EXPORT(96, kvb::quest_score_kernel<T, 256>)
 KVB_EXPORT_SIZES(float)
 KVB_EXPORT_SIZES(__half)

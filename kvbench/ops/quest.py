@@ -20,7 +20,7 @@ from kvbench.scores import Scores
 __all__ = ["Pages", "Scores", "encode", "score"]
 
 BACKENDS = registry.BACKENDS
-ENCODE_BLOCKS, SCORE_BLOCKS = 8, 4             # per multiprocessor, of 256 threads
+ENCODE_BLOCKS, SCORE_BLOCKS = 8, 3             # per multiprocessor, of 256 threads
 
 
 def encode(keys, *, page: int = reference.PAGE, lengths=None, out: Pages | None = None, backend: str | None = None,
