@@ -72,7 +72,7 @@ constexpr int kMostQueries = 16;
 // out : (batch, kv_heads * group, slots); `wide` slots of a page, 1 or `page`
 // Grid (blocks, kv_heads, batch); group <= 16.
 template <class T, int D>
-__global__ void __launch_bounds__(256, 3)
+__global__ void __launch_bounds__(256)
     quest_score_kernel(const void* __restrict__ query, int query_type, const T* __restrict__ low,
                        const T* __restrict__ high, u64 batch_stride, u64 head_stride, u64 page_stride,
                        const int* __restrict__ lengths, float scale, float* out, int slots, int wide, int page,
