@@ -202,7 +202,7 @@ def _row(run: dict, case: dict) -> list[str]:
     problem = case["problem"]
     parts = [f"{problem['kv_heads'] * problem['group']}:{problem['kv_heads']} heads"] if "group" in problem else []
     parts += [f"{problem[axis]}" if isinstance(problem[axis], str) else f"{axis} {problem[axis]}"
-              for axis in problem if axis not in ("kv_heads", "group") and problem[axis] != 1]
+              for axis in problem if axis not in ("kv_heads", "group") and (problem[axis] != 1 or axis == "tokens")]
     return [case["kernel"], ", ".join(parts), case["backend"], results.flush_of(run),
             f"{case['cold']['median_us']:.1f}", f"{case['gbps']:.0f}", f"{case['percent_of_copy']:.0f}"]
 

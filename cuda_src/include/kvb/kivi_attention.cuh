@@ -195,11 +195,12 @@ __global__ void __launch_bounds__(32 * kKiviWarps, 1) kivi_attention_kernel(
         cp_async_16_once(to + value_place + i, from + i, 16, policy);
       const u64 key_offset = static_cast<u64>(next / group_tiles) * (2 * D);
       const u64 value_offset = static_cast<u64>(next) * (2 * kKiviTile * value_groups);
-      if (copies_keys) cp_async_16(to + key_chunk_place, key_scales + key_offset);   // other tiles may want them, too
-      if (copies_values) cp_async_16(to + value_chunk_place, value_scales + value_offset);
+      // Other tiles may want the scales of keys, too: neighbouring warps do, at the same time.
+      if (copies_keys) cp_async_16_once(to + key_chunk_place, key_scales + key_offset, 16, policy);
+      if (copies_values) cp_async_16_once(to + value_chunk_place, value_scales + value_offset, 16, policy);
       if constexpr (WHOLE_WARP) {
-        cp_async_16(to + key_chunk_place + 2 * D, key_minima + key_offset);
-        if (copies_values) cp_async_16(to + value_chunk_place + 2 * D, value_minima + value_offset);
+        cp_async_16_once(to + key_chunk_place + 2 * D, key_minima + key_offset, 16, policy);
+        if (copies_values) cp_async_16_once(to + value_chunk_place + 2 * D, value_minima + value_offset, 16, policy);
       }
     }
     next += stride;
