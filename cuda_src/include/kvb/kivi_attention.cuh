@@ -34,12 +34,14 @@
 //             integer pipe.  131072 tokens x 8 KV heads are 248 tiles per multiprocessor (132), 3072 bytes each: at 3
 //             TB/s and 1.75 GHz 238 cycles of memory for a tile, 146 of issue slots at 2.4 a cycle.
 //   Tried     H100, 32:8 heads, 131072 tokens, 2 + 2 bits, us with the L2 flushed by writing; in brackets the splits.
-//               this version 57.7 (16), 68.5 (33)                a ring of two tiles 57.2, of four 58.8 (16)
+//             Scales and minima copied as what others may want again, so that lines of the flush make room for them:
+//               57.7 (16), 68.5 (33)                             a ring of two tiles 57.2, of four 58.8 (16)
 //               two blocks of 123 registers on a multiprocessor 57.7 (16), 62.7 (33), with a ring of two 57.1, 59.8
 //               12 warps 61.5, 16 warps 61.5, 16 with a ring of two 60.0 (16)
-//             Neither warps nor registers matter: it is bound by memory.  Of the 57.7 us about 10 go to writing back
-//             the lines that the flush left: 47.8 where it reads instead.  Each further 1024 tokens of 8 KV heads cost
-//             0.30 us, 2.65 TB/s; start, merge and end some 7 us.
+//             Neither warps nor registers matter: it is bound by memory.  As what is read once, like the codes (this
+//             version): 52.3 instead of 60.5 by the benchmark, 76.9 instead of 87.0 at 4 + 4 bits; 47.2 where the flush
+//             reads, as before.  Each further 1024 tokens of 8 KV heads cost 0.30 us, 2.65 TB/s; start, merge and end
+//             some 7 us.
 #pragma once
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
