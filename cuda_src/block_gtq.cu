@@ -28,7 +28,11 @@
 //   Counts   Warp instructions per 32 tokens at D = 128, fp16, segments of 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for
 //            sm_90): start 330, rows 455, norms 310, products 600, codes 1710 (of a segment: 47 for 1 bit, 115 for 2,
 //            193 for 3, 322 for 4, 403 for 5), bytes 800, groups 1350, rows out 130: 5700 in all.  32K tokens x 8 heads
-//            on 132 multiprocessors at 1.75 GHz: 51 us of issue slots, 28 us of memory at 3 TB/s; measured 90.
+//            on 132 multiprocessors at 1.75 GHz: 51 us of issue slots, 28 us of memory at 3 TB/s.
+//   Tried    H100, 32K tokens x 8 heads of 128, fp16, us with L2 flushed: a block for every 128 tokens, operands of the
+//            rotation loaded when they are multiplied 90.4; tables staged once per block, operands of the first octet
+//            loaded ahead (this version) 90.0.  Of the time of its warps (ncu) 13 % goes to storing rows by single
+//            numbers, which meet in banks, 7 to waiting for rows, 7 for operands of the second octet, 5 for the plan.
 //
 // block_gtq_decode_kernel: the same in reverse, in float32; lane l of each warp has token l.  Numbers go to their
 //   places one by one, each lane to its own row: it is there to be complete, attention does not decode.

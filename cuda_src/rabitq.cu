@@ -16,7 +16,7 @@
 //            at 3 TB/s on 132 SMs at 1.7 GHz: bound by issue slots, at 69 % of that bandwidth at most.
 //   Before   Four lanes shared a row, two levels of the rotation and the words by shuffles: 1300 instructions per 8
 //            rows, 62.8 us for 32K tokens x 8 heads of 128, fp16, on an H100 with a cold cache, 3.1 instructions a
-//            cycle of 4; now 51.7.  What tensor cores would take for a rotation (halves of float to tf32 operands) is
+//            cycle of 4; now 49.7.  What tensor cores would take for a rotation (halves of float to tf32 operands) is
 //            no fewer instructions, and other bits than those of turboquant.
 //
 // rabitq_quantize_kernel: the integers of queries, for those who want them alone; a warp has a query.
