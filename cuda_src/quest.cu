@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(256)
                        int pages, int group) {
   constexpr int WIDTH = kChunk<T>, LANES = D / WIDTH < 32 ? D / WIDTH : 32, CHUNKS = D / WIDTH / LANES;
   constexpr int PAGES = 32 / LANES;   // of a warp at a time
-  constexpr int QUADS = WIDTH / 4, AT_ONCE = D == 256 ? 2 / CHUNKS : 4;   // quads of a chunk; query heads whose sums overlap
+  constexpr int QUADS = WIDTH / 4;                          // of a chunk
+  constexpr int AT_ONCE = D == 256 ? 2 / CHUNKS : 4;        // query heads whose sums overlap
   // (heads, chunks, quads, lanes): neighbouring lanes read neighbouring quads
   KVB_SHARED(float4, positive, [kMostQueries * D / 4]);
   KVB_SHARED(float4, negative, [kMostQueries * D / 4]);

@@ -209,8 +209,8 @@ def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
 def _operands_on_device(plan: Plan, device: Device) -> Array:
     """The rotations of the plan's sizes, one after another, as B operands of m16n8k16, [size / 16, size / 16, 2, 32, 4]
     words: 256 R_g in two parts of float16, high and what it leaves, each two words of two numbers.  Lane (n, t) has row
-    16 * step + 8 * octet + n, columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16.  Behind them is what the kernel loads ahead.
-    """
+    16 * step + 8 * octet + n, columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16.  Behind them is what the kernel loads
+    ahead."""
     operands = []
     for size in sorted({group.size for head in plan.groups for group in head}):
         matrix = 256 * plan.rotation_of(size).dense()
