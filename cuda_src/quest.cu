@@ -9,14 +9,15 @@
 //
 // quest_score_kernel: <q+, M> + <q-, m> for all query heads of a group from one read of the pages.
 //   Work     D sizeof(T) / 16 lanes, at most 32, share a page, so a warp takes 512 bytes of `low` and of `high` at a
-//            time and walks over the pages with a grid stride.  q+ and q- stand in shared memory.
+//            time and walks over the pages with a grid stride.  q+ and q- stand in shared memory, in the order in which
+//            lanes read them; four query heads (two at D = 256) are met at once, so that their shuffles overlap.
 //   Bytes    2 D sizeof(T) read per page and KV head, 4 written per page, or per token, and query head: at 8 KV heads
 //            of 128, 128K tokens and pages of 16 33.6 MB, 11.2 us at 3 TB/s.
 //   Counts   Instructions of a warp per two pages of 128, float16, 4 query heads: 8 loads and addresses, 16
 //            conversions, 64 multiply-adds, 16 loads of the query, 32 for the sums of lanes, 20 to store: 160; 40000
 //            per SM for the case above, 5.8 us at 4 a cycle and 1.7 GHz.
-//   Tried    The next pages on their way while these are met: 36.7 us for that case on an H100 with a cold cache, 32.9
-//            warm, where this version takes 32.0 and 28.2.
+//   Tried    That case on an H100 with a cold cache, and a warm one: query heads one after another, with conflicts of
+//            banks 32.0 and 28.2 us; the next pages on their way meanwhile 36.7 and 32.9; this version 28.4 and 24.8.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 
