@@ -103,6 +103,26 @@ def test_long_rows_in_every_mode(backend, most, calibrated, content):
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("rule", [0.3, 0.9, 1 - 2**-16, 3, 300, 5000])
+@pytest.mark.parametrize("content", ["normal", "apart", "gap"])
+def test_few_tokens_are_near_the_threshold(backend, rule, content):
+    """The histogram brackets the last token that is chosen, and few others with it.  Nothing else shows that it does:
+    with a wrong bracket the whole row is searched, slowly, and the result is the same."""
+    tokens = 20000
+    y = normal(9, (1, 4, tokens), tau=9.0 if content == "apart" else 1.0)
+    if content == "gap":
+        y[np.random.default_rng(10).random(y.shape) < 0.02] += 20
+    scratch = workspace(1, 4, tokens, "cuda" if backend in ("cuda", "native") else "cpu")
+    select, like = (select_top_k, reference.top_k) if rule >= 1 else (select_top_p, reference.top_p)
+    select(scores(y, backend), rule, workspace=scratch, backend=backend)
+    brackets = scratch.brackets.to_host().view(np.float32).reshape(-1, selection.BRACKET_WORDS)[:4]
+    counts = like(scores(y), rule, sinks=0, recent=0).counts[0]
+    for row, count, (_, _, low, high, *_) in zip(y[0], counts, brackets):
+        assert low <= np.sort(row)[-count] < high
+        assert np.count_nonzero((low <= row) & (row < high)) < 0.1 * tokens
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("calibrated", [False, "shrink", "shift"])
 def test_results_go_where_they_are_wanted(backend, calibrated):
     y, device = normal(1, (2, 4, 100)), "cuda" if backend in ("cuda", "native") else "cpu"
