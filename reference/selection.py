@@ -90,7 +90,7 @@ def middle(lengths, sinks: int, recent: int, block: int = 1) -> tuple[np.ndarray
     return start, start + block * (np.maximum(lengths - sinks - recent, 0) // block)
 
 
-def top_p(scores: Scores, p: float, *, lengths=None, sinks: int = 4, recent: int = 128, block: int = 1,
+def top_p(scores: Scores, p: float, *, lengths=None, sinks: int = 0, recent: int = 0, block: int = 1,
           min_tokens: int = 1, max_tokens: int | None = None, normalise: str = "middle",
           calibrated: bool | str = False) -> Selection:
     """The shortest prefix of the candidates whose mass reaches p, with at least min_tokens and at most max_tokens.
@@ -117,14 +117,14 @@ def top_p(scores: Scores, p: float, *, lengths=None, sinks: int = 4, recent: int
         calibrated=calibrated), calibrated)
 
 
-def top_k(scores: Scores, k: int, *, lengths=None, sinks: int = 4, recent: int = 128, block: int = 1) -> Selection:
+def top_k(scores: Scores, k: int, *, lengths=None, sinks: int = 0, recent: int = 0, block: int = 1) -> Selection:
     """The first k candidates, or all of them.  Arguments as in `top_p`; `mass` is their share of the candidates'."""
     _check_count("k", k, 0)
     return _select(scores, lengths, (sinks, recent, block), partial(
         _row_top_p, share=0, least=k, most=k, total=False, calibrated=False))
 
 
-def achieved(selection: Selection, exact, *, lengths=None, sinks: int = 4, recent: int = 128,
+def achieved(selection: Selection, exact, *, lengths=None, sinks: int = 0, recent: int = 0,
              block: int = 1) -> np.ndarray:
     """The true mass of a selection: the share [batch, heads] of sum_M exp(exact) that it holds; 1 without candidates.
 
@@ -134,7 +134,7 @@ def achieved(selection: Selection, exact, *, lengths=None, sinks: int = 4, recen
     return listed_weight(selection, weights)
 
 
-def true_weights(exact, *, lengths=None, sinks: int = 4, recent: int = 128, block: int = 1) -> np.ndarray:
+def true_weights(exact, *, lengths=None, sinks: int = 0, recent: int = 0, block: int = 1) -> np.ndarray:
     """[batch, heads, tokens] float64: exp(exact) over its sum over M, and 0 outside M."""
     exact = np.asarray(exact).astype(np.float64)
     batch, heads, tokens = exact.shape
@@ -155,7 +155,7 @@ def listed_weight(selection: Selection, weights) -> np.ndarray:
     return shares
 
 
-def fitted_p(scores: Scores, exact, p: float, *, lengths=None, sinks: int = 4, recent: int = 128, block: int = 1,
+def fitted_p(scores: Scores, exact, p: float, *, lengths=None, sinks: int = 0, recent: int = 0, block: int = 1,
              **options) -> float:
     """The least multiple of 2^-16 at which Top-p achieves the true mass p on average over these queries and heads.
 
@@ -189,7 +189,7 @@ def union(selection: Selection, kv_heads: int) -> Selection:
     return Selection(*_lists(mask), selection.mass)
 
 
-def kept(selection: Selection, *, lengths=None, sinks: int = 4, recent: int = 128, block: int = 1) -> np.ndarray:
+def kept(selection: Selection, *, lengths=None, sinks: int = 0, recent: int = 0, block: int = 1) -> np.ndarray:
     """[batch, heads, tokens] bool: the selection and what is always kept, with the arguments that made it."""
     batch, _, tokens = selection.indices.shape
     lengths = _lengths(lengths, batch, tokens)
