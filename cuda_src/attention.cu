@@ -38,6 +38,9 @@
 //               tiles dealt out on demand instead             206          60         63         26         788
 //               bulk copies with an mbarrier, a row each      210          68         73         34         770
 //               this version: swizzled, queries in shared     201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
+//             Since then the query, and the first entries of lists, are asked for earlier: 200.7 at 32:8, 128K, as
+//             before; the other columns have not been timed again.  Over the 2 % of a decode step of rabitq it is 11.6
+//             instead of 12.6 us by ncu.
 //             Evict first costs 2 % at 128K (750 us without it) and gains 9-18 % where dirty lines of other data would
 //             have to be written back to make room.  What is left at 32:32: 84 % of the DRAM's cycles busy, cuDNN
 //             reaches 89 %.

@@ -42,9 +42,10 @@
 //            operands, 16 products, 16 loads, 8 * 8 for results, 16 to store, 40 for addresses and what is carried
 //            over: 224. There are 124 times 64 tokens per SM: 28000 instructions, 7000 issue cycles, 4.1 us at 1.7 GHz.
 //            Rounding the query comes before that, 770 instructions once per block, a warp per query head, while the
-//            first codes are on their way. Of 11.4 us that a multiprocessor is busy (17 us from launch to end, hot) it
-//            takes 3.7, most of it waiting for memory: signs, query and means are asked for at once.  A cold one takes
-//            21.3 us, 10 of which are lines of the flush on their way to memory and codes from there; a warm one 12.6.
+//            first codes are on their way.  Of 10.8 us that a multiprocessor is busy (15.6 us from launch to end, by
+//            ncu) it takes 3.4, most of it waiting for memory; 3.7 of 11.4 (and 17.0) before signs, query and means
+//            were asked for at once.  With a cold cache the kernel takes 21.5 us, 16.5 where the flush reads: 5 us are
+//            lines of the flush on their way to memory; with a warm one 12.8.
 //   Paths    Tiles that are whole and need neither offset nor sigma are loaded from addresses that differ by constants,
 //            and stored without questions; the others take the long way.
 #include "kvb/convert.cuh"

@@ -53,7 +53,6 @@
 namespace kvb {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kMaxParts = 32;                     // of a row: a lane each
 constexpr int kMaxGroup = kWarps;                 // query heads of a list: a warp each
 constexpr int kQuads = 8;                         // groups of four tokens that a lane takes of a tile: 32 bits
 constexpr int kBins = 2048, kRing = 8192;         // of a row, from its largest key downwards; that are counted
@@ -477,8 +476,8 @@ struct Enough {
   }
 };
 
-// The bracket, from the histograms of the parts of a row.  The block calls it; what it has written to shared memory
-// before is seen by all of it afterwards, if there are candidates.
+// The bracket, from the histograms of the parts of a row, at most 32: a lane each.  The block calls it; what it has
+// written to shared memory before is seen by all of it afterwards, if there are candidates.
 template <int C>
 __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const u32* counts, const float* masses,
                                                 u32 share, int least, int most, bool total) {

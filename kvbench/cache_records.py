@@ -88,8 +88,13 @@ def _made(preset, *sizes, **options) -> KVCache:
 
 def _options(problem) -> dict:
     """Arguments of the preset's function besides sizes."""
-    known = inspect.signature(PRESETS[problem["preset"]].function).parameters
-    return {"dtype": problem["dtype"]} | ({"top_p": TOP_P} if "top_p" in known else {})
+    return {"dtype": problem["dtype"]} | ({} if _idle_axes(problem) else {"top_p": TOP_P})
+
+
+def _idle_axes(problem) -> tuple[str, ...]:
+    """What is attended to follows `percent` with a Top-p selector alone.  Of a preset of another version: none."""
+    preset = PRESETS.get(problem["preset"])
+    return ("percent",) if preset and "top_p" not in inspect.signature(preset.function).parameters else ()
 
 
 def _sizes(problem) -> tuple[int, int, int, int, int]:
@@ -182,4 +187,5 @@ register(Kernel(
     name="cache.decode_step", reference=_reference, operator=decode_step, backends=registry.BACKENDS, axes=AXES,
     inputs=_inputs, traffic=_traffic, agreement=_agreement,
     error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
-    source="; ".join(dict.fromkeys(preset.source for preset in PRESETS.values())), exact=_exact))
+    source="; ".join(dict.fromkeys(preset.source for preset in PRESETS.values())), exact=_exact,
+    idle_axes=_idle_axes))

@@ -39,6 +39,7 @@ class Kernel:
     source      citation: arXiv id, section or theorem
     exact       for decode attention on codes: (inputs, dtype) -> {"keys", "values"}, the tokens that the codes stand
                 for.  Exact attention on them is what one would run otherwise: its baselines become this kernel's
+    idle_axes   problem -> axes that its other axes leave without effect: reports do not name them
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kernel:
     error: Callable
     source: str
     exact: Callable | None = None
+    idle_axes: Callable[[Mapping], tuple[str, ...]] = lambda problem: ()
 
     @property
     def stem(self) -> str:

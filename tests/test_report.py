@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import browser
-from kvbench import bench, cli, registry
+from kvbench import bench, caches, cli, registry
 from kvbench.bench import timing
 from kvbench.report import compare, contents, fidelity, page
 
@@ -213,14 +213,28 @@ def test_a_share_of_the_roofline():
 
 
 def test_every_registered_kernel_has_a_name_and_a_shape():
-    """Methods differ by their parameters, shapes by their sizes: together they tell any two problems apart."""
+    """Methods differ by their parameters, shapes by their sizes: together they tell any two problems apart, but for
+    axes that have no effect."""
     for kernel in registry.select():
-        seen = set()
+        seen, problems = set(), set()
         for values in itertools.product(*(kernel.axes[axis][:2] for axis in kernel.axes)):
             problem = dict(zip(kernel.axes, values))
             seen.add((contents.method({"kernel": kernel.name, "problem": problem}), contents.shape(problem),
                       problem.get("tokens")))
-        assert len(seen) == np.prod([min(2, len(values)) for values in kernel.axes.values()])
+            problems.add(tuple(item for item in problem.items() if item[0] not in kernel.idle_axes(problem)))
+        assert len(seen) == len(problems)
+        if kernel.name != "cache.decode_step":
+            assert len(seen) == np.prod([min(2, len(values)) for values in kernel.axes.values()])
+
+
+def test_a_share_of_tokens_is_named_where_it_has_an_effect():
+    named = {preset: contents.method({"kernel": "cache.decode_step", "problem": {"preset": preset, "percent": 2}})
+             for preset in caches.PRESETS}
+    assert named["rabitq"] == "cache.decode_step (rabitq, percent 2)"
+    assert {preset for preset, name in named.items() if "percent" in name} == {"rabitq", "twilight"}
+    for kernel, preset in (("of.yesterday", "exact"), ("cache.decode_step", "of_yesterday")):
+        case = {"kernel": kernel, "problem": {"preset": preset, "percent": 2}}
+        assert contents.method(case) == f"{kernel} ({preset}, percent 2)"
 
 
 # ---- the page as text ------------------------------------------------------------------------------------------------

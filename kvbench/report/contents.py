@@ -70,9 +70,13 @@ def summaries(held: dict) -> list[tuple[list[str], list[list[str]], str]]:
 
 
 def method(case: dict) -> str:
-    """The kernel and its parameters, such as the bits of a code."""
+    """The kernel and its parameters that have an effect, such as the bits of a code; of a kernel that the registry does
+    not know (any more) all of them."""
+    registry.load()
+    kernel = registry.KERNELS.get(case["kernel"])
+    unnamed = SHAPE_AXES + (kernel.idle_axes(case["problem"]) if kernel else ())
     parameters = ", ".join(f"{axis.replace('_', ' ')} {value}" if not isinstance(value, str) else value
-                           for axis, value in case["problem"].items() if axis not in SHAPE_AXES)
+                           for axis, value in case["problem"].items() if axis not in unnamed)
     return f"{case['kernel']} ({parameters})" if parameters else case["kernel"]
 
 
