@@ -37,13 +37,17 @@
 //               + fewer units in flight, evict first          202          59         61         25         769
 //               tiles dealt out on demand instead             206          60         63         26         788
 //               bulk copies with an mbarrier, a row each      210          68         73         34         770
-//               this version: swizzled, queries in shared     201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
-//             Since then the query, and the first entries of lists, are asked for earlier: 200.7 at 32:8, 128K, as
-//             before; the other columns have not been timed again.  Over the 2 % of a decode step of rabitq it is 11.6
-//             instead of 12.6 us by ncu.
-//             Evict first costs 2 % at 128K (750 us without it) and gains 9-18 % where dirty lines of other data would
-//             have to be written back to make room.  What is left at 32:32: 84 % of the DRAM's cycles busy, cuDNN
-//             reaches 89 %.
+//               swizzled, queries in shared memory            201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
+//               + units begin at lines of shared memory       194          57         61                    720
+//               + evict first up to 256 MB (this version)     189          57         61                    702 (708)
+//             The last two rows, and the last (708), are of one run.  Before, a static variable of 16 bytes moved the
+//             ring off the 128-byte lines of shared memory, and each line that arrived took two of them: 742 us, 752 by
+//             writing, against 690 and 702.  By 64 bytes it is 703.  Nothing else mattered: an empty loop of the same
+//             copies took as long.  Bulk copies of 32 KB, a unit of all eight warps, take 694, no less.
+//             Without evict first: 60.4 at 32:8 32K, 64.3 at 16:2 128K; with it 194 at 32:8 128K.  Where the flush of
+//             the L2 reads instead of writing, both are the same, 177 at 32:8 128K and 690 at 32:32.
+//             The query, and the first entries of lists, are asked for early: over the 2 % of a decode step of rabitq
+//             it was 11.6 instead of 12.6 us by ncu.
 //
 // attention_sparse_kernel: the same over listed tokens alone, with one list per KV head or per query head.
 //   Leading   slots of the cache, those of exact sinks and tail, may stand behind every list: all that a sparse
@@ -68,6 +72,9 @@ constexpr float kReferenceGap = 8.f, kReferenceSlack = 12.f;
 template <int D, int HEADS>
 constexpr int kResidentBlocks = D == 256 || (D == 128 && HEADS == 16) ? 1 : 2;   // per SM
 constexpr int kRingUnits = 3;   // one is read while two are in flight
+// A cache of up to so many bytes is the first to leave the L2 cache: dirty lines of other data then need not be written
+// back to make room, 10 us on an H100.  A larger one lasts longer, and loses more by it than that.
+constexpr u64 kEvictFirstBytes = 256u << 20;
 
 // The row of the tile that is token 2t + e of the j-th group of 8 columns.  Lanes that read at the same time differ in
 // bit 2 of the row for keys (e = 0, 1; four chunks each) and in bits 1 and 2 for values (t = 0..3; two chunks each).
@@ -171,7 +178,8 @@ __device__ __forceinline__ void attend(const DecodeArguments<T>& arguments, cons
   const T* head_values = arguments.values + b * arguments.value_batch_stride + kv_head * arguments.value_head_stride;
   const u64 key_token_stride = arguments.key_token_stride, value_token_stride = arguments.value_token_stride;
   const float scale_log2 = arguments.scale_log2;
-  const u64 policy = read_once_policy();
+  const u64 all_bytes = static_cast<u64>(length) * (4 * D) * gridDim.y * gridDim.z;
+  const u64 policy = !Tokens::kListed && all_bytes > kEvictFirstBytes ? plain_policy() : read_once_policy();
 
   // A operand of S: query head g (and g + 8) as rows, in fragment order; chunk s holds two k-steps of 16.  It stays in
   // shared memory, read again for every tile, so that the accumulators have the registers.

@@ -259,6 +259,11 @@ def take_workspace(arguments: Arguments, given: Workspace | None, splits: int, d
     return given
 
 
+def whole_lines(size: int) -> int:
+    """Bytes of shared memory that `size` take of whole lines: kSharedLine of cuda_src/include/kvb/device.cuh."""
+    return -(-size // 128) * 128
+
+
 def split_shared_bytes(copies: int, heads: int, head_dim: int, threads: int) -> int:
     """Shared memory that the end of a split kernel needs (kvb/splits.cuh): the warps' copies, or the threads' sums."""
     return max(copies * heads * (head_dim + 2) * 4, threads * 24)

@@ -111,13 +111,15 @@ def _attention_ring(head_dim: int, heads: int, warps: int, plan: Plan, value_bit
     order of coordinates, the signs of the values' rotation, scalars of a tile per warp, and the rings.  The end of the
     kernel (kvb/splits.cuh) uses the rings again, and needs the rotated rows besides."""
     tile, most_groups, most_rounds = 32, 8, 8
-    fixed = (8 * heads + head_dim // TILE * (112 + 512) + 896 + 4 * head_dim * (1 + most_rounds)
+    whole_lines, chunks = attention.whole_lines, head_dim // TILE
+    fixed = (whole_lines(8 * heads) + whole_lines(112 * chunks) + 896 + 512 * chunks + 4 * head_dim * (1 + most_rounds)
              + warps * most_groups * tile * 4)
     scalar_bytes = plan.scalars * (2 if plan.exponents is None else 1)
-    row = head_dim // 8 * (1 + value_bits) + 4 * plan.magnitude_words + scalar_bytes + 2
+    tile_bytes = (tile * (head_dim // 8 + 4 * plan.magnitude_words) + whole_lines(tile * scalar_bytes)
+                  + whole_lines(tile * (head_dim // 8 * value_bits + 2)))
     end = attention.split_shared_bytes(warps, heads, head_dim, 32 * warps) + heads * head_dim * 4
-    ring = next(tiles for tiles in (3, 2) if tiles == 2 or fixed + warps * tiles * tile * row <= SHARED_BYTES)
-    return ring, fixed + max(warps * ring * tile * row, end)
+    ring = next(tiles for tiles in (3, 2) if tiles == 2 or fixed + warps * tiles * tile_bytes <= SHARED_BYTES)
+    return ring, fixed + max(warps * ring * tile_bytes, end)
 
 
 def _launch_simple_attention(query, keys, values, plan: Plan, value_rotation, lengths, scale: float, key_mean, splits,

@@ -80,4 +80,4 @@ def _attention_shared_bytes(head_dim: int, heads: int, key_bits: int, value_bits
     tile = TILE * head_dim * (key_bits + value_bits) // 8 + 8 * head_dim
     ring = 3 if warps * 3 * tile <= 200 * 1024 else 2
     end = attention.split_shared_bytes(warps, heads, head_dim, 32 * warps)
-    return 4 * heads + 4 * heads * head_dim + max(warps * ring * tile, end)
+    return attention.whole_lines(4 * heads) + 4 * heads * head_dim + max(warps * ring * tile, end)

@@ -311,8 +311,9 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   KVB_DYNAMIC_SHARED(char, shared);
   float* query_unit = reinterpret_cast<float*>(shared);                                  // (HEADS,)
   float* lse_offset = query_unit + HEADS;                                                // (HEADS,)
-  ChunkRecord* staged_records = reinterpret_cast<ChunkRecord*>(lse_offset + HEADS);      // (D / 16,)
-  char* const staged_centroids = reinterpret_cast<char*>(staged_records + D / 16);            // (kWideCentroids,) fp16
+  ChunkRecord* staged_records = reinterpret_cast<ChunkRecord*>(shared + whole_lines(8 * HEADS));   // (D / 16,)
+  char* const staged_centroids =                                                         // (kWideCentroids,) fp16
+      reinterpret_cast<char*>(staged_records) + whole_lines(D / 16 * sizeof(ChunkRecord));
   uint4* staged_query = reinterpret_cast<uint4*>(staged_centroids + 2 * kWideCentroids);   // (D / 16, 32): A operands
   i32* staged_order = reinterpret_cast<i32*>(staged_query + 2 * D);                      // (D,)
   float* staged_signs = reinterpret_cast<float*>(staged_order + D);                      // (value rounds, D)
@@ -360,7 +361,8 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   }
   __syncthreads();
   const int scalars_at = KeyRowsInMemory<D>::SIGN_BYTES + magnitude_bytes;
-  const int key_bytes = scalars_at + scalar_bytes, tile_bytes = key_bytes + kPlaneTileBytes<D, VALUE_BITS>;
+  const int scalar_room = whole_lines(scalar_bytes), key_bytes = scalars_at + scalar_room;
+  const int tile_bytes = key_bytes + kPlaneTileBytes<D, VALUE_BITS>;
   const int own_ring = warp * ring * tile_bytes;   // in the rings
   // The same for the copies, in a register of each lane: kvb/plane_attention.cuh says why.
   char* const filled = reinterpret_cast<char*>(pinned(reinterpret_cast<u64>(rings + own_ring)));
@@ -372,7 +374,7 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
       pinned(scalars_at + 16 * lane)};
   const int single_place = pinned(key_bytes + PlaneCopy<D, D / 8>::place(16 * lane));
   const int pair_place = pinned(key_bytes + PlaneCopy<D, D / 4>::place(16 * lane));
-  const int scales_place = pinned(tile_bytes - 2 * kPlaneTile + 16 * lane);
+  const int scales_place = pinned(key_bytes + kPlaneScales<D, VALUE_BITS> + 16 * lane);
   const int whole_tiles = pinned(rows.aligned() && ValueCopy::aligned(values) ? length / kPlaneTile : 0);
   auto copy_next = [&](char* to) {
     if (next < whole_tiles) {
@@ -501,7 +503,7 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
   // The lane's bytes of keys, from the values on that follow them.
   const int sign_place = pinned(g * (D / 8) - key_bytes);
   const int row_place = pinned(KeyRowsInMemory<D>::SIGN_BYTES + g * 4 * magnitude_words - key_bytes);
-  const int scalar_place = pinned(lane * scalars * scalar_size - scalar_bytes);
+  const int scalar_place = pinned(lane * scalars * scalar_size - scalar_room);
   // In the rings: the values of the tile that is read; in the ring: the tile before it.
   int read = own_ring + key_bytes, freed = (ring - 1) * tile_bytes;
   for (; tile < tiles; tile += stride) {
@@ -552,8 +554,7 @@ __global__ void __launch_bounds__(32 * kBlockGtqWarps<D, HEADS>, 1) block_gtq_at
     KVB_RUN(5, 1);
     KVB_RUN(6, 1);
 #undef KVB_RUN
-    const __half2* value_scales =
-        reinterpret_cast<const __half2*>(current + kPlaneTileBytes<D, VALUE_BITS> - 2 * kPlaneTile) + t;
+    const __half2* value_scales = reinterpret_cast<const __half2*>(current + kPlaneScales<D, VALUE_BITS>) + t;
     __half2 scale[GROUPS];
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) scale[j] = value_scales[4 * j];

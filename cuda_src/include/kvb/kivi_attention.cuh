@@ -95,6 +95,7 @@ struct KiviTileLayout {
   static constexpr int VALUES = KEY_MINIMA + 2 * D, VALUE_SCALES = VALUES + KiviRow<D, VALUE_BITS>::TILE_BYTES;
   static constexpr int VALUE_MINIMA = VALUE_SCALES + 2 * D, BYTES = VALUE_MINIMA + 2 * D;
   static constexpr int RING = kKiviWarps * 3 * BYTES <= 200 * 1024 ? 3 : 2;   // tiles
+  static_assert(BYTES % kSharedLine == 0 && VALUES % kSharedLine == 0, "copies of whole lines");
 };
 
 __device__ __forceinline__ u32 multiply_pair(u32 x, u32 y) {
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(32 * kKiviWarps, 1) kivi_attention_kernel(
   KVB_DYNAMIC_SHARED(char, shared);
   uint4* staged_query = reinterpret_cast<uint4*>(shared);                        // (STEPS, HALVES, 32): B operands
   float* query_unit = reinterpret_cast<float*>(staged_query + STEPS * HALVES * 32);   // (HEADS,)
-  char* rings = reinterpret_cast<char*>(query_unit + HEADS);
+  char* rings = reinterpret_cast<char*>(query_unit) + whole_lines(4 * HEADS);
   char* const ring = rings + warp * RING * Layout::BYTES;
   // The same for the copies, in a register of each lane: where a uniform register holds a part of the shared address,
   // ptxas 13.0 may write cp.async with a cache hint in a form that the GPU refuses; tests/test_compile.py looks for it.

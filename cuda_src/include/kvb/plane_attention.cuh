@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   float* query_unit = reinterpret_cast<float*>(shared);                       // (HEADS,): delta * key_unit of a head
   float* query_offset = query_unit + HEADS;                                   // (HEADS,): sum_j z_j / 2
   float* lse_offset = query_offset + HEADS;                                   // (HEADS,)
-  uint4* staged_query = reinterpret_cast<uint4*>(shared + 12 * HEADS);        // (OCTETS, HALVES, 32): A operands
+  uint4* staged_query = reinterpret_cast<uint4*>(shared + whole_lines(12 * HEADS));   // (OCTETS, HALVES, 32)
   float* staged_signs = reinterpret_cast<float*>(staged_query + OCTETS * HALVES * 32);   // (key and value rounds, D)
   char* rings = reinterpret_cast<char*>(staged_signs + 2 * kPlaneRounds * D);
   constexpr int KEY_BYTES = kPlaneTileBytes<D, KEY_BITS>, TILE_BYTES = KEY_BYTES + kPlaneTileBytes<D, VALUE_BITS>;
@@ -460,7 +460,8 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
   // The scales of a whole tile: four lanes copy those of the keys, four those of the values.
   const char* scales = reinterpret_cast<const char*>(lane < 4 ? keys.scale : values.scale) +
                        static_cast<u64>(tile) * (2 * kPlaneTile) + lane % 4 * 16;
-  const int scales_place = pinned((lane < 4 ? KEY_BYTES : TILE_BYTES) - 2 * kPlaneTile + lane % 4 * 16);
+  const int scales_place = pinned((lane < 4 ? kPlaneScales<D, KEY_BITS> : KEY_BYTES + kPlaneScales<D, VALUE_BITS>) +
+                                  lane % 4 * 16);
   const int whole_tiles = pinned(KeyCopy::aligned(keys) && ValueCopy::aligned(values) ? length / kPlaneTile : 0);
   auto copy_next = [&](char* to) {
     if (next < whole_tiles) {
@@ -567,8 +568,9 @@ __global__ void __launch_bounds__(32 * kPlaneWarps, 1) turboquant_attention_kern
     // ---- logits ----
     int sums[GROUPS][HALVES][4];
     key_products<D, HALVES, KEY_BITS>(sums, current, key_place, own_query, key_table, key_octet % 4);
-    const __half2* key_scales = reinterpret_cast<const __half2*>(current + KEY_BYTES - 2 * kPlaneTile) + t;
-    const __half2* value_scales = reinterpret_cast<const __half2*>(current + TILE_BYTES - 2 * kPlaneTile) + t;
+    const __half2* key_scales = reinterpret_cast<const __half2*>(current + kPlaneScales<D, KEY_BITS>) + t;
+    const __half2* value_scales =
+        reinterpret_cast<const __half2*>(current + KEY_BYTES + kPlaneScales<D, VALUE_BITS>) + t;
     float product[GROUPS][HALVES][2];   // of the rounded query and the key's codes
     float2 factor[GROUPS];              // the key's scale
     __half2 scale[GROUPS];              // the value's scale

@@ -15,9 +15,11 @@ namespace kvb {
 
 constexpr int kPlaneTile = 32;   // tokens
 
-// Bytes of a tile of one side (keys or values) in shared memory: its planes, then its scales.
+// A tile of one side (keys or values) in shared memory, in bytes: where its scales begin, behind the planes, and all.
 template <int D, int BITS>
-constexpr int kPlaneTileBytes = kPlaneTile * (D / 8 * BITS + 2);
+constexpr int kPlaneScales = kPlaneTile * D / 8 * BITS;
+template <int D, int BITS>
+constexpr int kPlaneTileBytes = whole_lines(kPlaneScales<D, BITS> + 2 * kPlaneTile);
 
 // Rows (tokens) of a tile stand in shared memory in another order where that avoids bank conflicts: lanes that read the
 // same word of the tokens 0, 2, 4, 6 of eight must hit rows that differ modulo 4.

@@ -211,9 +211,11 @@ KVB_EMU_OWN inline void cp_async_16(void* shared, const void* global, bool valid
 }
 // Caches are not emulated: a policy is a number, and data that is read once is copied like any other.
 inline u64 read_once_policy() { return 1; }
+inline u64 plain_policy() { return 2; }
 KVB_EMU_OWN inline void cp_async_16_once(void* shared, const void* global, int bytes, u64 policy,
                                          int line = __builtin_LINE()) {
-  if (policy != read_once_policy()) emu::fail("cp_async_16_once at line %d: not a policy", line);
+  if (policy != read_once_policy() && policy != plain_policy())
+    emu::fail("cp_async_16_once at line %d: not a policy", line);
   copy_async_16(shared, global, u32(bytes), line);
 }
 KVB_EMU_OWN inline void cp_async_commit() { ++emu::machine.current->group; }
