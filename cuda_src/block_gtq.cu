@@ -105,78 +105,168 @@ __device__ __forceinline__ u16 stored_scalar(float s, bool in_half, int exponent
   return static_cast<u16>(s > 0.f && relative >= 1.f ? fminf(relative, 254.f) : 0.f);
 }
 
+// What the codes of a block's head are made with; a head has at most one group of each number of bits.
+struct EncodeTables {
+  float decisions[4];   // of 2 bits; of 3 bits the middle one, and half the sum and the difference of the others
+  float sums[64 + 256];   // of squares of four magnitudes, by a byte: of 2 bits, bits 0, 1, 4, 5 of it, and of 3 bits
+  float levels[kMostCodes];     // magnitudes m of b bits at 2^(b-1) + m
+  uint2 marks[kMostCodes];      // there, for 4 bits and more: the square, and the 2-bit fields of m, one per byte
+  uint2 cells[260 + 512 + 1];   // of 4 bits and more: the decision of a cell, if it has one, and those below the cell
+};
+
+// Cells of equal width, at most one decision in each (tests/test_block_gtq.py), from 0 to kRange: where the largest
+// number is, and all beyond.
+__device__ __forceinline__ constexpr int cell_count(int bits) { return bits == 4 ? 32 : bits == 8 ? 512 : 1 << bits; }
+__device__ __forceinline__ constexpr int first_cell(int bits) { return bits == 4 ? 0 : (1 << bits) + bits - 4; }
+__device__ __forceinline__ constexpr float inverse_range(int bits) { return bits == 8 ? 0.125f : 0.25f; }
+// Of a number from 0 to 1, in units of the range.
+__device__ __forceinline__ u32 cell_of(float x, float count) {
+  return __float_as_uint(fmaf(x, count, 8388608.f)) & 0x7fffffu;   // 2^23: a step is 1
+}
+
 // A lane codes four coordinates of a segment and token at a time: c = 2 e + s is nibble 2 t + e of octet s.  They fill
 // byte t of a word: bits 4 e + s of it, or where a plane has two bits, 2 c and the next.
 __device__ __forceinline__ constexpr int bit_place(int c) { return c / 2 * 4 + c % 2; }
 
-// What the codes of a segment are made of, of four tokens of a lane.
+// What the codes of a segment are made of: bytes, as those of words, of the four tokens of a lane.
 struct CodeBytes {
-  u32 sign[4], pairs[3][4], top[4];   // the planes that the bits have
+  u32 sign, pairs[3], top;   // the planes that the bits have; of sign and top, the other bits hold anything
 };
 
-// Codes of y, [tokens 0 and 1, tokens 2 and 3][octet], numbers as mma_m16n8k16 gives them, which are unit z, inverse =
-// 1 / unit; inner += |y| c and energy += c c.  BITS = 6 stands for 6 to 8.
-// decisions : shared (128,) of the group's codebook, followed by its magnitudes
+// Appends the sign bit of x, and `bits` - 1 more of it.
+__device__ __forceinline__ void append(u32& word, float x, int bits) {
+  word = __funnelshift_l(__float_as_uint(x), word, bits);
+}
+
+// Codes of y, [tokens 0 and 1, tokens 2 and 3][octet], numbers as mma_m16n8k16 gives them; energy += c c.
+// measure : up to 3 bits, what is 1 in units of z; else its inverse over the range of cells     BITS = 6 : 6 to 8
 template <int BITS>
-__device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], const float (&unit)[4],
-                                                  const float (&inverse)[4], const float* decisions, int bits,
-                                                  float (&inner)[4], float (&energy)[4]) {
+__device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], const float (&measure)[4],
+                                                  const EncodeTables& tables, int bits, float (&energy)[4]) {
   CodeBytes codes = {};
-  const float* levels = decisions + kMostBoundaries;
-  int m[4][4] = {};
-  if constexpr (BITS >= 4) {   // binary search
-    auto halve = [&](int step) {
+  u32 fields[4] = {};
+  const uint2* marks = tables.marks + (1 << (bits - 1));
+  const uint2* cells = tables.cells + first_cell(bits);
+  const float count = static_cast<float>(cell_count(bits));
 #pragma unroll
-      for (int q = 0; q < 4; ++q)
+  for (int q = 3; q >= 0; --q) {
+    float decisions[3] = {};
+    if constexpr (BITS == 2) decisions[0] = tables.decisions[0] * measure[q];
+    if constexpr (BITS == 3)
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-          if (fabsf(y[q / 2][c % 2][q % 2 * 2 + c / 2]) * inverse[q] > decisions[m[q][c] + step - 1]) m[q][c] += step;
-    };
-    if constexpr (BITS == 6)
-#pragma unroll 1
-      for (int step = 1 << (bits - 2); step > 8; step >>= 1) halve(step);
-    if constexpr (BITS >= 5) halve(8);
-    halve(4);
-    halve(2);
-    halve(1);
-  }
+      for (int i = 0; i < 3; ++i) decisions[i] = tables.decisions[1 + i] * measure[q];
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    u32 packed = 0;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 3; c >= 0; --c) {
       const float v = y[q / 2][c % 2][q % 2 * 2 + c / 2], size = fabsf(v);
-      float level;
-      codes.sign[q] |= __float_as_uint(v) >> (31 - bit_place(c)) & 1u << bit_place(c);
-      if constexpr (BITS == 1) {
-        level = levels[0];
-      } else if constexpr (BITS == 2) {
-        const bool up = size > decisions[0] * unit[q];
-        level = up ? levels[1] : levels[0];
-        if (up) codes.top[q] |= 1u << bit_place(c);
-      } else if constexpr (BITS == 3) {
-        const float low = decisions[0] * unit[q], middle = decisions[1] * unit[q], high = decisions[2] * unit[q];
-        const bool upper = size > middle, odd = size > (upper ? high : low);
-        const float if_odd = upper ? levels[3] : levels[1], if_even = upper ? levels[2] : levels[0];
-        level = odd ? if_odd : if_even;
-        if (upper) codes.pairs[0][q] |= 2u << (2 * c);
-        if (odd) codes.pairs[0][q] |= 1u << (2 * c);
-      } else {
-        level = levels[m[q][c]];
-        packed |= static_cast<u32>(m[q][c]) << (8 * c);
+      const int bits_to_next = c % 2 || q + c == 0 ? 1 : 3;   // in a byte with gaps
+      append(codes.sign, v, bits_to_next);
+      if constexpr (BITS == 2) append(codes.top, decisions[0] - size, bits_to_next);
+      if constexpr (BITS == 3) {   // a Gray code
+        append(codes.pairs[0], decisions[0] - size, 1);
+        append(codes.pairs[0], fabsf(size - decisions[1]) - decisions[2], 1);
       }
-      inner[q] = fmaf(size, level, inner[q]);
-      energy[q] = fmaf(level, level, energy[q]);
+      if constexpr (BITS >= 4) {
+        const float x = __saturatef(size * measure[q]);
+        const uint2 cell = cells[cell_of(x, count)];
+        const uint2 mark = marks[cell.y + (__float_as_uint(__uint_as_float(cell.x) - x) >> 31)];
+        energy[q] += __uint_as_float(mark.x);
+        fields[q] = (fields[q] << 2) + mark.y;
+      }
     }
-    if constexpr (BITS >= 4) {
-      // Fields of two bits, one per byte, or of one bit, to their places in one byte.
+  }
+  if constexpr (BITS == 3) codes.pairs[0] ^= codes.pairs[0] >> 1 & 0x55555555u;
+  if constexpr (BITS <= 3) {
+    const float* sums = tables.sums + (BITS == 3 ? 64 : 0);
+    const u32 index = BITS == 3 ? codes.pairs[0] : codes.top & 0x33333333u;
+    const float all = 4.f * tables.levels[1] * tables.levels[1];
 #pragma unroll
-      for (int i = 0; i < (BITS == 4 ? 1 : 3); ++i)
-        codes.pairs[i][q] = (packed >> (2 * i) & 0x03030303u) * 0x01041040u >> 24;
-      codes.top[q] = (packed >> (bits - 2) & 0x01010101u) * 0x01021020u >> 24;
+    for (int q = 0; q < 4; ++q) energy[q] += BITS == 1 ? all : sums[index >> (8 * q) & 255u];
+  } else {
+    // Byte p of `fields` belongs to plane p: the pairs, then the top.
+    u32 planes[4] = {};
+#pragma unroll
+    for (int p = 0; p < (BITS == 6 ? 4 : 2); p += 2) {
+      const u32 selector = p ? 0x7362 : 0x5140;
+      const u32 first = permute_bytes(fields[0], fields[1], selector);
+      const u32 second = permute_bytes(fields[2], fields[3], selector);
+      planes[p] = permute_bytes(first, second, 0x5410);
+      planes[p + 1] = permute_bytes(first, second, 0x7632);
     }
+#pragma unroll
+    for (int p = 0; p < 3; ++p) codes.pairs[p] = planes[p];
+    const u32 top = BITS == 4 ? planes[1] : bits == 6 ? planes[2] : planes[3];
+    codes.top = (top & 0x11111111u) | (top >> 1 & 0x22222222u);
   }
   return codes;
+}
+
+// inner += |y| c, of the magnitudes of such codes.
+__device__ __forceinline__ void add_inner(float (&inner)[4], const float (&y)[2][2][4], const CodeBytes& codes,
+                                          const EncodeTables& tables, int bits) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      u32 m = 0;
+#pragma unroll
+      for (int p = 0; p < 3; ++p)
+        if (bits >= 3 + 2 * p) m |= (codes.pairs[p] >> (8 * q + 2 * c) & 3u) << (2 * p);
+      if (bits % 2 == 0) m |= (codes.top >> (8 * q + bit_place(c)) & 1u) << (bits - 2);
+      inner[q] = fmaf(fabsf(y[q / 2][c % 2][q % 2 * 2 + c / 2]), tables.levels[(1 << (bits - 1)) + m], inner[q]);
+    }
+}
+
+// Lane t of four: v[t], summed over the four.
+__device__ __forceinline__ float own_sum(const float (&v)[4], int t) {
+  const bool upper = t / 2, odd = t % 2;
+  float half[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    half[i] = (upper ? v[2 + i] : v[i]) + __shfl_xor_sync(0xffffffffu, upper ? v[i] : v[2 + i], 2);
+  return (odd ? half[1] : half[0]) + __shfl_xor_sync(0xffffffffu, odd ? half[0] : half[1], 1);
+}
+
+// Lane t of four: bytes t of their words, that of lane 0 first.
+__device__ __forceinline__ u32 own_word(u32 bytes, int t) {
+  bytes = permute_bytes(bytes, __shfl_xor_sync(0xffffffffu, bytes, 1), t % 2 ? 0x3715 : 0x6240);
+  return permute_bytes(bytes, __shfl_xor_sync(0xffffffffu, bytes, 2), t / 2 ? 0x3276 : 0x5410);
+}
+
+// The tables of a group, by all threads of the block.  boundaries (2^(bits-1) - 1,), centroids (2^(bits-1),)
+template <int THREADS>
+__device__ __forceinline__ void fill_tables(EncodeTables& tables, int bits, const float* boundaries,
+                                            const float* centroids) {
+  const int magnitudes = 1 << (bits - 1), cell_end = cell_count(bits) + 1;
+  uint2* cells = tables.cells + first_cell(bits);
+  auto scaled = [&](int m) { return boundaries[m] * inverse_range(bits); };
+  auto place_of_decision = [&](int m) {
+    return static_cast<int>(cell_of(scaled(m), static_cast<float>(cell_count(bits))));
+  };
+  for (int m = threadIdx.x; m < magnitudes; m += THREADS) {
+    const float level = centroids[m];
+    const u32 fields = (m & 3) | (m >> 2 & 3) << 8 | (m >> 4 & 3) << 16 | (m >> 6 & 3) << 24;
+    tables.levels[magnitudes + m] = level;
+    tables.marks[magnitudes + m] = make_uint2(__float_as_uint(level * level), fields);
+    if (bits >= 4) {   // cells above decision m - 1, up to decision m
+      const bool last = m == magnitudes - 1;
+      const int end = last ? cell_end : place_of_decision(m) + 1;
+      for (int i = m ? place_of_decision(m - 1) + 1 : 0; i < end; ++i)
+        cells[i] = make_uint2(__float_as_uint(!last && i == end - 1 ? scaled(m) : infinity()), m);
+    }
+  }
+  auto square = [&](int m) { return centroids[m] * centroids[m]; };
+  if (bits == 2)
+    for (int i = threadIdx.x; i < 64; i += THREADS)
+      tables.sums[i] = square(i & 1) + square(i >> 1 & 1) + square(i >> 4 & 1) + square(i >> 5 & 1);
+  if (bits == 3)
+    for (int i = threadIdx.x; i < 256; i += THREADS)
+      tables.sums[64 + i] = square(i & 3) + square(i >> 2 & 3) + square(i >> 4 & 3) + square(i >> 6 & 3);
+  if (threadIdx.x == 0 && bits == 2) tables.decisions[0] = boundaries[0];
+  if (threadIdx.x == 0 && bits == 3) {
+    tables.decisions[1] = boundaries[1];
+    tables.decisions[2] = 0.5f * (boundaries[0] + boundaries[2]);
+    tables.decisions[3] = 0.5f * (boundaries[2] - boundaries[0]);
+  }
 }
 
 template <class Word>
@@ -202,32 +292,33 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
                             const i32* __restrict__ groups, const i32* __restrict__ segments,
                             const u32* __restrict__ rotations, const float* __restrict__ boundaries,
                             const float* __restrict__ centroids, const i32* __restrict__ exponents, int plan_stride,
-                            int scale_mode, u32* sign, u32* magnitude, __half* halves, u8* bytes, u64 batch_stride,
-                            u64 head_stride, int magnitude_words, int scalars, int tokens) {
+                            int rotary, int scale_mode, u32* sign, u32* magnitude, __half* halves, u8* bytes,
+                            u64 batch_stride, u64 head_stride, int magnitude_words, int scalars, int tokens) {
   constexpr int WARPS = kEncodeWarps<D>, THREADS = 32 * WARPS, SIGN_WORDS = D / 32, SEGMENTS = D / 16;
   constexpr int PITCH = D + 8, PART = kEncodeTokens * PITCH;   // halves
   constexpr bool SCALES = kHasWideRange<T> || PARTS == 2;      // by a power of two for every group
-  KVB_SHARED(float, books, [kMostGroups][2][kMostBoundaries]);   // decisions, magnitudes
-  KVB_SHARED(u16, places, [D]);                                  // of coordinates in rate order
-  KVB_SHARED(u16, coordinates, [D]);                             // at these places
+  KVB_SHARED(EncodeTables, tables);
+  KVB_SHARED(KeyGroup, own_groups, [kMostGroups]);
+  KVB_SHARED(KeySegment, own_segments, [SEGMENTS]);
+  KVB_SHARED(u16, places, [D]);        // of coordinates in rate order
+  KVB_SHARED(u16, coordinates, [D]);   // at these places
   KVB_SHARED(float, largest_of, [SCALES ? THREADS * (SEGMENTS + 1) : 1]);
   KVB_DYNAMIC_SHARED(char, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int head = blockIdx.y, b = blockIdx.z, plan = b * plan_stride + head;
-  const KeyGroup* own_groups = reinterpret_cast<const KeyGroup*>(groups) + plan * scalars;
-  const KeySegment* own_segments = reinterpret_cast<const KeySegment*>(segments) + plan * SEGMENTS;
-  for (int i = warp; i < scalars; i += WARPS) {
-    const KeyGroup group = own_groups[i];
-    const int magnitudes = group.size > 0 ? 1 << (group.bits - 1) : 0;   // a group may be there for its place alone
-    for (int m = lane; m < magnitudes; m += 32) {
-      books[i][0][m] = boundaries[group.book * kMostBoundaries + m];
-      books[i][1][m] = centroids[group.book * kMostCodes + m];
-    }
-  }
+  for (int i = threadIdx.x; i < scalars; i += THREADS)
+    own_groups[i] = reinterpret_cast<const KeyGroup*>(groups)[plan * scalars + i];
+  for (int i = threadIdx.x; i < SEGMENTS; i += THREADS)
+    own_segments[i] = reinterpret_cast<const KeySegment*>(segments)[plan * SEGMENTS + i];
   for (int i = threadIdx.x; i < D; i += THREADS) {
     coordinates[i] = static_cast<u16>(order[plan * D + i]);
     places[coordinates[i]] = static_cast<u16>(i);
   }
+  __syncthreads();
+  for (int i = 0; i < scalars; ++i)
+    if (own_groups[i].size > 0)   // a group may be there for its place alone
+      fill_tables<THREADS>(tables, own_groups[i].bits, boundaries + own_groups[i].book * kMostBoundaries,
+                           centroids + own_groups[i].book * kMostCodes);
   __syncthreads();
 
   // What follows is one warp's own.
@@ -239,69 +330,87 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
   u16* scalar_rows = reinterpret_cast<u16*>(magnitude_rows + kEncodeTokens * magnitude_words);   // (tokens, scalars)
   float* own_largest = largest_of + warp * (SCALES ? 32 * (SEGMENTS + 1) : 0);   // (tokens, segments), padded
 
+  for (int i = lane; i < kEncodeTokens * magnitude_words; i += 32) magnitude_rows[i] = 0;   // some words stay so
+  u32* own_sign_row = sign_rows + (g + 8 * t) * SIGN_WORDS;
+  u32* own_magnitude_row = magnitude_rows + (g + 8 * t) * magnitude_words;
+  const int exponent = exponents[plan];
+  const T* head_rows = x + b * x_batch_stride + head * x_head_stride;
+  const bool in_chunks =
+      !SCALES && (reinterpret_cast<u64>(head_rows) | sizeof(T) * x_token_stride) % 16 == 0 && rotary % 16 == 0;
+
 #pragma unroll 1
   for (int first = (blockIdx.x * WARPS + warp) * kEncodeTokens; first < tokens;
        first += gridDim.x * WARPS * kEncodeTokens) {
     const int count = min(tokens - first, kEncodeTokens);
-    for (int i = lane; i < kEncodeTokens * magnitude_words; i += 32) magnitude_rows[i] = 0;
 
     // ---- rows, in rate order, as A operands ----
-    constexpr int PAIRS = D / 64;   // of neighbouring coordinates, per lane
-    int from[PAIRS][2];
-    float centre[PAIRS][2];
+    const T* rows = head_rows + first * x_token_stride;
+    if (in_chunks) {   // two of eight coordinates, which are eight blocks: a word for each to its place
+      constexpr int LANES = D / 16, ROWS = 32 / LANES;   // of a row, at a time
+      const int own_row = lane / LANES, part = lane % LANES;
+      const bool apart = part < rotary / 16;   // the other coordinate of a block is in the other chunk
+      const int low = apart ? 8 * part : 16 * part, high = low + (apart ? rotary / 2 : 8);
+      const u32 selectors[2] = {apart ? 0x5410u : 0x3210u, apart ? 0x7632u : 0x7654u};
+      u32* to[4][2];
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i)
+      for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        from[i][e] = coordinates[64 * i + 2 * lane + e];
-        centre[i][e] = PARTS == 2 && mean ? -0.25f * mean[b * mean_batch_stride + head * D + from[i][e]] : 0.f;
-      }
-    const T* rows = x + b * x_batch_stride + head * x_head_stride + first * x_token_stride;
-    // A quarter of x - mean, which cannot overflow.
-    auto centred = [&](int token, int i, int e) {
-      return fmaf(0.25f, to_float(rows[token * x_token_stride + from[i][e]]), centre[i][e]);
-    };
-    if constexpr (SCALES) {
-#pragma unroll 4
-      for (int token = 0; token < count; ++token)
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i) {
-          float largest = fmaxf(fabsf(centred(token, i, 0)), fabsf(centred(token, i, 1)));
-#pragma unroll
-          for (int distance = 4; distance; distance /= 2)
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-          if (lane % 8 == 0) own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8] = largest;
-        }
-      __syncwarp();
-      if (lane < count)
-        for (int i = 0; i < scalars; ++i) {
-          const KeyGroup group = own_groups[i];
-          float largest = 0.f;
-          float* of_group = own_largest + lane * (SEGMENTS + 1) + group.start / 16;
-          for (int k = 0; k < group.size / 16; ++k) largest = fmaxf(largest, of_group[k]);
-          for (int k = 0; k < group.size / 16; ++k) of_group[k] = largest;
-        }
-      __syncwarp();
-    }
-    const u64 alignment = reinterpret_cast<u64>(rows) | sizeof(T) * x_token_stride;
-    if (!SCALES && alignment % 16 == 0) {   // chunks of eight coordinates, each of them to its place
-      constexpr int LANES = D / 8;          // per row
-      constexpr int ROWS = 32 / LANES;      // at a time
-      const int own_row = lane / LANES;
-      u16* to[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        to[e] = reinterpret_cast<u16*>(operands) + own_row * PITCH + places[lane % LANES * 8 + e];
-      const T* chunks = rows + own_row * x_token_stride + lane % LANES * 8;
-#pragma unroll 16
+        for (int e = 0; e < 2; ++e)
+          to[i][e] = reinterpret_cast<u32*>(operands + own_row * PITCH +
+                                            places[(apart ? low + e : e ? high : low) + 2 * i]);
+      const T* chunks = rows + own_row * x_token_stride;
+#pragma unroll 8
       for (int token = 0; token < kEncodeTokens; token += ROWS) {
-        uint4 chunk = make_uint4(0, 0, 0, 0);
-        if (token + own_row < count) chunk = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride));
-        const u32 words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+        uint4 chunk[2] = {};
+        if (token + own_row < count) {
+          chunk[0] = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride + low));
+          chunk[1] = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride + high));
+        }
+        const u32 words[2][4] = {{chunk[0].x, chunk[0].y, chunk[0].z, chunk[0].w},
+                                 {chunk[1].x, chunk[1].y, chunk[1].z, chunk[1].w}};
 #pragma unroll
-        for (int e = 0; e < 8; ++e) to[e][token * PITCH] = static_cast<u16>(words[e / 2] >> (16 * (e % 2)));
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            to[i][e][token * PITCH / 2] = permute_bytes(words[0][i], words[1][i], selectors[e]);
       }
     } else {
+      constexpr int PAIRS = D / 64;   // of neighbouring coordinates, per lane
+      int from[PAIRS][2];
+      float centre[PAIRS][2];
+#pragma unroll
+      for (int i = 0; i < PAIRS; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          from[i][e] = coordinates[64 * i + 2 * lane + e];
+          centre[i][e] = PARTS == 2 && mean ? -0.25f * mean[b * mean_batch_stride + head * D + from[i][e]] : 0.f;
+        }
+      // A quarter of x - mean, which cannot overflow.
+      auto centred = [&](int token, int i, int e) {
+        return fmaf(0.25f, to_float(rows[token * x_token_stride + from[i][e]]), centre[i][e]);
+      };
+      if constexpr (SCALES) {
+#pragma unroll 4
+        for (int token = 0; token < count; ++token)
+#pragma unroll
+          for (int i = 0; i < PAIRS; ++i) {
+            float largest = fmaxf(fabsf(centred(token, i, 0)), fabsf(centred(token, i, 1)));
+#pragma unroll
+            for (int distance = 4; distance; distance /= 2)
+              largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+            if (lane % 8 == 0) own_largest[token * (SEGMENTS + 1) + 4 * i + lane / 8] = largest;
+          }
+        __syncwarp();
+        if (lane < count)
+          for (int i = 0; i < scalars; ++i) {
+            const KeyGroup group = own_groups[i];
+            float largest = 0.f;
+            float* of_group = own_largest + lane * (SEGMENTS + 1) + group.start / 16;
+            for (int k = 0; k < group.size / 16; ++k) largest = fmaxf(largest, of_group[k]);
+            for (int k = 0; k < group.size / 16; ++k) of_group[k] = largest;
+          }
+        __syncwarp();
+      }
 #pragma unroll 4
       for (int token = 0; token < kEncodeTokens; ++token)
 #pragma unroll
@@ -323,60 +432,35 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
     __syncwarp();
 
     // ---- groups ----
-    // The lane's tokens are g, g + 8, g + 16, g + 24; its coordinates of an octet 2 t and 2 t + 1.
+    // The lane codes tokens g, g + 8, g + 16, g + 24, coordinates 2 t and 2 t + 1 of an octet; words and scalars of
+    // token g + 8 t are its own.
     const __half* own_rows = operands + (lane / 8 % 2 * 8 + lane % 8) * PITCH + lane / 16 * 8;
-    u8* own_signs = reinterpret_cast<u8*>(sign_rows) + g * (4 * SIGN_WORDS) + t;
-    u8* own_magnitudes = reinterpret_cast<u8*>(magnitude_rows) + g * (4 * magnitude_words) + t;
-    u32 signs[4] = {}, tops[4] = {};   // bytes of a word of which the first half is known
-    bool finite = true;                // of token g + 8 t
+    u32 signs = 0, tops = 0;   // bytes of words of which the first half is known
+    int open_top = -1;         // the place of such a word
+    bool finite = true;
     for (int i = 0; i < scalars; ++i) {
       const KeyGroup group = own_groups[i];
       float s = 0.f;
       if (group.size > 0) {   // the same for the whole block
         const int steps = group.size / 16, bits = group.bits;
         const __half* group_rows = own_rows + group.start;
-        float unit[4] = {}, inverse[4], inner[4] = {}, energy[4] = {};   // of y = unit z
-        // B operands of two octets; those of the first are under way while the product before is made, of whatever
-        // comes behind the last one, too.
+        float measure[4], own_unit = 0.f, own_inverse = 0.f;   // of y = unit z
+        float inner[4] = {}, energy[4] = {};
+        // B operands of two octets are under way while the product before is made, of whatever comes behind the last
+        // one, too.
         const uint4* next = reinterpret_cast<const uint4*>(rotations + group.rotation) + lane;
-        uint4 ahead = next[0];
-#pragma unroll 1
-        for (int k = 0; k < steps; ++k)
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            u32 a[4], rest[4];
-            ldmatrix_x4(a, group_rows + 16 * u * PITCH + 16 * k);
-            if constexpr (PARTS == 2) ldmatrix_x4(rest, group_rows + 16 * u * PITCH + 16 * k + PART);
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              float2 v = unpack_pair<__half>(a[r]);
-              if constexpr (PARTS == 2) {
-                const float2 more = unpack_pair<__half>(rest[r]);
-                v.x += more.x;
-                v.y += more.y;
-              }
-              unit[2 * u + r % 2] = fmaf(v.x, v.x, fmaf(v.y, v.y, unit[2 * u + r % 2]));
-            }
-          }
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 1);
-          unit[q] += __shfl_xor_sync(0xffffffffu, unit[q], 2);
-          unit[q] *= group.inverse_size;
-          if (q == t) finite = finite && unit[q] < infinity();   // not for NaN either
-          inverse[q] = unit[q] > 0.f ? rsqrtf(unit[q]) : 0.f;
-          unit[q] *= inverse[q] * kRotationScale;
-          inverse[q] *= 1.f / kRotationScale;
-        }
+        uint4 ahead[2] = {next[0], next[32]};
 
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {   // 16 coordinates, two octets
-          float y[2][2][4] = {};   // [tokens][octet]
+          float y[2][2][4] = {};                     // [tokens][octet]
+          float products[2][2][4] = {};              // of tokens with each other: [tokens][with half of them]
 #pragma unroll 1
           for (int k = 0; k < steps; ++k) {
-            const uint4 r[2] = {ahead, next[32]};
+            const uint4 r[2] = {ahead[0], ahead[1]};
             next += 64;
-            ahead = next[0];
+            ahead[0] = next[0];
+            ahead[1] = next[32];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
               u32 a[4], rest[4];
@@ -388,60 +472,72 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
                 mma_m16n8k16<__half>(y[u][octet], a, {r[octet].z, r[octet].w});
                 if constexpr (PARTS == 2) mma_m16n8k16<__half>(y[u][octet], rest, {r[octet].x, r[octet].y});
               }
+              if (step == 0)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {   // rows of A are columns of B
+                  mma_m16n8k16<__half>(products[u][half], a, {a[half], a[2 + half]});
+                  if constexpr (PARTS == 2) {
+                    mma_m16n8k16<__half>(products[u][half], a, {rest[half], rest[2 + half]});
+                    mma_m16n8k16<__half>(products[u][half], rest, {a[half], a[2 + half]});
+                  }
+                }
             }
           }
-          const float* book = books[i][0];
+          if (step == 0) {   // norms: lane (g, g / 2) has products of tokens with themselves
+            float own = 0.f;
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              const float* of = products[q / 2][q % 2] + q % 2 * 2;
+              const float square = __shfl_sync(0xffffffffu, g % 2 ? of[1] : of[0], lane / 4 * 4 + lane / 8);
+              if (q == t) own = square * group.inverse_size;
+            }
+            finite = finite && own < infinity();   // not for NaN either
+            own_inverse = own > 0.f ? rsqrtf(own) : 0.f;
+            own_unit = own * own_inverse;
+            own_inverse *= 1.f / kRotationScale;
+            const float own_measure = bits <= 3 ? own_unit * kRotationScale : own_inverse * inverse_range(bits);
+#pragma unroll
+            for (int q = 0; q < 4; ++q) measure[q] = __shfl_sync(0xffffffffu, own_measure, lane / 4 * 4 + q);
+          }
           CodeBytes codes;
           switch (bits) {
-            case 1: codes = code_segment<1>(y, unit, inverse, book, bits, inner, energy); break;
-            case 2: codes = code_segment<2>(y, unit, inverse, book, bits, inner, energy); break;
-            case 3: codes = code_segment<3>(y, unit, inverse, book, bits, inner, energy); break;
-            case 4: codes = code_segment<4>(y, unit, inverse, book, bits, inner, energy); break;
-            case 5: codes = code_segment<5>(y, unit, inverse, book, bits, inner, energy); break;
-            default: codes = code_segment<6>(y, unit, inverse, book, bits, inner, energy);
+            case 1: codes = code_segment<1>(y, measure, tables, bits, energy); break;
+            case 2: codes = code_segment<2>(y, measure, tables, bits, energy); break;
+            case 3: codes = code_segment<3>(y, measure, tables, bits, energy); break;
+            case 4: codes = code_segment<4>(y, measure, tables, bits, energy); break;
+            case 5: codes = code_segment<5>(y, measure, tables, bits, energy); break;
+            default: codes = code_segment<6>(y, measure, tables, bits, energy);
           }
+          if (scale_mode >= 2) add_inner(inner, y, codes, tables, bits);
           const int k = group.start / 16 + step;
-          const KeySegment segment = own_segments[k];
-          // Byte t of every word of a row is this lane's.
-          auto store_bytes = [&](u8* to, int row_bytes, const u32(&from)[4]) {
-#pragma unroll
-            for (int q = 0; q < 4; ++q) to[8 * q * row_bytes] = static_cast<u8>(from[q]);
-          };
-#pragma unroll
-          for (int q = 0; q < 4; ++q) signs[q] = k % 2 ? signs[q] | codes.sign[q] << 2 : codes.sign[q];
-          if (k % 2) store_bytes(own_signs + 4 * (k / 2), 4 * SIGN_WORDS, signs);
+          const KeySegment& segment = own_segments[k];
+          // The first half of a word's bits has places 0 and 1 of every four.
+          auto joined = [](u32 former, u32 latter) { return (former & 0x33333333u) | (latter << 2 & 0xccccccccu); };
+          if (k % 2) own_sign_row[k / 2] = own_word(joined(signs, codes.sign), t);
+          signs = codes.sign;
 #pragma unroll
           for (int pair = 0; pair < 3; ++pair)
-            if (bits >= 3 + 2 * pair)
-              store_bytes(own_magnitudes + 4 * segment.pairs[pair], 4 * magnitude_words, codes.pairs[pair]);
+            if (bits >= 3 + 2 * pair) own_magnitude_row[segment.pairs[pair]] = own_word(codes.pairs[pair], t);
           if (bits % 2 == 0) {
-#pragma unroll
-            for (int q = 0; q < 4; ++q) tops[q] = segment.top_half ? tops[q] | codes.top[q] << 2 : codes.top[q];
-            store_bytes(own_magnitudes + 4 * segment.top, 4 * magnitude_words, tops);
+            if (segment.top_half) own_magnitude_row[segment.top] = own_word(joined(tops, codes.top), t);
+            open_top = segment.top_half ? -1 : segment.top;
+            tops = codes.top;
           }
         }
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-#pragma unroll
-          for (int distance = 1; distance < 4; distance *= 2) {
-            inner[q] += __shfl_xor_sync(0xffffffffu, inner[q], distance);
-            energy[q] += __shfl_xor_sync(0xffffffffu, energy[q], distance);
-          }
-        auto own_of = [&](const float (&of)[4]) { return t < 2 ? (t ? of[1] : of[0]) : t == 2 ? of[2] : of[3]; };
-        const float own_unit = own_of(unit) * (1.f / kRotationScale);
-        if (own_unit > 0.f)
-          s = own_unit * scale_factor(scale_mode, own_of(inner) * own_of(inverse) * group.inverse_size,
-                                      own_of(energy) * group.inverse_size);
+        const float square = own_sum(energy, t) * group.inverse_size;
+        const float product = scale_mode >= 2 ? own_sum(inner, t) * own_inverse * group.inverse_size : 0.f;
+        if (own_unit > 0.f) s = own_unit * scale_factor(scale_mode, product, square);
         if (SCALES && g + 8 * t < count) {
           float multiplier, undo;
           power_of_two(own_largest[(g + 8 * t) * (SEGMENTS + 1) + group.start / 16], multiplier, undo);
           s *= undo * 4.f;
         }
       }
-      const u16 stored = stored_scalar(s, halves != nullptr, exponents[plan]);
+      const u16 stored = stored_scalar(s, halves != nullptr, exponent);
       if (halves) scalar_rows[(g + 8 * t) * scalars + i] = stored;
       else reinterpret_cast<u8*>(scalar_rows)[(g + 8 * t) * scalars + i] = static_cast<u8>(stored);
     }
+    if (open_top >= 0) own_magnitude_row[open_top] = own_word(tops & 0x33333333u, t);
 
     // ---- whole rows; of tokens with NaN or Inf, zeros and NaN ----
     __syncwarp();

@@ -42,8 +42,8 @@ def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arg
     function((blocks, kv_heads, batch), (32 * warps,), (
         x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), order, groups, segments,
         _operands_on_device(plan, x.device), boundaries, centroids, exponents, _plan_stride(plan, kv_heads),
-        np.int32(SCALE_MODES.index(scale_mode)), *_stored(codes), np.int32(tokens)),
-        shared_bytes=ENCODE_TOKENS * warps * row, stream=arguments.stream)
+        np.int32(plan.rotary_dim if plan.pairing == "half" else 0), np.int32(SCALE_MODES.index(scale_mode)),
+        *_stored(codes), np.int32(tokens)), shared_bytes=ENCODE_TOKENS * warps * row, stream=arguments.stream)
 
 
 def launch_decode(codes, plan: Plan, out, backend: str, arguments) -> None:

@@ -212,6 +212,7 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }   // the GPU's is approximate (2 ulp)
+inline float __saturatef(float a) { return a >= 1.0f ? 1.0f : a > 0.0f ? a : 0.0f; }   // NaN becomes 0
 inline float __int2float_rn(int a) { return float(a); }
 inline float __uint2float_rn(unsigned a) { return float(a); }
 namespace kvb::emu {
