@@ -105,24 +105,28 @@ __device__ __forceinline__ u16 stored_scalar(float s, bool in_half, int exponent
   return static_cast<u16>(s > 0.f && relative >= 1.f ? fminf(relative, 254.f) : 0.f);
 }
 
-// What the codes of a block's head are made with; a head has at most one group of each number of bits.
-struct EncodeTables {
-  float decisions[4];   // of 2 bits; of 3 bits the middle one, and half the sum and the difference of the others
-  float sums[64 + 256];   // of squares of four magnitudes, by a byte: of 2 bits, bits 0, 1, 4, 5 of it, and of 3 bits
-  float levels[kMostCodes];     // magnitudes m of b bits at 2^(b-1) + m
-  uint2 marks[kMostCodes];      // there, for 4 bits and more: the square, and the 2-bit fields of m, one per byte
-  uint2 cells[260 + 512 + 1];   // of 4 bits and more: the decision of a cell, if it has one, and those below the cell
+// The plan of a KV head as encode takes it, of 16 byte chunks: this, and behind it tables that its groups name by their
+// first word (kvbench/ops/block_gtq_launch.py).
+struct EncodeGroup {
+  i32 start, size, bits, rotation;
+  float inverse_size;
+  i32 levels;   // (2^(bits-1),) magnitudes m
+  i32 search;   // floats: of 2 bits the decision, of 3 the middle one, half the sum and half the difference of the others;
+                // of 4 and more (cells + 1) uint2: the decision of a cell over the range, or Inf, and those below the cell
+  i32 sums;     // of 2 and 3 bits (64 or 256) floats: of squares of four magnitudes, by the byte that is made of them;
+                // of 4 and more (2^(bits-1),) uint2: the square, and the 2-bit fields of m, one per byte
+};
+template <int D>
+struct EncodePlan {
+  EncodeGroup groups[kMostGroups];
+  KeySegment segments[D / 16];
+  u16 places[D], coordinates[D];   // of coordinates in rate order, and those at these places
+  i32 exponent, nothing[3];
 };
 
-// Cells of equal width, at most one decision in each (tests/test_block_gtq.py), from 0 to kRange: where the largest
-// number is, and all beyond.
+// Cells are equally wide, from 0 to the range; the last one goes on.  None has two decisions (tests/test_block_gtq.py).
 __device__ __forceinline__ constexpr int cell_count(int bits) { return bits == 4 ? 32 : bits == 8 ? 512 : 1 << bits; }
-__device__ __forceinline__ constexpr int first_cell(int bits) { return bits == 4 ? 0 : (1 << bits) + bits - 4; }
 __device__ __forceinline__ constexpr float inverse_range(int bits) { return bits == 8 ? 0.125f : 0.25f; }
-// Of a number from 0 to 1, in units of the range.
-__device__ __forceinline__ u32 cell_of(float x, float count) {
-  return __float_as_uint(fmaf(x, count, 8388608.f)) & 0x7fffffu;   // 2^23: a step is 1
-}
 
 // A lane codes four coordinates of a segment and token at a time: c = 2 e + s is nibble 2 t + e of octet s.  They fill
 // byte t of a word: bits 4 e + s of it, or where a plane has two bits, 2 c and the next.
@@ -140,21 +144,22 @@ __device__ __forceinline__ void append(u32& word, float x, int bits) {
 
 // Codes of y, [tokens 0 and 1, tokens 2 and 3][octet], numbers as mma_m16n8k16 gives them; energy += c c.
 // measure : up to 3 bits, what is 1 in units of z; else its inverse over the range of cells     BITS = 6 : 6 to 8
+// tables : shared, what follows the plan
 template <int BITS>
 __device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], const float (&measure)[4],
-                                                  const EncodeTables& tables, int bits, float (&energy)[4]) {
+                                                  const EncodeGroup& group, const float* tables, float (&energy)[4]) {
   CodeBytes codes = {};
   u32 fields[4] = {};
-  const uint2* marks = tables.marks + (1 << (bits - 1));
-  const uint2* cells = tables.cells + first_cell(bits);
+  const int bits = BITS == 6 ? group.bits : BITS;
+  const float *levels = tables + group.levels, *search = tables + group.search, *sums = tables + group.sums;
+  const uint2 *cells = reinterpret_cast<const uint2*>(search), *marks = reinterpret_cast<const uint2*>(sums);
   const float count = static_cast<float>(cell_count(bits));
 #pragma unroll
   for (int q = 3; q >= 0; --q) {
     float decisions[3] = {};
-    if constexpr (BITS == 2) decisions[0] = tables.decisions[0] * measure[q];
-    if constexpr (BITS == 3)
 #pragma unroll
-      for (int i = 0; i < 3; ++i) decisions[i] = tables.decisions[1 + i] * measure[q];
+    for (int i = 0; i < 3; ++i)
+      if (BITS == 3 || (BITS == 2 && i == 0)) decisions[i] = search[i] * measure[q];
 #pragma unroll
     for (int c = 3; c >= 0; --c) {
       const float v = y[q / 2][c % 2][q % 2 * 2 + c / 2], size = fabsf(v);
@@ -167,7 +172,7 @@ __device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], con
       }
       if constexpr (BITS >= 4) {
         const float x = __saturatef(size * measure[q]);
-        const uint2 cell = cells[cell_of(x, count)];
+        const uint2 cell = cells[__float_as_uint(fmaf(x, count, 8388608.f)) - 0x4b000000u];   // 2^23: rounded
         const uint2 mark = marks[cell.y + (__float_as_uint(__uint_as_float(cell.x) - x) >> 31)];
         energy[q] += __uint_as_float(mark.x);
         fields[q] = (fields[q] << 2) + mark.y;
@@ -176,9 +181,8 @@ __device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], con
   }
   if constexpr (BITS == 3) codes.pairs[0] ^= codes.pairs[0] >> 1 & 0x55555555u;
   if constexpr (BITS <= 3) {
-    const float* sums = tables.sums + (BITS == 3 ? 64 : 0);
     const u32 index = BITS == 3 ? codes.pairs[0] : codes.top & 0x33333333u;
-    const float all = 4.f * tables.levels[1] * tables.levels[1];
+    const float all = 4.f * levels[0] * levels[0];
 #pragma unroll
     for (int q = 0; q < 4; ++q) energy[q] += BITS == 1 ? all : sums[index >> (8 * q) & 255u];
   } else {
@@ -202,7 +206,7 @@ __device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], con
 
 // inner += |y| c, of the magnitudes of such codes.
 __device__ __forceinline__ void add_inner(float (&inner)[4], const float (&y)[2][2][4], const CodeBytes& codes,
-                                          const EncodeTables& tables, int bits) {
+                                          const float* levels, int bits) {
 #pragma unroll
   for (int q = 0; q < 4; ++q)
 #pragma unroll
@@ -212,7 +216,7 @@ __device__ __forceinline__ void add_inner(float (&inner)[4], const float (&y)[2]
       for (int p = 0; p < 3; ++p)
         if (bits >= 3 + 2 * p) m |= (codes.pairs[p] >> (8 * q + 2 * c) & 3u) << (2 * p);
       if (bits % 2 == 0) m |= (codes.top >> (8 * q + bit_place(c)) & 1u) << (bits - 2);
-      inner[q] = fmaf(fabsf(y[q / 2][c % 2][q % 2 * 2 + c / 2]), tables.levels[(1 << (bits - 1)) + m], inner[q]);
+      inner[q] = fmaf(fabsf(y[q / 2][c % 2][q % 2 * 2 + c / 2]), levels[m], inner[q]);
     }
 }
 
@@ -232,43 +236,6 @@ __device__ __forceinline__ u32 own_word(u32 bytes, int t) {
   return permute_bytes(bytes, __shfl_xor_sync(0xffffffffu, bytes, 2), t / 2 ? 0x3276 : 0x5410);
 }
 
-// The tables of a group, by all threads of the block.  boundaries (2^(bits-1) - 1,), centroids (2^(bits-1),)
-template <int THREADS>
-__device__ __forceinline__ void fill_tables(EncodeTables& tables, int bits, const float* boundaries,
-                                            const float* centroids) {
-  const int magnitudes = 1 << (bits - 1), cell_end = cell_count(bits) + 1;
-  uint2* cells = tables.cells + first_cell(bits);
-  auto scaled = [&](int m) { return boundaries[m] * inverse_range(bits); };
-  auto place_of_decision = [&](int m) {
-    return static_cast<int>(cell_of(scaled(m), static_cast<float>(cell_count(bits))));
-  };
-  for (int m = threadIdx.x; m < magnitudes; m += THREADS) {
-    const float level = centroids[m];
-    const u32 fields = (m & 3) | (m >> 2 & 3) << 8 | (m >> 4 & 3) << 16 | (m >> 6 & 3) << 24;
-    tables.levels[magnitudes + m] = level;
-    tables.marks[magnitudes + m] = make_uint2(__float_as_uint(level * level), fields);
-    if (bits >= 4) {   // cells above decision m - 1, up to decision m
-      const bool last = m == magnitudes - 1;
-      const int end = last ? cell_end : place_of_decision(m) + 1;
-      for (int i = m ? place_of_decision(m - 1) + 1 : 0; i < end; ++i)
-        cells[i] = make_uint2(__float_as_uint(!last && i == end - 1 ? scaled(m) : infinity()), m);
-    }
-  }
-  auto square = [&](int m) { return centroids[m] * centroids[m]; };
-  if (bits == 2)
-    for (int i = threadIdx.x; i < 64; i += THREADS)
-      tables.sums[i] = square(i & 1) + square(i >> 1 & 1) + square(i >> 4 & 1) + square(i >> 5 & 1);
-  if (bits == 3)
-    for (int i = threadIdx.x; i < 256; i += THREADS)
-      tables.sums[64 + i] = square(i & 3) + square(i >> 2 & 3) + square(i >> 4 & 3) + square(i >> 6 & 3);
-  if (threadIdx.x == 0 && bits == 2) tables.decisions[0] = boundaries[0];
-  if (threadIdx.x == 0 && bits == 3) {
-    tables.decisions[1] = boundaries[1];
-    tables.decisions[2] = 0.5f * (boundaries[0] + boundaries[2]);
-    tables.decisions[3] = 0.5f * (boundaries[2] - boundaries[0]);
-  }
-}
-
 template <class Word>
 __device__ __forceinline__ void store_rows(Word* to, const Word* from, int size, int lane) {
 #pragma unroll 4
@@ -277,53 +244,38 @@ __device__ __forceinline__ void store_rows(Word* to, const Word* from, int size,
 
 // x : (batch, kv_heads, tokens, D), rows contiguous, strides in elements
 // mean : (kv_heads, D) every mean_batch_stride elements, subtracted from x, or null (as it must be for PARTS = 1)
-// order : (heads, D); groups : (heads, scalars); segments : (heads, D / 16): of head h of sequence b in row
-//         b plan_stride + h; plan_stride is 0 where all sequences share one plan, else kv_heads
+// plans : (heads, plan_chunks), an EncodePlan and its tables each: of head h of sequence b in row b plan_stride + h;
+//         plan_stride is 0 where all sequences share one plan, else kv_heads
 // rotations : B operands of R_g, (size / 16 of y, size / 16 of z, 2 octets of y, 32) times four words: of the high part
-//         of kRotationScale R_g in fp16, and of what it leaves; behind the last 256 words more
-// boundaries : (books, 128)     centroids : (books, 256)
-// exponents : (heads,), of scalars of one byte             scale_mode : 0 nc, 1 plain, 2 mse, 3 unbiased
+//         of kRotationScale R_g in fp16, and of what it leaves
+// rotary : coordinates i < rotary / 2 and i + rotary / 2 are a block, the others are with their neighbours; blocks stand
+//          together in rate order              scale_mode : 0 nc, 1 plain, 2 mse, 3 unbiased
 // sign, magnitude, and halves or bytes : (batch, kv_heads, tokens, D / 32, magnitude_words, scalars), strides in tokens
 // Grid (blocks of a head, kv_heads, batch), block 32 kEncodeWarps
 template <class T, int D, int PARTS>
 __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, PARTS> / kEncodeWarps<D>)
     block_gtq_encode_kernel(const T* __restrict__ x, u64 x_batch_stride, u64 x_head_stride, u64 x_token_stride,
-                            const float* __restrict__ mean, u64 mean_batch_stride, const i32* __restrict__ order,
-                            const i32* __restrict__ groups, const i32* __restrict__ segments,
-                            const u32* __restrict__ rotations, const float* __restrict__ boundaries,
-                            const float* __restrict__ centroids, const i32* __restrict__ exponents, int plan_stride,
-                            int rotary, int scale_mode, u32* sign, u32* magnitude, __half* halves, u8* bytes,
+                            const float* __restrict__ mean, u64 mean_batch_stride, const uint4* __restrict__ plans,
+                            int plan_chunks, int plan_stride, const u32* __restrict__ rotations, int rotary,
+                            int scale_mode, u32* sign, u32* magnitude, __half* halves, u8* bytes,
                             u64 batch_stride, u64 head_stride, int magnitude_words, int scalars, int tokens) {
   constexpr int WARPS = kEncodeWarps<D>, THREADS = 32 * WARPS, SIGN_WORDS = D / 32, SEGMENTS = D / 16;
   constexpr int PITCH = D + 8, PART = kEncodeTokens * PITCH;   // halves
   constexpr bool SCALES = kHasWideRange<T> || PARTS == 2;      // by a power of two for every group
-  KVB_SHARED(EncodeTables, tables);
-  KVB_SHARED(KeyGroup, own_groups, [kMostGroups]);
-  KVB_SHARED(KeySegment, own_segments, [SEGMENTS]);
-  KVB_SHARED(u16, places, [D]);        // of coordinates in rate order
-  KVB_SHARED(u16, coordinates, [D]);   // at these places
   KVB_SHARED(float, largest_of, [SCALES ? THREADS * (SEGMENTS + 1) : 1]);
-  KVB_DYNAMIC_SHARED(char, shared);
+  KVB_DYNAMIC_SHARED(uint4, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int head = blockIdx.y, b = blockIdx.z, plan = b * plan_stride + head;
-  for (int i = threadIdx.x; i < scalars; i += THREADS)
-    own_groups[i] = reinterpret_cast<const KeyGroup*>(groups)[plan * scalars + i];
-  for (int i = threadIdx.x; i < SEGMENTS; i += THREADS)
-    own_segments[i] = reinterpret_cast<const KeySegment*>(segments)[plan * SEGMENTS + i];
-  for (int i = threadIdx.x; i < D; i += THREADS) {
-    coordinates[i] = static_cast<u16>(order[plan * D + i]);
-    places[coordinates[i]] = static_cast<u16>(i);
-  }
+  const int head = blockIdx.y, b = blockIdx.z;
+  const uint4* own_plan = plans + static_cast<u64>(b * plan_stride + head) * plan_chunks;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < plan_chunks; i += THREADS) shared[i] = own_plan[i];
   __syncthreads();
-  for (int i = 0; i < scalars; ++i)
-    if (own_groups[i].size > 0)   // a group may be there for its place alone
-      fill_tables<THREADS>(tables, own_groups[i].bits, boundaries + own_groups[i].book * kMostBoundaries,
-                           centroids + own_groups[i].book * kMostCodes);
-  __syncthreads();
+  const EncodePlan<D>& plan = *reinterpret_cast<const EncodePlan<D>*>(shared);
+  const float* tables = reinterpret_cast<const float*>(&plan + 1);
 
   // What follows is one warp's own.
   const int row_words = SIGN_WORDS + magnitude_words;
-  char* own = shared + warp * (2 * PARTS * PART + kEncodeTokens * (4 * row_words + 2 * kMostGroups));
+  char* own = reinterpret_cast<char*>(shared + plan_chunks) + warp * (2 * PARTS * PART + kEncodeTokens * (4 * row_words + 2 * kMostGroups));
   __half* operands = reinterpret_cast<__half*>(own);                     // (parts, tokens, pitch)
   u32* sign_rows = reinterpret_cast<u32*>(operands + PARTS * PART);      // (tokens, D / 32)
   u32* magnitude_rows = sign_rows + kEncodeTokens * SIGN_WORDS;          // (tokens, words)
@@ -333,7 +285,6 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
   for (int i = lane; i < kEncodeTokens * magnitude_words; i += 32) magnitude_rows[i] = 0;   // some words stay so
   u32* own_sign_row = sign_rows + (g + 8 * t) * SIGN_WORDS;
   u32* own_magnitude_row = magnitude_rows + (g + 8 * t) * magnitude_words;
-  const int exponent = exponents[plan];
   const T* head_rows = x + b * x_batch_stride + head * x_head_stride;
   const bool in_chunks =
       !SCALES && (reinterpret_cast<u64>(head_rows) | sizeof(T) * x_token_stride) % 16 == 0 && rotary % 16 == 0;
@@ -357,7 +308,7 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
 #pragma unroll
         for (int e = 0; e < 2; ++e)
           to[i][e] = reinterpret_cast<u32*>(operands + own_row * PITCH +
-                                            places[(apart ? low + e : e ? high : low) + 2 * i]);
+                                            plan.places[(apart ? low + e : e ? high : low) + 2 * i]);
       const T* chunks = rows + own_row * x_token_stride;
 #pragma unroll 8
       for (int token = 0; token < kEncodeTokens; token += ROWS) {
@@ -382,7 +333,7 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
       for (int i = 0; i < PAIRS; ++i)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          from[i][e] = coordinates[64 * i + 2 * lane + e];
+          from[i][e] = plan.coordinates[64 * i + 2 * lane + e];
           centre[i][e] = PARTS == 2 && mean ? -0.25f * mean[b * mean_batch_stride + head * D + from[i][e]] : 0.f;
         }
       // A quarter of x - mean, which cannot overflow.
@@ -403,7 +354,7 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
         __syncwarp();
         if (lane < count)
           for (int i = 0; i < scalars; ++i) {
-            const KeyGroup group = own_groups[i];
+            const EncodeGroup& group = plan.groups[i];
             float largest = 0.f;
             float* of_group = own_largest + lane * (SEGMENTS + 1) + group.start / 16;
             for (int k = 0; k < group.size / 16; ++k) largest = fmaxf(largest, of_group[k]);
@@ -439,28 +390,55 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
     int open_top = -1;         // the place of such a word
     bool finite = true;
     for (int i = 0; i < scalars; ++i) {
-      const KeyGroup group = own_groups[i];
+      const EncodeGroup& group = plan.groups[i];
       float s = 0.f;
       if (group.size > 0) {   // the same for the whole block
         const int steps = group.size / 16, bits = group.bits;
         const __half* group_rows = own_rows + group.start;
         float measure[4], own_unit = 0.f, own_inverse = 0.f;   // of y = unit z
         float inner[4] = {}, energy[4] = {};
-        // B operands of two octets are under way while the product before is made, of whatever comes behind the last
-        // one, too.
-        const uint4* next = reinterpret_cast<const uint4*>(rotations + group.rotation) + lane;
-        uint4 ahead[2] = {next[0], next[32]};
+        {   // norms: lane (g, g / 2) has products of tokens with themselves
+          float products[2][2][4] = {};   // [tokens][with half of them]
+#pragma unroll 1
+          for (int k = 0; k < steps; ++k)
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+              u32 a[4], rest[4];
+              ldmatrix_x4(a, group_rows + 16 * u * PITCH + 16 * k);
+              if constexpr (PARTS == 2) ldmatrix_x4(rest, group_rows + 16 * u * PITCH + 16 * k + PART);
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {   // rows of A are columns of B
+                mma_m16n8k16<__half>(products[u][half], a, {a[half], a[2 + half]});
+                if constexpr (PARTS == 2) {
+                  mma_m16n8k16<__half>(products[u][half], a, {rest[half], rest[2 + half]});
+                  mma_m16n8k16<__half>(products[u][half], rest, {a[half], a[2 + half]});
+                }
+              }
+            }
+          float own = 0.f;
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            const float* of = products[q / 2][q % 2] + q % 2 * 2;
+            const float square = __shfl_sync(0xffffffffu, g % 2 ? of[1] : of[0], lane / 4 * 4 + lane / 8);
+            if (q == t) own = square * group.inverse_size;
+          }
+          finite = finite && own < infinity();   // not for NaN either
+          own_inverse = own > 0.f ? rsqrtf(own) : 0.f;
+          own_unit = own * own_inverse;
+          own_inverse *= 1.f / kRotationScale;
+          const float own_measure = bits <= 3 ? own_unit * kRotationScale : own_inverse * inverse_range(bits);
+#pragma unroll
+          for (int q = 0; q < 4; ++q) measure[q] = __shfl_sync(0xffffffffu, own_measure, lane / 4 * 4 + q);
+        }
 
+        const uint4* next = reinterpret_cast<const uint4*>(rotations + group.rotation) + lane;
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {   // 16 coordinates, two octets
           float y[2][2][4] = {};                     // [tokens][octet]
-          float products[2][2][4] = {};              // of tokens with each other: [tokens][with half of them]
 #pragma unroll 1
           for (int k = 0; k < steps; ++k) {
-            const uint4 r[2] = {ahead[0], ahead[1]};
+            const uint4 r[2] = {next[0], next[32]};
             next += 64;
-            ahead[0] = next[0];
-            ahead[1] = next[32];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
               u32 a[4], rest[4];
@@ -472,57 +450,49 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
                 mma_m16n8k16<__half>(y[u][octet], a, {r[octet].z, r[octet].w});
                 if constexpr (PARTS == 2) mma_m16n8k16<__half>(y[u][octet], rest, {r[octet].x, r[octet].y});
               }
-              if (step == 0)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {   // rows of A are columns of B
-                  mma_m16n8k16<__half>(products[u][half], a, {a[half], a[2 + half]});
-                  if constexpr (PARTS == 2) {
-                    mma_m16n8k16<__half>(products[u][half], a, {rest[half], rest[2 + half]});
-                    mma_m16n8k16<__half>(products[u][half], rest, {a[half], a[2 + half]});
-                  }
-                }
             }
           }
-          if (step == 0) {   // norms: lane (g, g / 2) has products of tokens with themselves
-            float own = 0.f;
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-              const float* of = products[q / 2][q % 2] + q % 2 * 2;
-              const float square = __shfl_sync(0xffffffffu, g % 2 ? of[1] : of[0], lane / 4 * 4 + lane / 8);
-              if (q == t) own = square * group.inverse_size;
-            }
-            finite = finite && own < infinity();   // not for NaN either
-            own_inverse = own > 0.f ? rsqrtf(own) : 0.f;
-            own_unit = own * own_inverse;
-            own_inverse *= 1.f / kRotationScale;
-            const float own_measure = bits <= 3 ? own_unit * kRotationScale : own_inverse * inverse_range(bits);
-#pragma unroll
-            for (int q = 0; q < 4; ++q) measure[q] = __shfl_sync(0xffffffffu, own_measure, lane / 4 * 4 + q);
-          }
-          CodeBytes codes;
-          switch (bits) {
-            case 1: codes = code_segment<1>(y, measure, tables, bits, energy); break;
-            case 2: codes = code_segment<2>(y, measure, tables, bits, energy); break;
-            case 3: codes = code_segment<3>(y, measure, tables, bits, energy); break;
-            case 4: codes = code_segment<4>(y, measure, tables, bits, energy); break;
-            case 5: codes = code_segment<5>(y, measure, tables, bits, energy); break;
-            default: codes = code_segment<6>(y, measure, tables, bits, energy);
-          }
-          if (scale_mode >= 2) add_inner(inner, y, codes, tables, bits);
           const int k = group.start / 16 + step;
-          const KeySegment& segment = own_segments[k];
+          const KeySegment& segment = plan.segments[k];
+          CodeBytes codes = {};
           // The first half of a word's bits has places 0 and 1 of every four.
           auto joined = [](u32 former, u32 latter) { return (former & 0x33333333u) | (latter << 2 & 0xccccccccu); };
-          if (k % 2) own_sign_row[k / 2] = own_word(joined(signs, codes.sign), t);
-          signs = codes.sign;
-#pragma unroll
-          for (int pair = 0; pair < 3; ++pair)
-            if (bits >= 3 + 2 * pair) own_magnitude_row[segment.pairs[pair]] = own_word(codes.pairs[pair], t);
-          if (bits % 2 == 0) {
+          auto store_pairs = [&](int p) { own_magnitude_row[segment.pairs[p]] = own_word(codes.pairs[p], t); };
+          auto store_top = [&] {
             if (segment.top_half) own_magnitude_row[segment.top] = own_word(joined(tops, codes.top), t);
             open_top = segment.top_half ? -1 : segment.top;
             tops = codes.top;
+          };
+          switch (bits) {
+            case 1: codes = code_segment<1>(y, measure, group, tables, energy); break;
+            case 2:
+              codes = code_segment<2>(y, measure, group, tables, energy);
+              store_top();
+              break;
+            case 3:
+              codes = code_segment<3>(y, measure, group, tables, energy);
+              store_pairs(0);
+              break;
+            case 4:
+              codes = code_segment<4>(y, measure, group, tables, energy);
+              store_pairs(0);
+              store_top();
+              break;
+            case 5:
+              codes = code_segment<5>(y, measure, group, tables, energy);
+              store_pairs(0);
+              store_pairs(1);
+              break;
+            default:
+              codes = code_segment<6>(y, measure, group, tables, energy);
+              store_pairs(0);
+              store_pairs(1);
+              if (bits >= 7) store_pairs(2);
+              if (bits % 2 == 0) store_top();
           }
+          if (k % 2) own_sign_row[k / 2] = own_word(joined(signs, codes.sign), t);
+          signs = codes.sign;
+          if (scale_mode >= 2) add_inner(inner, y, codes, tables + group.levels, bits);
         }
         const float square = own_sum(energy, t) * group.inverse_size;
         const float product = scale_mode >= 2 ? own_sum(inner, t) * own_inverse * group.inverse_size : 0.f;
@@ -533,7 +503,7 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
           s *= undo * 4.f;
         }
       }
-      const u16 stored = stored_scalar(s, halves != nullptr, exponent);
+      const u16 stored = stored_scalar(s, halves != nullptr, plan.exponent);
       if (halves) scalar_rows[(g + 8 * t) * scalars + i] = stored;
       else reinterpret_cast<u8*>(scalar_rows)[(g + 8 * t) * scalars + i] = static_cast<u8>(stored);
     }

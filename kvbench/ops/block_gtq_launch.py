@@ -30,7 +30,7 @@ SHARED_BYTES = 232448    # that a block can have
 
 def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arguments) -> None:
     batch, kv_heads, tokens, head_dim = x.shape
-    order, groups, segments, _, boundaries, centroids, exponents, _ = _tables_on_device(plan, x.device)
+    plans = _encode_plans_on_device(plan, x.device)
     parts = 1 if mean is None and x.dtype != "float32" else 2
     warps = 2 if head_dim == 256 else 4                          # kEncodeWarps of cuda_src/block_gtq.cu
     function = loaders.get_function(
@@ -40,10 +40,11 @@ def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arg
     resident *= loaders.multiprocessors(backend, x.device)
     blocks = min(-(-tokens // (ENCODE_TOKENS * warps)), max(1, resident // (kv_heads * batch)))
     function((blocks, kv_heads, batch), (32 * warps,), (
-        x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), order, groups, segments,
-        _operands_on_device(plan, x.device), boundaries, centroids, exponents, _plan_stride(plan, kv_heads),
+        x, *map(np.uint64, x.strides[:3]), mean, mean_stride(mean), plans, np.int32(plans.shape[1]),
+        _plan_stride(plan, kv_heads), _operands_on_device(plan, x.device),
         np.int32(plan.rotary_dim if plan.pairing == "half" else 0), np.int32(SCALE_MODES.index(scale_mode)),
-        *_stored(codes), np.int32(tokens)), shared_bytes=ENCODE_TOKENS * warps * row, stream=arguments.stream)
+        *_stored(codes), np.int32(tokens)), shared_bytes=16 * plans.shape[1] + ENCODE_TOKENS * warps * row,
+        stream=arguments.stream)
 
 
 def launch_decode(codes, plan: Plan, out, backend: str, arguments) -> None:
@@ -211,8 +212,7 @@ def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
 def _operands_on_device(plan: Plan, device: Device) -> Array:
     """The rotations of the plan's sizes, one after another, as B operands of m16n8k16, [size / 16, size / 16, 2, 32, 4]
     words: 256 R_g in two parts of float16, high and what it leaves, each two words of two numbers.  Lane (n, t) has row
-    16 * step + 8 * octet + n, columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16.  Behind them is what the kernel loads
-    ahead."""
+    16 * step + 8 * octet + n, columns 2t, 2t + 1, 2t + 8, 2t + 9 of each 16."""
     operands = []
     for size in sorted({group.size for head in plan.groups for group in head}):
         matrix = 256 * plan.rotation_of(size).dense()
@@ -221,7 +221,60 @@ def _operands_on_device(plan: Plan, device: Device) -> Array:
         # part, step, octet, n, columns, word, t, number
         tiles = parts.reshape(2, size // 16, 2, 8, size // 16, 2, 4, 2)
         operands.append(tiles.transpose(1, 4, 2, 3, 6, 0, 5, 7).ravel().view(np.uint32))
-    return upload(np.concatenate((*operands, np.zeros(256, np.uint32))), device)
+    return upload(np.concatenate(operands), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _encode_plans_on_device(plan: Plan, device: Device) -> Array:
+    """[kv_heads, chunks, 4] words: the `EncodePlan` of every head, and its tables, of cuda_src/block_gtq.cu."""
+    tables = tables_of(plan)
+    heads = []
+    for h, order in enumerate(tables.order):
+        groups, numbers = np.zeros((8, 8), np.int32), np.zeros(0, np.uint32)
+        for i, (start, size, bits, _, rotation) in enumerate(tables.groups[h].tolist()):
+            if size == 0:                                       # there for its place alone
+                continue
+            offsets = []
+            for part in encode_tables(bits, size):
+                offsets.append(len(numbers))
+                numbers = np.concatenate([numbers, part, np.zeros(-len(part) % 4, np.uint32)])
+            groups[i] = start, size, bits, rotation, np.float32(1 / size).view(np.int32), *offsets
+        heads.append(np.concatenate([groups.ravel().view(np.uint32), tables.segments[h].ravel().view(np.uint32),
+                                     np.argsort(order).astype(np.uint16).view(np.uint32),
+                                     order.astype(np.uint16).view(np.uint32),
+                                     np.array([tables.exponents[h], 0, 0, 0]).astype(np.int32).view(np.uint32), numbers]))
+    longest = max(map(len, heads))
+    return upload(np.stack([np.pad(head, (0, longest - len(head))) for head in heads]).reshape(len(heads), -1, 4),
+                  device)
+
+
+def cells_of(bits: int) -> tuple[int, float]:
+    """(count, range) of the cells in which codes of 4 bits and more are searched: `cell_count` of the kernel."""
+    return {4: 32, 8: 512}.get(bits, 2**bits), 8.0 if bits == 8 else 4.0
+
+
+def encode_tables(bits: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Words of (levels, search, sums) of an `EncodeGroup` of cuda_src/block_gtq.cu."""
+    codebook = codebook_for(bits, size)
+    decisions, levels = (np.asarray(x, np.float32) for x in (codebook.boundaries, codebook.centroids))
+    if bits <= 3:
+        low, middle, high = decisions if bits == 3 else (0, *decisions, 0) if bits == 2 else (0, 0, 0)
+        search = np.array([middle, (low + high) / 2, (high - low) / 2], np.float32)
+        fields = {2: ((0, 1), (1, 1), (4, 1), (5, 1)), 3: ((0, 3), (2, 3), (4, 3), (6, 3))}.get(bits, ())
+        sums = np.zeros({2: 64, 3: 256}.get(bits, 0), np.float32)
+        for shift, mask in fields:
+            sums += levels[np.arange(len(sums)) >> shift & mask] ** 2
+        return levels.view(np.uint32), search.view(np.uint32), sums.view(np.uint32)
+    count, end = cells_of(bits)
+    scaled = (decisions / end).astype(np.float32)
+    of_decision = np.rint(scaled * count).astype(int)           # in float32, to even, as the kernel rounds
+    cells = np.zeros((count + 1, 2), np.uint32)
+    cells[:, 0] = np.float32(np.inf).view(np.uint32)
+    cells[of_decision, 0] = scaled.view(np.uint32)
+    cells[:, 1] = np.searchsorted(of_decision, np.arange(count + 1))
+    m = np.arange(2 ** (bits - 1), dtype=np.uint32)
+    marks = np.stack([(levels**2).view(np.uint32), m & 3 | (m >> 2 & 3) << 8 | (m >> 4 & 3) << 16 | m >> 6 << 24], axis=-1)
+    return levels.view(np.uint32), cells.ravel(), marks.ravel()
 
 
 @functools.lru_cache(maxsize=64)
