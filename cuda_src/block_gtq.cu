@@ -8,31 +8,42 @@
 //
 // block_gtq_encode_kernel: permute, rotate by groups, normalise, code, pack.
 //   Work     A warp takes 32 tokens of one head at a time, with a grid stride; the warps of a block (four, two at
-//            D = 256) share codebooks only.
-//   Rows     stand in shared memory in rate order, in fp16.  Rows of fp16 at multiples of 16 bytes come in chunks of
-//            eight numbers, all of a warp's loads at once, and every number goes to its place; others number by number.
+//            D = 256) share the plan of the head and its tables only, one array that the host has made.
+//   Rows     stand in shared memory in rate order, in fp16.  The two coordinates of a RoPE block are neighbours there:
+//            one word.  Rows of fp16 at multiples of 16 bytes come in chunks of eight numbers, two to a lane, which
+//            have eight blocks between them, all of a warp's loads at once; every word goes to its place.  Others, and
+//            where RoPE turns another number of coordinates than a multiple of 16, come number by number.
 //   Rotation mma.m16n8k16 with tokens as rows of A and 256 R_g^T as B, in two parts of fp16, which the host has put
 //            into the order of the operands: high and low part leave 2^-22 of a number.  PARTS = 1: numbers of 16 bits,
 //            without a mean, are one part of A, fp16 as it is, bfloat16 times a power of two per token and group, where
 //            only numbers below 2^-15 of the largest lose bits.  PARTS = 2: what that leaves of float32, or of the
 //            difference from the mean, times that power of two, is a second part; low times low is left out.  Sums are
 //            float32: codes agree with those of float32 arithmetic wherever that is sure of them.
-//   Norm     From the parts of A, not from the sums.
+//   Norm     From the parts of A, not from the sums: A times itself, of which the diagonal counts (with PARTS = 2
+//            without the square of the second part, 2^-22 of the sum).
 //   Codes    Lane (g, t) = (lane / 4, lane % 4) has coordinates 2t and 2t + 1 of an octet, for tokens g + 8 q: four
-//            coordinates of a segment of 16 for each of them, which are byte t of every word of the planes.  So a lane
-//            stores bytes, of nobody else's.  Up to 3 bits: comparisons with decisions times the norm; more: binary
-//            search of the decisions in shared memory.
+//            coordinates of a segment of 16 for each of them, which are byte t of every word of the planes.  A lane
+//            makes the bytes of its four tokens in one word; two shuffles give it the whole word of token g + 8 t.
+//            Up to 3 bits: signs of differences from decisions times the norm, appended by funnel shifts, 3 bits as a
+//            Gray code.  More: |z| is rounded to a cell of a table, which has at most one decision, and one comparison
+//            is left; a second table gives the square of the magnitude, and its bits where planes want them.
+//   Scalar   Squares of up to 3 bits are looked up by the byte of four codes.  "mse" and "unbiased" take the magnitudes
+//            from the finished words again, some 210 instructions a segment more.
 //   Results  leave through shared memory, whole rows.  Those of tokens with NaN or Inf are cleared there.
 //   Bytes    D sizeof(T) read (with PARTS = 2 or bfloat16 twice, once from a cache), and the row of codes and scalars
 //            written, once.
 //   Counts   Warp instructions per 32 tokens at D = 128, fp16, segments of 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for
-//            sm_90): start 330, rows 455, norms 310, products 600, codes 1710 (of a segment: 47 for 1 bit, 115 for 2,
-//            193 for 3, 322 for 4, 403 for 5), bytes 800, groups 1350, rows out 130: 5700 in all.  32K tokens x 8 heads
-//            on 132 multiprocessors at 1.75 GHz: 51 us of issue slots, 28 us of memory at 3 TB/s.
-//   Tried    H100, 32K tokens x 8 heads of 128, fp16, us with L2 flushed: a block for every 128 tokens, operands of the
-//            rotation loaded when they are multiplied 90.4; tables staged once per block, operands of the first octet
-//            loaded ahead (this version) 90.0.  Of the time of its warps (ncu) 13 % goes to storing rows by single
-//            numbers, which meet in banks, 7 to waiting for rows, 7 for operands of the second octet, 5 for the plan.
+//            sm_90): start and rows 300, norms 440, products 390, codes 1250 (of a segment, words stored: 30 for 1 bit,
+//            95 for 2, 144 for 3, 212 for 4, 204 for 5, 230 for 6), signs 150, groups 410, rows out 115: 3050 in all.
+//            32K tokens x 8 heads on 132 multiprocessors at 1.75 GHz: 27 us of issue slots, 28 us of memory at 3 TB/s.
+//            Words of rows meet in banks: 183 passes of shared memory for 64 stores.
+//   Before   Single numbers of rows stored (266 passes for 128 stores), norms of unpacked numbers, codes by selections
+//            and binary search, bytes stored, plan read from memory: 5700 instructions, 90.0 us on an H100 for 32K
+//            tokens x 8 heads of 128, fp16, with L2 flushed, 51 us of them issue slots.  Of the time of its warps (ncu)
+//            13 % went to storing rows, 7 to waiting for rows, 7 for operands of the second octet, 5 for the plan.
+//   Tried    Operands of the rotation loaded before the product before: nothing then (90.4 us without), and 16 moves
+//            for each product here.  Norms inside the first product's loop: no fewer instructions, since later products
+//            pass them by predicates.
 //
 // block_gtq_decode_kernel: the same in reverse, in float32; lane l of each warp has token l.  Numbers go to their
 //   places one by one, each lane to its own row: it is there to be complete, attention does not decode.
@@ -68,8 +79,8 @@ constexpr int kDecodeWarps = 4, kDecodeTokens = 32, kDecodePitch = kDecodeTokens
 constexpr int kEncodeTokens = 32;   // of a warp
 template <int D>
 constexpr int kEncodeWarps = D == 256 ? 2 : 4;
-template <class T, int PARTS>
-constexpr int kResidentEncodeWarps = PARTS == 2 ? 8 : kHasWideRange<T> ? 12 : 16;   // on a multiprocessor
+template <class T, int D, int PARTS>   // on a multiprocessor
+constexpr int kResidentEncodeWarps = PARTS == 2 || D == 256 ? 8 : kHasWideRange<T> ? 12 : 16;
 constexpr float kRotationScale = 256.f;   // of the parts of rotations in fp16
 
 // y[e] += sum_i matrix[i, e] factor x[i] for eight neighbouring columns of a square matrix of that size, whose rows
@@ -111,10 +122,10 @@ struct EncodeGroup {
   i32 start, size, bits, rotation;
   float inverse_size;
   i32 levels;   // (2^(bits-1),) magnitudes m
-  i32 search;   // floats: of 2 bits the decision, of 3 the middle one, half the sum and half the difference of the others;
-                // of 4 and more (cells + 1) uint2: the decision of a cell over the range, or Inf, and those below the cell
-  i32 sums;     // of 2 and 3 bits (64 or 256) floats: of squares of four magnitudes, by the byte that is made of them;
-                // of 4 and more (2^(bits-1),) uint2: the square, and the 2-bit fields of m, one per byte
+  i32 search;   // 2 bits: the decision; 3 bits: the middle one, half the sum and half the difference of the others
+                // more: (cells + 1, 2): the decision of a cell over the range, or Inf, and the number of those before
+  i32 sums;     // 2 and 3 bits: (64 or 256,) of squares of four magnitudes, by the byte that they make
+                // more: (2^(bits-1), 2): the square of magnitude m, and the 2-bit fields of m, one per byte
 };
 template <int D>
 struct EncodePlan {
@@ -152,8 +163,13 @@ __device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], con
   u32 fields[4] = {};
   const int bits = BITS == 6 ? group.bits : BITS;
   const float *levels = tables + group.levels, *search = tables + group.search, *sums = tables + group.sums;
-  const uint2 *cells = reinterpret_cast<const uint2*>(search), *marks = reinterpret_cast<const uint2*>(sums);
-  const float count = static_cast<float>(cell_count(bits));
+  const uint2* marks = reinterpret_cast<const uint2*>(sums);
+  // From 2 to 4, numbers are whole multiples of 2^-22: 2 + i 2^-22 is i, and its bits times 8 where cell i begins.
+  const float count = static_cast<float>(cell_count(bits)) * 0x1p-22f;
+  auto cell_at = [&](float x) {
+    const u32 offset = __float_as_uint(fmaf(x, count, 2.f)) << 3;
+    return *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(search) + offset);
+  };
 #pragma unroll
   for (int q = 3; q >= 0; --q) {
     float decisions[3] = {};
@@ -172,7 +188,7 @@ __device__ __forceinline__ CodeBytes code_segment(const float (&y)[2][2][4], con
       }
       if constexpr (BITS >= 4) {
         const float x = __saturatef(size * measure[q]);
-        const uint2 cell = cells[__float_as_uint(fmaf(x, count, 8388608.f)) - 0x4b000000u];   // 2^23: rounded
+        const uint2 cell = cell_at(x);
         const uint2 mark = marks[cell.y + (__float_as_uint(__uint_as_float(cell.x) - x) >> 31)];
         energy[q] += __uint_as_float(mark.x);
         fields[q] = (fields[q] << 2) + mark.y;
@@ -236,10 +252,18 @@ __device__ __forceinline__ u32 own_word(u32 bytes, int t) {
   return permute_bytes(bytes, __shfl_xor_sync(0xffffffffu, bytes, 2), t / 2 ? 0x3276 : 0x5410);
 }
 
+// from : shared, 16-byte aligned
 template <class Word>
 __device__ __forceinline__ void store_rows(Word* to, const Word* from, int size, int lane) {
-#pragma unroll 4
-  for (int i = lane; i < size; i += 32) to[i] = from[i];
+  const int bytes = size * static_cast<int>(sizeof(Word));
+  if ((reinterpret_cast<u64>(to) | bytes) % 16 == 0) {
+#pragma unroll 1
+    for (int i = lane; i < bytes / 16; i += 32)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < size; i += 32) to[i] = from[i];
+  }
 }
 
 // x : (batch, kv_heads, tokens, D), rows contiguous, strides in elements
@@ -248,12 +272,12 @@ __device__ __forceinline__ void store_rows(Word* to, const Word* from, int size,
 //         plan_stride is 0 where all sequences share one plan, else kv_heads
 // rotations : B operands of R_g, (size / 16 of y, size / 16 of z, 2 octets of y, 32) times four words: of the high part
 //         of kRotationScale R_g in fp16, and of what it leaves
-// rotary : coordinates i < rotary / 2 and i + rotary / 2 are a block, the others are with their neighbours; blocks stand
-//          together in rate order              scale_mode : 0 nc, 1 plain, 2 mse, 3 unbiased
+// rotary : coordinates i < rotary / 2 and i + rotary / 2 are a block, the others are one with their neighbours; in rate
+//          order the two of a block stand together        scale_mode : 0 nc, 1 plain, 2 mse, 3 unbiased
 // sign, magnitude, and halves or bytes : (batch, kv_heads, tokens, D / 32, magnitude_words, scalars), strides in tokens
 // Grid (blocks of a head, kv_heads, batch), block 32 kEncodeWarps
 template <class T, int D, int PARTS>
-__global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, PARTS> / kEncodeWarps<D>)
+__global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, D, PARTS> / kEncodeWarps<D>)
     block_gtq_encode_kernel(const T* __restrict__ x, u64 x_batch_stride, u64 x_head_stride, u64 x_token_stride,
                             const float* __restrict__ mean, u64 mean_batch_stride, const uint4* __restrict__ plans,
                             int plan_chunks, int plan_stride, const u32* __restrict__ rotations, int rotary,
@@ -275,7 +299,8 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
 
   // What follows is one warp's own.
   const int row_words = SIGN_WORDS + magnitude_words;
-  char* own = reinterpret_cast<char*>(shared + plan_chunks) + warp * (2 * PARTS * PART + kEncodeTokens * (4 * row_words + 2 * kMostGroups));
+  char* own = reinterpret_cast<char*>(shared + plan_chunks) +
+              warp * (2 * PARTS * PART + kEncodeTokens * (4 * row_words + 2 * kMostGroups));
   __half* operands = reinterpret_cast<__half*>(own);                     // (parts, tokens, pitch)
   u32* sign_rows = reinterpret_cast<u32*>(operands + PARTS * PART);      // (tokens, D / 32)
   u32* magnitude_rows = sign_rows + kEncodeTokens * SIGN_WORDS;          // (tokens, words)
@@ -309,14 +334,16 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
         for (int e = 0; e < 2; ++e)
           to[i][e] = reinterpret_cast<u32*>(operands + own_row * PITCH +
                                             plan.places[(apart ? low + e : e ? high : low) + 2 * i]);
-      const T* chunks = rows + own_row * x_token_stride;
+      const T *from_low = rows + own_row * x_token_stride + low, *from_high = from_low + high - low;
 #pragma unroll 8
       for (int token = 0; token < kEncodeTokens; token += ROWS) {
         uint4 chunk[2] = {};
         if (token + own_row < count) {
-          chunk[0] = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride + low));
-          chunk[1] = load_once(reinterpret_cast<const uint4*>(chunks + token * x_token_stride + high));
+          chunk[0] = load_once(reinterpret_cast<const uint4*>(from_low));
+          chunk[1] = load_once(reinterpret_cast<const uint4*>(from_high));
         }
+        from_low += ROWS * x_token_stride;
+        from_high += ROWS * x_token_stride;
         const u32 words[2][4] = {{chunk[0].x, chunk[0].y, chunk[0].z, chunk[0].w},
                                  {chunk[1].x, chunk[1].y, chunk[1].z, chunk[1].w}};
 #pragma unroll
@@ -393,7 +420,7 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
       const EncodeGroup& group = plan.groups[i];
       float s = 0.f;
       if (group.size > 0) {   // the same for the whole block
-        const int steps = group.size / 16, bits = group.bits;
+        const int first_segment = group.start >> 4, steps = group.size >> 4, bits = group.bits;
         const __half* group_rows = own_rows + group.start;
         float measure[4], own_unit = 0.f, own_inverse = 0.f;   // of y = unit z
         float inner[4] = {}, energy[4] = {};
@@ -415,13 +442,14 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
                 }
               }
             }
-          float own = 0.f;
+          float squares[4];
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             const float* of = products[q / 2][q % 2] + q % 2 * 2;
-            const float square = __shfl_sync(0xffffffffu, g % 2 ? of[1] : of[0], lane / 4 * 4 + lane / 8);
-            if (q == t) own = square * group.inverse_size;
+            squares[q] = __shfl_sync(0xffffffffu, g % 2 ? of[1] : of[0], lane / 4 * 4 + lane / 8);
           }
+          const float own =
+              (t / 2 ? t % 2 ? squares[3] : squares[2] : t % 2 ? squares[1] : squares[0]) * group.inverse_size;
           finite = finite && own < infinity();   // not for NaN either
           own_inverse = own > 0.f ? rsqrtf(own) : 0.f;
           own_unit = own * own_inverse;
@@ -452,8 +480,8 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
               }
             }
           }
-          const int k = group.start / 16 + step;
-          const KeySegment& segment = plan.segments[k];
+          const int at = first_segment + step;
+          const KeySegment& segment = plan.segments[at];
           CodeBytes codes = {};
           // The first half of a word's bits has places 0 and 1 of every four.
           auto joined = [](u32 former, u32 latter) { return (former & 0x33333333u) | (latter << 2 & 0xccccccccu); };
@@ -490,7 +518,7 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
               if (bits >= 7) store_pairs(2);
               if (bits % 2 == 0) store_top();
           }
-          if (k % 2) own_sign_row[k / 2] = own_word(joined(signs, codes.sign), t);
+          if (at & 1) own_sign_row[at >> 1] = own_word(joined(signs, codes.sign), t);
           signs = codes.sign;
           if (scale_mode >= 2) add_inner(inner, y, codes, tables + group.levels, bits);
         }
@@ -876,9 +904,9 @@ __global__ void __launch_bounds__(256, 1)
 
 }  // namespace kvb
 
-#define KVB_EXPORT_BLOCK_GTQ(D)                                         \
+#define KVB_EXPORT_BLOCK_GTQ(D, REGISTERS)                              \
   KVB_EXPORT(192, kvb::block_gtq_encode_kernel<float, D, 2>)            \
-  KVB_EXPORT(128, kvb::block_gtq_encode_kernel<__half, D, 1>)           \
+  KVB_EXPORT(REGISTERS, kvb::block_gtq_encode_kernel<__half, D, 1>)     \
   KVB_EXPORT(192, kvb::block_gtq_encode_kernel<__half, D, 2>)           \
   KVB_EXPORT(168, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 1>)    \
   KVB_EXPORT(192, kvb::block_gtq_encode_kernel<__nv_bfloat16, D, 2>)    \
@@ -890,9 +918,9 @@ __global__ void __launch_bounds__(256, 1)
   KVB_EXPORT(96, kvb::block_gtq_logits_kernel<D, 16>)                   \
   KVB_EXPORT(168, kvb::block_gtq_attention_simple_kernel<D, 4>)         \
   KVB_EXPORT(224, kvb::block_gtq_attention_simple_kernel<D, 16>)
-KVB_EXPORT_BLOCK_GTQ(64)
-KVB_EXPORT_BLOCK_GTQ(128)
-KVB_EXPORT_BLOCK_GTQ(256)
+KVB_EXPORT_BLOCK_GTQ(64, 128)
+KVB_EXPORT_BLOCK_GTQ(128, 128)
+KVB_EXPORT_BLOCK_GTQ(256, 200)
 
 #define KVB_EXPORT_ATTENTION(D, HEADS, REGISTERS)                               \
   KVB_EXPORT(REGISTERS, kvb::block_gtq_attention_kernel<D, HEADS, 1>)           \

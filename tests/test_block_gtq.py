@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from conftest import needs
 from kvbench import caches, codecs, data, registry
-from kvbench.ops import block_gtq, turboquant
+from kvbench.ops import block_gtq, block_gtq_launch, turboquant
 from kvbench.ops.block_gtq_records import random_keys
 from kvbench.reference import block_gtq as reference
 from kvbench.reference.block_gtq import Encoded, Plan
 from kvbench.reference.rotation import hadamard
+from kvbench.reference.turboquant import codebook_for
 from strategies.block_gtq import kernel_head_dims, plans
 from strategies.turboquant import in_a_store, random_planes, random_scales
 
@@ -181,15 +182,30 @@ def test_float16_of_any_size_at_any_place(head_dim, backend):
     """Rows whose chunks of 16 bytes are not aligned give the same codes, and these are right from subnormal numbers to
     the largest ones."""
     rng, kernel = generator(head_dim), registry.get("block_gtq.encode")
-    for power in (-18, -6, 0, 12):
-        bits = np.repeat(-np.sort(-rng.integers(1, 9, (2, head_dim // 16)), axis=1), 8, axis=1).astype(np.uint8)
-        plan = Plan(bits, "half", head_dim)
+    blocks = (("half", head_dim), ("half", head_dim // 2), ("half", 24), ("interleaved", head_dim))
+    for power, (pairing, rotary_dim) in zip((-18, -6, 0, 12), blocks):
+        bits = rng.permuted(np.repeat(rng.integers(1, 9, (2, head_dim // 16)), 8, axis=1), axis=1).astype(np.uint8)
+        plan = Plan(bits, pairing, rotary_dim)
         x = (rng.standard_normal((1, 2, 75, head_dim)) * 2.0**power).astype(np.float16)
         at_odd_places = np.zeros((1, 2, 75, head_dim + 3), np.float16)[..., 1 : 1 + head_dim]
         at_odd_places[...] = x
         encoded = block_gtq.encode(x, plan, backend=backend)
         kernel.agreement({"x": x, "plan": plan}, block_gtq.encode(x, plan, backend="reference"), encoded)
         assert words_of(block_gtq.encode(at_odd_places, plan, backend=backend)) == words_of(encoded)
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_decisions_are_found_in_cells(bits):
+    """The search of the kernel, in NumPy: it relies on cells that hold at most one decision."""
+    (cells, end), rng = block_gtq_launch.cells_of(bits), generator(bits)
+    for size in range(16, 257, 16):
+        decisions = np.float32(codebook_for(bits, size).boundaries)
+        z = np.concatenate([np.nextafter(decisions, 0), decisions, np.nextafter(decisions, 9),
+                            rng.uniform(0, 16, 500)]).astype(np.float32)
+        table = block_gtq_launch.encode_tables(bits, size)[1].reshape(-1, 2)
+        x = np.minimum(z / np.float32(end), 1)
+        own = table[np.rint(x * np.float32(cells)).astype(int)]
+        assert (own[:, 1] + (x > own[:, 0].view(np.float32)) == np.searchsorted(decisions, z)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

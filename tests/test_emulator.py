@@ -740,6 +740,7 @@ EXACT = {
     # Which of two zeros is the larger is not defined: the kernels add 0.
     "fmaxf": ([floats] * 2, lambda x, y: np.fmax(x, y) + f32(0)),
     "fminf": ([floats] * 2, lambda x, y: np.fmin(x, y) + f32(0)), "fabsf": ([floats], np.abs),
+    "saturatef": ([floats], lambda x: np.fmin(np.fmax(x, f32(0)), f32(1)) + f32(0)),
     "isnan": ([floats], lambda x: (x != x).astype(i32)),
     "float2uint_rn": ([floats], each(to_unsigned, u32)),
     "float2int_rn": ([floats], each(to_int(np.rint), i32)), "float2int_rz": ([floats], each(to_int(np.trunc), i32)),

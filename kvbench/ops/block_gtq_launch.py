@@ -36,7 +36,7 @@ def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arg
     function = loaders.get_function(
         "block_gtq", f"kvb::block_gtq_encode_kernel<{CXX_TYPE[x.dtype]}, {head_dim}, {parts}>", backend, x.device)
     row = 2 * parts * (head_dim + 8) + 4 * (head_dim // 32 + plan.magnitude_words) + 2 * 8    # operands, codes, scalars
-    resident = (8 if parts == 2 else {"float16": 16, "bfloat16": 12}[x.dtype]) // warps   # as there
+    resident = (8 if parts == 2 or head_dim == 256 else {"float16": 16, "bfloat16": 12}[x.dtype]) // warps   # as there
     resident *= loaders.multiprocessors(backend, x.device)
     blocks = min(-(-tokens // (ENCODE_TOKENS * warps)), max(1, resident // (kv_heads * batch)))
     function((blocks, kv_heads, batch), (32 * warps,), (
@@ -49,7 +49,7 @@ def launch_encode(x, plan: Plan, codes, scale_mode: str, mean, backend: str, arg
 
 def launch_decode(codes, plan: Plan, out, backend: str, arguments) -> None:
     batch, kv_heads, tokens, head_dim = out.shape
-    order, groups, segments, _, _, centroids, exponents, rotations = _tables_on_device(plan, out.device)
+    order, groups, segments, _, centroids, exponents, rotations = _tables_on_device(plan, out.device)
     function = loaders.get_function("block_gtq", f"kvb::block_gtq_decode_kernel<{CXX_TYPE[out.dtype]}, {head_dim}>",
                                     backend, out.device)
     function((-(-tokens // DECODE_TOKENS), kv_heads, batch), (128,), (
@@ -61,7 +61,7 @@ def launch_logits(query, codes, plan: Plan, scale: float, out, backend: str, arg
     batch, kv_heads, tokens = codes.scale.shape[:3]
     q_heads, head_dim = query.shape[1:]
     group, device = q_heads // kv_heads, query.device
-    _, _, segments, _, _, centroids, exponents, _ = _tables_on_device(plan, device)
+    _, _, segments, _, centroids, exponents, _ = _tables_on_device(plan, device)
     folded = empty(query.shape, "float32", device, query.framework, stream=arguments.stream)
     fold = loaders.get_function("block_gtq", f"kvb::block_gtq_fold_kernel<{head_dim}>", backend, device)
     fold((q_heads, batch), (head_dim,), (
@@ -91,7 +91,7 @@ def launch_attention(query, keys, values, plan: Plan, value_rotation, lengths, s
         splits = attention.choose_splits(-(-tokens // 32), batch * kv_heads * parts, warps,
                                          loaders.multiprocessors(backend, device))
     scratch = attention.take_workspace(arguments, workspace, splits, device, out.framework)
-    order, _, _, rotations, _, _, exponents, _ = _tables_on_device(plan, device)
+    order, _, _, rotations, _, exponents, _ = _tables_on_device(plan, device)
     ring, shared_bytes = _attention_ring(head_dim, heads, warps, plan, values.bits)
     function = loaders.get_function("block_gtq", f"kvb::block_gtq_attention_kernel<{head_dim}, {heads}, {values.bits}>",
                                     backend, device)
@@ -129,7 +129,7 @@ def _launch_simple_attention(query, keys, values, plan: Plan, value_rotation, le
     batch, kv_heads, tokens = keys.scale.shape[:3]
     head_dim, device = query.shape[2], query.device
     group = query.shape[1] // kv_heads
-    _, _, segments, _, _, centroids, exponents, _ = _tables_on_device(plan, device)
+    _, _, segments, _, centroids, exponents, _ = _tables_on_device(plan, device)
     if splits is None:
         splits = attention.choose_splits(-(-tokens // SIMPLE_TOKENS), batch * kv_heads, 1,
                                          loaders.multiprocessors(backend, device))
@@ -196,16 +196,14 @@ def _stored(codes) -> tuple:
 @functools.lru_cache(maxsize=64)
 def _tables_on_device(plan: Plan, device: Device) -> tuple[Array, ...]:
     """What `tables_of` gives, as CUDA kernels take it: groups as six words of 32 bits, the last one 1 / size in float,
-    rotations transposed, 128 boundaries a codebook; last the rotations as they are."""
+    rotations transposed; last the rotations as they are."""
     tables = tables_of(plan)
     rotations = np.concatenate([plan.rotation_of(size).dense().T.astype(np.float32).ravel()
                                 for size in sorted({group.size for head in plan.groups for group in head})])
     sizes = np.maximum(tables.groups[..., 1:2], 1)
     groups = np.concatenate([tables.groups.astype(np.int32), (1 / sizes).astype(np.float32).view(np.int32)], axis=-1)
-    boundaries = np.pad(tables.boundaries, [(0, 0), (0, 1)])
     return tuple(upload(np.ascontiguousarray(array), device) for array in (
-        tables.order, groups, tables.segments, rotations, boundaries, tables.centroids,
-        tables.exponents, tables.rotations))
+        tables.order, groups, tables.segments, rotations, tables.centroids, tables.exponents, tables.rotations))
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,7 +240,7 @@ def _encode_plans_on_device(plan: Plan, device: Device) -> Array:
         heads.append(np.concatenate([groups.ravel().view(np.uint32), tables.segments[h].ravel().view(np.uint32),
                                      np.argsort(order).astype(np.uint16).view(np.uint32),
                                      order.astype(np.uint16).view(np.uint32),
-                                     np.array([tables.exponents[h], 0, 0, 0]).astype(np.int32).view(np.uint32), numbers]))
+                                     np.int32([tables.exponents[h], 0, 0, 0]).view(np.uint32), numbers]))
     longest = max(map(len, heads))
     return upload(np.stack([np.pad(head, (0, longest - len(head))) for head in heads]).reshape(len(heads), -1, 4),
                   device)
@@ -273,8 +271,8 @@ def encode_tables(bits: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     cells[of_decision, 0] = scaled.view(np.uint32)
     cells[:, 1] = np.searchsorted(of_decision, np.arange(count + 1))
     m = np.arange(2 ** (bits - 1), dtype=np.uint32)
-    marks = np.stack([(levels**2).view(np.uint32), m & 3 | (m >> 2 & 3) << 8 | (m >> 4 & 3) << 16 | m >> 6 << 24], axis=-1)
-    return levels.view(np.uint32), cells.ravel(), marks.ravel()
+    fields = m & 3 | (m >> 2 & 3) << 8 | (m >> 4 & 3) << 16 | m >> 6 << 24
+    return levels.view(np.uint32), cells.ravel(), np.stack([(levels**2).view(np.uint32), fields], axis=-1).ravel()
 
 
 @functools.lru_cache(maxsize=64)

@@ -39,6 +39,7 @@ namespace kvb {
   MAP(frcp_rn, float, float, float, float, __frcp_rn(a))                                 \
   MAP(fmaf_rn, float, float, float, float, __fmaf_rn(a, b, c))                           \
   MAP(fmaf, float, float, float, float, fmaf(a, b, c))                                   \
+  MAP(saturatef, float, float, float, float, __saturatef(a))                             \
   MAP(rsqrtf, float, float, float, float, rsqrtf(a))                                     \
   MAP(exp2_approx, float, float, float, float, exp2_approx(a))                           \
   MAP(fmaxf, float, float, float, float, fmaxf(a, b) + 0.f)                              \

@@ -6,7 +6,7 @@
 
 namespace kvb {
 
-constexpr int kMostGroups = 8, kMostCodes = 256, kMostBoundaries = 128;
+constexpr int kMostGroups = 8, kMostCodes = 256;
 
 // Rows of the tables.
 struct KeyGroup {
