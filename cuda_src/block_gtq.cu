@@ -11,8 +11,9 @@
 //            D = 256) share the plan of the head and its tables only, one array that the host has made.
 //   Rows     stand in shared memory in rate order, in fp16.  The two coordinates of a RoPE block are neighbours there:
 //            one word.  Rows of fp16 at multiples of 16 bytes come in chunks of eight numbers, two to a lane, which
-//            have eight blocks between them, all of a warp's loads at once; every word goes to its place.  Others, and
-//            where RoPE turns another number of coordinates than a multiple of 16, come number by number.
+//            have eight blocks between them, all of a warp's loads at once; every word goes to its place.  Those of the
+//            next tile are fetched to L2 meanwhile.  Other rows come number by number, and all of them where RoPE turns
+//            another number of coordinates than a multiple of 16.
 //   Rotation mma.m16n8k16 with tokens as rows of A and 256 R_g^T as B, in two parts of fp16, which the host has put
 //            into the order of the operands: high and low part leave 2^-22 of a number.  PARTS = 1: numbers of 16 bits,
 //            without a mean, are one part of A, fp16 as it is, bfloat16 times a power of two per token and group, where
@@ -33,8 +34,8 @@
 //   Bytes    D sizeof(T) read (with PARTS = 2 or bfloat16 twice, once from a cache), and the row of codes and scalars
 //            written, once.
 //   Counts   Warp instructions per 32 tokens at D = 128, fp16, segments of 5, 4, 4, 3, 3, 2, 2 and 1 bits (SASS for
-//            sm_90): start and rows 300, norms 440, products 390, codes 1250 (of a segment, words stored: 30 for 1 bit,
-//            95 for 2, 144 for 3, 212 for 4, 204 for 5, 230 for 6), signs 150, groups 410, rows out 115: 3050 in all.
+//            sm_90): start and rows 310, norms 440, products 390, codes 1250 (of a segment, words stored: 30 for 1 bit,
+//            95 for 2, 144 for 3, 212 for 4, 204 for 5, 230 for 6), signs 150, groups 410, rows out 115: 3070 in all.
 //            32K tokens x 8 heads on 132 multiprocessors at 1.75 GHz: 27 us of issue slots, 28 us of memory at 3 TB/s.
 //            Words of rows meet in banks: 183 passes of shared memory for 64 stores.
 //   Before   Single numbers of rows stored (266 passes for 128 stores), norms of unpacked numbers, codes by selections
@@ -352,6 +353,11 @@ __global__ void __launch_bounds__(kEncodeWarps<D> * 32, kResidentEncodeWarps<T, 
           for (int e = 0; e < 2; ++e)
             to[i][e][token * PITCH / 2] = permute_bytes(words[0][i], words[1][i], selectors[e]);
       }
+      // The rows of the next tile, one to a lane, are on their way to L2 while this one is coded.
+      const int later = first + gridDim.x * WARPS * kEncodeTokens + lane;
+      if (later < tokens)
+#pragma unroll
+        for (int i = 0; i < D; i += 64) prefetch_l2(head_rows + later * x_token_stride + i);
     } else {
       constexpr int PAIRS = D / 64;   // of neighbouring coordinates, per lane
       int from[PAIRS][2];

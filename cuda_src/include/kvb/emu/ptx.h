@@ -254,6 +254,7 @@ inline u32 load_once(const u32* p, int line = __builtin_LINE()) {
   emu::check_global(p, 4, "load_once", line);
   return *p;
 }
+inline void prefetch_l2(const void* p, int line = __builtin_LINE()) { emu::check_global(p, 1, "prefetch_l2", line); }
 inline void store_once(uint4* p, uint4 v, int line = __builtin_LINE()) {
   emu::check_global(p, 16, "store_once", line);
   *p = v;
