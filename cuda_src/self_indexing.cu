@@ -390,14 +390,35 @@ struct GroupHalves {
   }
 };
 
-// Four consecutive numbers, aligned to all of them; type 0 float, 1 fp16, 2 bf16.
-__device__ __forceinline__ float4 load_four(const void* x, int type, u64 index) {
-  if (type == 0) return *reinterpret_cast<const float4*>(static_cast<const float*>(x) + index);
-  const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const u16*>(x) + index);
-  const float2 low = type == 1 ? unpack_pair<__half>(words.x) : unpack_pair<__nv_bfloat16>(words.x);
-  const float2 high = type == 1 ? unpack_pair<__half>(words.y) : unpack_pair<__nv_bfloat16>(words.y);
-  return make_float4(low.x, low.y, high.x, high.y);
-}
+// Channels 32 u + 4 g ... + 3 of an exact row, for a lane g of 8: as they are in memory, so that all loads are under way
+// before the first is waited for.
+template <int D>
+struct ExactRow {
+  uint4 words[D / 32];
+  // type 0 float, 1 fp16, 2 bf16; four channels are aligned to all of them
+  __device__ __forceinline__ void load(const void* x, int type, u64 index) {
+    if (type == 0) {
+#pragma unroll
+      for (int u = 0; u < D / 32; ++u)
+        words[u] = *reinterpret_cast<const uint4*>(static_cast<const float*>(x) + index + 32 * u);
+    } else {
+#pragma unroll
+      for (int u = 0; u < D / 32; ++u) {
+        const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const u16*>(x) + index + 32 * u);
+        words[u].x = four.x, words[u].y = four.y;
+      }
+    }
+  }
+  __device__ __forceinline__ float4 operator()(int u, int type) const {
+    const uint4& four = words[u];
+    if (type == 0)
+      return make_float4(__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z),
+                         __uint_as_float(four.w));
+    const float2 low = type == 1 ? unpack_pair<__half>(four.x) : unpack_pair<__nv_bfloat16>(four.x);
+    const float2 high = type == 1 ? unpack_pair<__half>(four.y) : unpack_pair<__nv_bfloat16>(four.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+  }
+};
 
 template <int D>
 constexpr int kSparseHeads = 512 / D;   // query heads of a block: their outputs are 64 registers of a lane
@@ -438,6 +459,38 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
   const int tiles = (entries + TILE - 1) / TILE, active = active_splits(tiles, 1, splits);
   if (split >= active) return;
 
+  const int* list = indices ? indices + b * index_batch_stride + kv_head * index_head_stride : nullptr;
+  const u64 key_place = b * key_batch_stride + kv_head * key_head_stride;
+  const u64 value_place = b * value_batch_stride + kv_head * value_head_stride;
+  const u64 exact_key_place = b * exact_key_batch_stride + kv_head * exact_key_head_stride + 4 * g;
+  const u64 exact_value_place = b * exact_value_batch_stride + kv_head * exact_value_head_stride + 4 * g;
+  // What a lane has of its entry of a tile: of the first one asked for before the query is made ready.
+  bool listed, present;
+  u32 signs[U];
+  LaneCodes<D, 2> words;
+  LaneCodes<D, BITS> value_words;
+  GroupHalves<D> step, low, value_step, value_low;
+  ExactRow<D> exact_key, exact_value;
+  auto load_entry = [&](int tile) {
+    const int entry = tile * TILE + warp * 4 + lane / 8;
+    listed = entry < count;
+    const int token = !listed ? entry - count : list ? list[entry] : entry;
+    present = listed ? token >= 0 && token < length : entry < entries;
+    if (present && listed) {
+      load_words(signs, sign + (key_place + token) * U);
+      words.load(codes, key_place + token, g);
+      step.load(scale, key_place + token);
+      low.load(minimum, key_place + token);
+      value_words.load(value_codes, value_place + token, g);
+      value_step.load(value_scale, value_place + token);
+      value_low.load(value_minimum, value_place + token);
+    } else if (present) {
+      exact_key.load(exact_keys, query_type, exact_key_place + token * exact_key_token_stride);
+      exact_value.load(exact_values, query_type, exact_value_place + token * exact_value_token_stride);
+    }
+  };
+  load_entry(split);
+
   KVB_DYNAMIC_SHARED(float, shared);
   float* plain = shared;                              // (HEADS, D): scale_log2 q
   float* folded = plain + HEADS * D;                  // (HEADS, D): scale_log2 q alpha
@@ -459,35 +512,13 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
   }
   __syncthreads();
 
-  const int* list = indices ? indices + b * index_batch_stride + kv_head * index_head_stride : nullptr;
-  const u64 key_place = b * key_batch_stride + kv_head * key_head_stride;
-  const u64 value_place = b * value_batch_stride + kv_head * value_head_stride;
-  const u64 exact_key_place = b * exact_key_batch_stride + kv_head * exact_key_head_stride + 4 * g;
-  const u64 exact_value_place = b * exact_value_batch_stride + kv_head * exact_value_head_stride + 4 * g;
   float o[HEADS][U][4] = {}, reference[HEADS], total[HEADS];
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) reference[h] = kNoReference, total[h] = 0.f;
 
-  for (int tile = split; tile < tiles; tile += active) {
-    const int entry = tile * TILE + warp * 4 + lane / 8;
-    const bool listed = entry < count;
-    int token = !listed ? entry - count : list ? list[entry] : entry;
-    const bool present = listed ? token >= 0 && token < length : entry < entries;
-    if (!present) token = 0;
+  for (int tile = split;;) {
     float x[U][4] = {};
-    LaneCodes<D, BITS> value_words = {};
-    GroupHalves<D> value_step = {}, value_low = {};
     if (present && listed) {
-      u32 signs[U];
-      load_words(signs, sign + (key_place + token) * U);
-      LaneCodes<D, 2> words;
-      GroupHalves<D> step, low;
-      words.load(codes, key_place + token, g);
-      step.load(scale, key_place + token);
-      low.load(minimum, key_place + token);
-      value_words.load(value_codes, value_place + token, g);
-      value_step.load(value_scale, value_place + token);
-      value_low.load(value_minimum, value_place + token);
 #pragma unroll
       for (int u = 0; u < U; ++u)
 #pragma unroll
@@ -498,8 +529,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
     } else if (present) {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const float4 four =
-            load_four(exact_keys, query_type, exact_key_place + token * exact_key_token_stride + 32 * u);
+        const float4 four = exact_key(u, query_type);
         x[u][0] = four.x, x[u][1] = four.y, x[u][2] = four.z, x[u][3] = four.w;
       }
     }
@@ -540,12 +570,11 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       float v[4] = {};
-      if (listed) {
+      if (present && listed) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[e] = fmaf(value_step[u], value_words(u, e), value_low[u]);
       } else if (present) {
-        const float4 four =
-            load_four(exact_values, query_type, exact_value_place + token * exact_value_token_stride + 32 * u);
+        const float4 four = exact_value(u, query_type);
         v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
       }
 #pragma unroll
@@ -553,6 +582,9 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
 #pragma unroll
         for (int e = 0; e < 4; ++e) o[h][u][e] = fmaf(p[h], v[e], o[h][u][e]);
     }
+    tile += active;
+    if (tile >= tiles) break;
+    load_entry(tile);
   }
 
   // ---- the four tokens of a warp become one copy ----
@@ -595,15 +627,15 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
 
 }  // namespace kvb
 
-#define KVB_EXPORT_SIZE(D)                                           \
+#define KVB_EXPORT_SIZE(D, ATTENTION)                                \
   KVB_EXPORT(48, kvb::self_indexing_tables_kernel<D>)                \
   KVB_EXPORT(64, kvb::self_indexing_score_kernel<D, 1>)              \
   KVB_EXPORT(80, kvb::self_indexing_score_kernel<D, 4>)              \
   KVB_EXPORT(72, kvb::self_indexing_encode_kernel<__half, D>)        \
   KVB_EXPORT(72, kvb::self_indexing_encode_kernel<__nv_bfloat16, D>) \
   KVB_EXPORT(72, kvb::self_indexing_encode_kernel<float, D>)         \
-  KVB_EXPORT(216, kvb::self_indexing_attention_kernel<D, 2>)         \
-  KVB_EXPORT(216, kvb::self_indexing_attention_kernel<D, 4>)
-KVB_EXPORT_SIZE(64)
-KVB_EXPORT_SIZE(128)
-KVB_EXPORT_SIZE(256)
+  KVB_EXPORT(ATTENTION, kvb::self_indexing_attention_kernel<D, 2>)   \
+  KVB_EXPORT(ATTENTION, kvb::self_indexing_attention_kernel<D, 4>)
+KVB_EXPORT_SIZE(64, 216)
+KVB_EXPORT_SIZE(128, 216)
+KVB_EXPORT_SIZE(256, 255)
