@@ -390,8 +390,8 @@ struct GroupHalves {
   }
 };
 
-// Channels 32 u + 4 g ... + 3 of an exact row, for a lane g of 8: as they are in memory, so that all loads are under way
-// before the first is waited for.
+// Channels 32 u + 4 g ... + 3 of an exact row, for a lane g of 8: as they are in memory, so that all loads are under
+// way before the first is waited for.
 template <int D>
 struct ExactRow {
   uint4 words[D / 32];

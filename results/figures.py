@@ -45,10 +45,11 @@ def main() -> None:
 def results_table(folder: Path) -> str:
     """The timed cases of one machine as Markdown, with pictures; nothing for a folder without complete results.
 
-    Attention as one table for each way to flush the caches; the rest as a list.  Every case is listed beside them.
+    Attention as one table for each way to flush the caches; the rest as a list.  Every case is listed beside them.  Of
+    a case that was measured again, the newest counts.
     """
     runs, _ = contents.load(sorted(folder.glob("*.json")))
-    documents = [document for document in runs if document["complete"] and not document["quick"]]
+    documents = _newest([document for document in runs if document["complete"] and not document["quick"]])
     if not documents:
         return ""
     held = contents.contents(documents, [])
@@ -68,6 +69,19 @@ def results_table(folder: Path) -> str:
             + "".join(tables) + _published_table(held["rows"], folder.name) + "".join(results_pictures(folder, held))
             + ("Other kernels, other data written over the caches before every call:\n\n"
                + table([head[i] for i in own], others, "".join(columns[i] for i in own)) + "\n\n" if others else ""))
+
+
+def _newest(documents: list[dict]) -> list[dict]:
+    """The documents without the cases that a newer one has, too; none without any case."""
+    def key(document, case):
+        return case["kernel"], case["backend"], results.flush_of(document), str(sorted(case["problem"].items()))
+
+    newest = {}
+    for document in sorted(documents, key=lambda document: document["created"]):
+        newest.update({key(document, case): document["file"] for case in document["cases"]})
+    kept = [{**document, "cases": [case for case in document["cases"]
+                                   if newest[key(document, case)] == document["file"]]} for document in documents]
+    return [document for document in kept if document["cases"]]
 
 
 def _machine(document: dict) -> str:

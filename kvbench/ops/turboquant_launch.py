@@ -98,7 +98,8 @@ def _attention_shared_bytes(head_dim: int, heads: int, key_bits: int, value_bits
     and the warps' rings of tiles.  The end of the kernel (kvb/splits.cuh) uses the rings again, and needs the rotated
     rows besides."""
     warps, ring, tile, most_rounds = 8, 3, 32, 8
-    rings = warps * ring * sum(attention.whole_lines(tile * (head_dim // 8 * bits + 2)) for bits in (key_bits, value_bits))
+    sides = (attention.whole_lines(tile * (head_dim // 8 * bits + 2)) for bits in (key_bits, value_bits))
+    rings = warps * ring * sum(sides)
     end = attention.split_shared_bytes(warps, heads, head_dim, 32 * warps) + heads * head_dim * 4
     query = attention.whole_lines(12 * heads) + head_dim // 32 * (heads // 8) * 512
     return query + 2 * most_rounds * head_dim * 4 + max(rings, end)
