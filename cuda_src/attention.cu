@@ -39,8 +39,8 @@
 //               bulk copies with an mbarrier, a row each      210          68         73         34         770
 //               swizzled, queries in shared memory            201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
 //               + units begin at lines of shared memory       194          57         61                    720
-//               + evict first up to 256 MB (this version)     189          57         61                    702 (708)
-//             The last two rows, and the last (708), are of one run.  Before, a static variable of 16 bytes moved the
+//               + evict first up to 256 MB (this version)     188 (192)    58 (63)    62 (63)    26 (26)    705 (707)
+//             Before the last two, a static variable of 16 bytes moved the
 //             ring off the 128-byte lines of shared memory, and each line that arrived took two of them: 742 us, 752 by
 //             writing, against 690 and 702.  By 64 bytes it is 703.  Nothing else mattered: an empty loop of the same
 //             copies took as long.  Bulk copies of 32 KB, a unit of all eight warps, take 694, no less.

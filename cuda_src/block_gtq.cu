@@ -41,7 +41,8 @@
 //   Before   Single numbers of rows stored (266 passes for 128 stores), norms of unpacked numbers, codes by selections
 //            and binary search, bytes stored, plan read from memory: 5700 instructions, 90.0 us on an H100 for 32K
 //            tokens x 8 heads of 128, fp16, with L2 flushed, 51 us of them issue slots.  Of the time of its warps (ncu)
-//            13 % went to storing rows, 7 to waiting for rows, 7 for operands of the second octet, 5 for the plan.
+//            13 % went to storing rows, 7 to waiting for rows, 7 for operands of the second octet, 5 for the plan.  Now
+//            70.6 us, and 59.8 with a warm cache.
 //   Tried    Operands of the rotation loaded before the product before: nothing then (90.4 us without), and 16 moves
 //            for each product here.  Norms inside the first product's loop: no fewer instructions, since later products
 //            pass them by predicates.

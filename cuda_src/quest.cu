@@ -17,7 +17,8 @@
 //            conversions, 64 multiply-adds, 16 loads of the query, 32 for the sums of lanes, 20 to store: 160; 40000
 //            per SM for the case above, 5.8 us at 4 a cycle and 1.7 GHz.
 //   Tried    That case on an H100 with a cold cache, and a warm one: query heads one after another, with conflicts of
-//            banks 32.0 and 28.2 us; the next pages on their way meanwhile 36.7 and 32.9; this version 28.4 and 24.8.
+//            banks 32.0 and 28.2 us; the next pages on their way meanwhile 36.7 and 32.9; bounds as the first to leave
+//            the L2 cache 31.9 and 28.3; this version 28.4 and 24.8.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 

@@ -46,6 +46,8 @@
 //            ncu) it takes 3.4, most of it waiting for memory; 3.7 of 11.4 (and 17.0) before signs, query and means
 //            were asked for at once.  With a cold cache the kernel takes 21.5 us, 16.5 where the flush reads: 5 us are
 //            lines of the flush on their way to memory; with a warm one 12.8.
+//   Tried    Codes as the first to leave the L2 cache: 21.5 us, too.  Three steps under way in shared memory: 21.9, and
+//            13.9 with a warm cache; as the first to leave 20.8 and 14.4, of a decode step 56.7 us instead of 57.2.
 //   Paths    Tiles that are whole and need neither offset nor sigma are loaded from addresses that differ by constants,
 //            and stored without questions; the others take the long way.
 #include "kvb/convert.cuh"

@@ -18,7 +18,9 @@
 //             take as many cycles, 4.6 us at 1.7 GHz, and 48 operations of the integer pipe a warp 6,000.
 //   Before    Offsets by shifts and masks: the compiler added the place of the group by a third operation, three where
 //             PRMT, whose result it knows nothing of, leaves it to LDS; one token a lane and one under way: 17.0 us at
-//             128K tokens on an H100 with a cold cache, 11.9 with a warm one.
+//             128K tokens on an H100 with a cold cache, 11.9 with a warm one; now 13.7 and 8.6.
+//   Tried     Words as the first to leave the L2 cache: 14.4 and 9.6 us.  Eight tokens a lane under way, in shared
+//             memory: 15.6 and 9.4, as the first to leave 15.1 and 10.0.
 //   Excluded  Positions of tokens that stay exact are overwritten by -inf at the end, by the block that has them.
 //
 // self_indexing_tables_kernel: the tables alone.
@@ -51,7 +53,10 @@
 //   Counts    Per 4 listed tokens, D = 128, 2 bits, 4 heads, a warp: 16 loads, 160 to dequantise, 16 LDS, 64 FFMA and
 //             12 shuffles for logits, 64 FFMA for outputs, some 60 for softmax: 400.  10K tokens (7.5 % of 128K) x 8
 //             heads: 8.2 M, 15 us at 2.4 a cycle and multiprocessor; the 160 of the smallest budget are bound by
-//             latency: with 96 listed and 192 exact ones 13 us on an H100, whatever the cache holds.
+//             latency.
+//   Before    Entries asked for after the query was ready, exact rows by 32 channels, one load waiting for the other,
+//             their values after the softmax: 9.3 us by ncu with 96 listed and 192 exact tokens, in a decode step of
+//             42.6 us on an H100 with a cold cache; now 41.3, and 34.4 instead of 35.9 at 32K tokens.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/splits.cuh"

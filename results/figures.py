@@ -59,7 +59,8 @@ def results_table(folder: Path) -> str:
     compared = ["best alternative", "us", "speed-up"]
     (folder / "README.md").write_text(
         f"# Every result of `kvbench bench` in this folder\n\n{_machine(documents[0])}\n\n"
-        + table(head + compared, [_row(*case) + _compared(case[1]) for case in cases], columns + "lrr") + "\n",
+        + table(head + compared + ["commit"],
+                [_row(*case) + _compared(case[1]) + [_commit(case[0])] for case in cases], columns + "lrrl") + "\n",
         encoding="utf-8")
     tables = [_attention_table(held["rows"], flush) for flush in timing.FLUSHES]
     own = [i for i, name in enumerate(head) if name not in ("backend", "flush")]
@@ -224,6 +225,10 @@ def _row(run: dict, case: dict) -> list[str]:
 def _compared(case: dict) -> list[str]:
     best = next((entry for entry in case["baselines"] if entry["name"] == case["best_baseline"]), None)
     return [best["name"], f"{best['cold']['median_us']:.1f}", f"{case['speedup']:.2f}"] if best else [""] * 3
+
+
+def _commit(run: dict) -> str:
+    return (run["source"]["commit"] or "")[:7]
 
 
 @pictures.picture

@@ -38,13 +38,15 @@
 //               80 instructions more                                             103.1       52.2      42.3     17.5
 //               two blocks of 8 warps                                            101.2       51.7
 //               one block of 16 warps, a switch per segment, 1414 instructions    93.6       42.9      38.5     21.3
-//               chunks in runs (this version)                                     84.5       40.4      36.2     20.8
+//               chunks in runs                                                    84.5       40.4      36.2     20.8
 //               selectors shifted by multiplications, off the pipe of PRMT        84.4
-//             With the L2 flushed by reading it is 82.5 at 32:8, 128K: bound by instructions, not by memory.  By ncu
-//             56 % of the issue slots are used and 58 % of the integer pipe, by four warps per scheduler: of their
-//             time 21 % waits for results of fixed latency, 19 for the scheduler, 16 for the integer pipe, 6 each for
-//             shared memory and dispatch.  A bit per run that has chunks, tested instead of where it ends, takes more
-//             instructions; so does loading the next chunk's record ahead, 16 per tile.
+//               rings, and what they hold, at lines of shared memory
+//               (this version)                                                    83.4       39.4      35.4     21.2
+//             Before the last, with the L2 flushed by reading, it was 82.5 at 32:8, 128K: bound by instructions, not by
+//             memory.  By ncu 56 % of the issue slots were used and 58 % of the integer pipe, by four warps per
+//             scheduler: of their time 21 % waited for results of fixed latency, 19 for the scheduler, 16 for the
+//             integer pipe, 6 each for shared memory and dispatch.  A bit per run that has chunks, tested instead of
+//             where it ends, takes more instructions; so does loading the next chunk's record ahead, 16 per tile.
 #pragma once
 #include "kvb/block_gtq_plan.cuh"
 #include "kvb/plane_attention.cuh"

@@ -38,10 +38,10 @@
 //               57.7 (16), 68.5 (33)                             a ring of two tiles 57.2, of four 58.8 (16)
 //               two blocks of 123 registers on a multiprocessor 57.7 (16), 62.7 (33), with a ring of two 57.1, 59.8
 //               12 warps 61.5, 16 warps 61.5, 16 with a ring of two 60.0 (16)
-//             Neither warps nor registers matter: it is bound by memory.  As what is read once, like the codes (this
-//             version): 52.3 instead of 60.5 by the benchmark, 76.9 instead of 87.0 at 4 + 4 bits; 47.2 where the flush
-//             reads, as before.  Each further 1024 tokens of 8 KV heads cost 0.30 us, 2.65 TB/s; start, merge and end
-//             some 7 us.
+//             Neither warps nor registers matter: it is bound by memory.  As what is read once, like the codes: 52.3
+//             instead of 60.5 by the benchmark, 76.9 instead of 87.0 at 4 + 4 bits; 47.2 where the flush reads, as
+//             before.  Rings that begin at lines of shared memory (this version): 48.6, and 72.2 at 4 + 4 bits; 158
+//             instead of 174 at 32:32.  Each further 1024 tokens of 8 KV heads cost 0.29 us, 2.7 TB/s.
 #pragma once
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"

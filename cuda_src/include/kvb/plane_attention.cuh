@@ -37,14 +37,19 @@
 //               shifts as multiplications (IMAD.HI)                 56.7       27.8       180.2                14.5
 //               10, 12, 16 warps in a block                         58-61      28-30      182-196             16-17
 //               one block per multiprocessor, 150 registers         58.1       27.4       189.0                14.4
-//               + merge with one wait for memory (this version)     56.7       29.8       185.0      23.4      13.3
+//               + merge with one wait for memory                    56.7       29.8       185.0      23.4      13.3
 //               the copies alone, nothing computed                  52.7                  173.1                13.1
 //               4 + 4 bits: two blocks of 128 registers / one       82.8       36.1       278.6                15.6
 //                                                                   71.3       35.5       237.6      28.8      14.0
-//             What is left: of 13.3 us at 4K tokens, 4.0 are the launch, 2.3 the first tile on its way, 0.7 the query,
-//             2.7 one tile, 2.4 to store and merge, 0.5 to rotate back.  The copies alone run at 2.9 TB/s once
-//             started.  With 2 + 2 bits (51 us at 32:8, 128K) and 4 + 4 bits arithmetic is the limit, not memory.  66
-//             splits (16:2) are merged eight at a time, each waiting for the one before.
+//               + rings begin at lines of shared memory, and values
+//                 in them (this version), 3 + 3 bits                52.9       28.8       169.1
+//                                         2 + 2 bits                49.6       27.3       161.7
+//                                         4 + 4 bits                68.7       34.0       231.5
+//             Before the last, 16 bytes of a static variable moved every line that arrived onto two lines of shared
+//             memory: that was what the copies alone took.  What was left then: of 13.3 us at 4K tokens, 4.0 are the
+//             launch, 2.3 the first tile on its way, 0.7 the query, 2.7 one tile, 2.4 to store and merge, 0.5 to rotate
+//             back.  With 2 + 2 bits and 4 + 4 bits arithmetic is the limit, not memory.  66 splits (16:2) are merged
+//             eight at a time, each waiting for the one before.
 #pragma once
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
