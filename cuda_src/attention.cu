@@ -40,10 +40,10 @@
 //               swizzled, queries in shared memory            201 (192)    59 (63)    61 (63)    25 (26)    764 (707)
 //               + units begin at lines of shared memory       194          57         61                    720
 //               + evict first up to 256 MB (this version)     188 (192)    58 (63)    62 (63)    26 (26)    705 (707)
-//             Before the last two, a static variable of 16 bytes moved the
-//             ring off the 128-byte lines of shared memory, and each line that arrived took two of them: 742 us, 752 by
-//             writing, against 690 and 702.  By 64 bytes it is 703.  Nothing else mattered: an empty loop of the same
-//             copies took as long.  Bulk copies of 32 KB, a unit of all eight warps, take 694, no less.
+//             Before the last two, a static variable of 16 bytes moved the ring off the 128-byte lines of shared
+//             memory, and each line that arrived took two of them: 742 us, 752 by writing, against 690 and 702.  By 64
+//             bytes it is 703.  Nothing else mattered: an empty loop of the same copies took as long.  Bulk copies of
+//             32 KB, a unit of all eight warps, take 694, no less.
 //             Without evict first: 60.4 at 32:8 32K, 64.3 at 16:2 128K; with it 194 at 32:8 128K.  Where the flush of
 //             the L2 reads instead of writing, both are the same, 177 at 32:8 128K and 690 at 32:32.
 //             The query, and the first entries of lists, are asked for early: over the 2 % of a decode step of rabitq
@@ -72,8 +72,8 @@ constexpr float kReferenceGap = 8.f, kReferenceSlack = 12.f;
 template <int D, int HEADS>
 constexpr int kResidentBlocks = D == 256 || (D == 128 && HEADS == 16) ? 1 : 2;   // per SM
 constexpr int kRingUnits = 3;   // one is read while two are in flight
-// A cache of up to so many bytes is the first to leave the L2 cache: dirty lines of other data then need not be written
-// back to make room, 10 us on an H100.  A larger one lasts longer, and loses more by it than that.
+// A cache of up to so many bytes is the first to leave the L2 cache: fewer dirty lines of other data then have to be
+// written back to make room, 3 us less on an H100 at 64 and 128 MB.  A larger one loses by it, 5 us at 512 MB.
 constexpr u64 kEvictFirstBytes = 256u << 20;
 
 // The row of the tile that is token 2t + e of the j-th group of 8 columns.  Lanes that read at the same time differ in

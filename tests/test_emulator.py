@@ -276,7 +276,8 @@ def test_arrays_keep_their_misalignment(faulty, offset, size):
     (0, "cp_async_16 at line .* not 16-byte aligned"), (1, "cp_async_16 at line .* not 16-byte aligned"),
     (2, "cp_async_16 at line .* is not shared memory"), (3, "ldmatrix_x4 at line .* not 16-byte aligned"),
     (4, "ldmatrix_x4 at line .* is not shared memory"), (6, "store_once at line .* not 8-byte aligned"),
-    (7, "store_once at line .* is shared memory, global expected")])
+    (7, "store_once at line .* is shared memory, global expected"),
+    (8, "prefetch_l2 at line .* is shared memory, global expected"), (9, "cp_async_16_once at line .* not a policy")])
 def test_addresses_that_ptx_refuses(faulty, which, message):
     memory = np.zeros(80, u32)
     words = memory[-memory.ctypes.data // 4 % 4:][:64]

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(32) divide_kernel(int* out, int divisor) { out
 
 // which: 0 cp_async_16 to a misaligned shared address, 1 from a misaligned global one, 2 to global memory,
 // 3 ldmatrix of a misaligned row, 4 of global memory, 5 load_once misaligned, 6 store_once misaligned, 7 store_once to
-// shared memory
+// shared memory, 8 prefetch_l2 of it, 9 cp_async_16_once with what is no policy
 __global__ void __launch_bounds__(32) bad_address_kernel(u32* global, int which) {
   KVB_SHARED(u32, s, [32]);
   u32 r[4] = {};
@@ -178,6 +178,8 @@ __global__ void __launch_bounds__(32) bad_address_kernel(u32* global, int which)
   if (which == 5) r[0] = load_once(reinterpret_cast<const uint4*>(global + 1)).x;
   if (which == 6) store_once(reinterpret_cast<uint2*>(global + 1), make_uint2(1, 1));
   if (which == 7) store_once(s, 1u);
+  if (which == 8) prefetch_l2(s);
+  if (which == 9) cp_async_16_once(s, global, 16, 0);
   global[threadIdx.x] = r[0];
 }
 

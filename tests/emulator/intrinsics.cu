@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(32) ring_kernel(const int* x, int* out, int ch
   for (int c = 0; c <= chunks; ++c) {
     int* to = &stage[c % 2][4 * t];
     const int* from = x + 128 * c + 4 * t;
-    if (c < chunks && ONCE) cp_async_16_once(to, from, c < present ? 16 : c == present ? 4 * (t % 5) : 0, read_once_policy());
+    if (c < chunks && ONCE) cp_async_16_once(to, from, c < present ? 16 : c == present ? 4 * (t % 5) : 0, c % 2 ? plain_policy() : read_once_policy());
     if (c < chunks && !ONCE) cp_async_16(to, from, c < present);
     cp_async_commit();
     if (c == 0) continue;
