@@ -43,7 +43,7 @@ class DeviceScope {
 
 // An argument is bytes (a scalar, little endian), an address on the device, or None (a null pointer).
 void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py::sequence& args, size_t shared_bytes,
-            uintptr_t stream, int device) {
+            uintptr_t stream, int device, bool early) {
   const kvb::ExportedKernel& kernel = kvb::find_kernel(name);
   kvb::check_argument_count(kernel, args.size());
   std::vector<std::string> scalars(args.size());
@@ -65,11 +65,22 @@ void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py
   const auto* function = reinterpret_cast<const void*>(kernel.address);
   if (shared_bytes > 0)   // more than 48 KiB, with what the kernel declares itself, must be asked for
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), kernel.name);
+  cudaLaunchAttribute attribute{};   // a GPU that cannot start a kernel early is not asked to
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  int major = 0;
+  if (early) check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kernel.name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid[0], grid[1], grid[2]);
+  config.blockDim = dim3(block[0], block[1], block[2]);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
   cudaError_t status;
   {
     py::gil_scoped_release release;
-    status = cudaLaunchKernel(function, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
-                              values.data(), shared_bytes, reinterpret_cast<cudaStream_t>(stream));
+    status = cudaLaunchKernelExC(&config, function, values.data());
   }
   check(status, kernel.name);
 }
@@ -97,7 +108,7 @@ py::dict properties(int device) {
 #else
 constexpr bool has_cuda = false;
 
-void launch(const std::string& name, kvb::Sizes, kvb::Sizes, const py::sequence&, size_t, uintptr_t, int) {
+void launch(const std::string& name, kvb::Sizes, kvb::Sizes, const py::sequence&, size_t, uintptr_t, int, bool) {
   throw std::runtime_error(name + ": this build of kvbench has no CUDA kernels");
 }
 int device_count() { return 0; }
@@ -111,7 +122,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("has_cuda") = has_cuda;
   module.def("kernels", &kvb::list_kernels, "[(name, tested limit of registers per thread)]");
   module.def("launch", &launch, py::arg("name"), py::arg("grid"), py::arg("block"), py::arg("args"),
-             py::arg("shared_bytes") = 0, py::arg("stream") = 0, py::arg("device") = 0,
+             py::arg("shared_bytes") = 0, py::arg("stream") = 0, py::arg("device") = 0, py::arg("early") = false,
              "Launch a kernel on a stream of a device, without waiting for it.\n\n"
              "args: bytes (a scalar, little endian), int (an address on the device) or None (a null pointer).\n"
              "Raises RuntimeError with the CUDA error.");

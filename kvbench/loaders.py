@@ -17,6 +17,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.resources
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,11 +124,12 @@ def multiprocessors(backend: str, device: Device) -> int:
 def get_function(stem: str, name: str, backend: str, device: Device = Device("cpu")):
     """The kernel instance `name` (a C++ name expression) of cuda_src/<stem>.cu, as a callable
 
-        function(grid, block, args, shared_bytes=0, stream=0)
+        function(grid, block, args, shared_bytes=0, stream=0, early=False)
 
     grid and block have one to three entries; an argument is an Array, a NumPy scalar of the kernel's own type, or None
-    for a null pointer.  The emulator faults a write to what the kernel declares const.  The call does not wait for the
-    kernel (simt: runs it to the end).
+    for a null pointer.  early: the kernel calls wait_for_earlier() of cuda_src/include/kvb/device.cuh, and may begin
+    before the one ahead of it has ended (on compute capability 9.0 and above).  The emulator faults a write to what the
+    kernel declares const.  The call does not wait for the kernel (simt: runs it to the end).
     """
     require(backend)
     return {"cuda": _cupy_function, "native": _native_function, "simt": _simt_function}[backend](stem, name, device)
@@ -174,22 +176,66 @@ def _cupy_function(stem, name, device):
     def stream_of(handle):
         return cupy.cuda.Stream.from_external(Stream(handle)) if handle else cupy.cuda.Stream.null
 
-    def launch(grid, block, args, shared_bytes=0, stream=0):
+    starts_early = _starts_early(cupy.cuda.runtime.getDeviceProperties(device.index)["major"])
+
+    def launch(grid, block, args, shared_bytes=0, stream=0, early=False):
         packed = tuple(np.uint64(_pointer(a)) if _is_pointer(a) else a for a in args)
         with cupy.cuda.Device(device.index), stream_of(stream):
-            kernel(_three(grid), _three(block), packed, shared_mem=shared_bytes)
+            if early and starts_early:
+                _launch_early(kernel.kernel.ptr, _three(grid), _three(block), packed, shared_bytes, stream)
+            else:
+                kernel(_three(grid), _three(block), packed, shared_mem=shared_bytes)
 
     launch.registers = kernel.num_regs
     launch.local_bytes = kernel.local_size_bytes
     return launch
 
 
+def _starts_early(major: int) -> bool:
+    """Whether GPUs of this compute capability start a kernel before the one ahead of it in the stream has ended."""
+    return major >= 9
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute, of which the value has 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int),
+                ("rest", ctypes.c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = _LaunchAttribute(id=6, value=1)
+
+
+def _launch_early(function, grid, block, args, shared_bytes, stream):
+    """cuLaunchKernelEx with the attribute CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, which CuPy lacks."""
+    values = [ctypes.create_string_buffer(value.tobytes(), value.nbytes) for value in args]
+    parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))     # copied by the launch
+    config = _LaunchConfig(grid, block, shared_bytes, stream or None,
+                           ctypes.addressof(_PROGRAMMATIC_STREAM_SERIALIZATION), 1)
+    status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), parameters, None)
+    if status:
+        raise RuntimeError(f"cuLaunchKernelEx: CUDA error {status} for grid {grid}, block {block}, "
+                           f"{shared_bytes} bytes of shared memory")
+
+
+@functools.cache
+def _driver():
+    return ctypes.CDLL("libcuda.so.1" if os.name == "posix" else "nvcuda.dll")
+
+
 def _native_function(stem, name, device):
     from kvbench.bindings import _native
 
-    def launch(grid, block, args, shared_bytes=0, stream=0):
+    def launch(grid, block, args, shared_bytes=0, stream=0, early=False):
         packed = [_pointer(a) or None if _is_pointer(a) else a.tobytes() for a in args]
-        _native.launch(name, _three(grid), _three(block), packed, shared_bytes, stream, device.index)
+        _native.launch(name, _three(grid), _three(block), packed, shared_bytes, stream, device.index, early)
 
     return launch
 
@@ -197,7 +243,7 @@ def _native_function(stem, name, device):
 def _simt_function(stem, name, device):
     from kvbench.bindings import _simt
 
-    def launch(grid, block, args, shared_bytes=0, stream=0):
+    def launch(grid, block, args, shared_bytes=0, stream=0, early=False):
         if _recorded is not None:
             _recorded.append({"kernel": name, "grid": _three(grid), "block": _three(block),
                               "shared_bytes": shared_bytes,

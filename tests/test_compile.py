@@ -3,14 +3,17 @@ limit.
 
 NVRTC needs no GPU.  The limits stand beside the instances, in the KVB_EXPORT lines of cuda_src/*.cu.
 """
+import ctypes
 import pathlib
 import re
 import struct
+import subprocess
 
 import pytest
 
 from kvbench import loaders
 from kvbench.bindings import missing
+from kvbench.bindings.toolchain import find_cuda_headers, find_cxx
 
 nvrtc = pytest.importorskip("cupy.cuda", reason="NVRTC comes with CuPy").nvrtc   # no module that can be imported
 pytestmark = pytest.mark.skipif(missing("_simt") is not None, reason=str(missing("_simt")))
@@ -127,3 +130,26 @@ def test_a_broken_kernel_does_not_compile(monkeypatch):
                         lambda stem: '#include "kvb/device.cuh"\n__global__ void broken() { nothing(); }')
     with pytest.raises(RuntimeError, match="identifier \"nothing\" is undefined"):
         compile_cubin("broken", [], "sm_90")
+
+
+def test_structures_of_an_early_launch_are_those_of_the_driver(tmp_path):
+    """loaders._launch_early gives the driver its structures without a header."""
+    header = next((folder / "cuda.h" for folder in find_cuda_headers() if (folder / "cuda.h").is_file()), None)
+    if header is None:
+        pytest.skip("no cuda.h among the CUDA headers")
+    fields = {"CUlaunchConfig": ("gridDimX", "blockDimX", "sharedMemBytes", "hStream", "attrs", "numAttrs"),
+              "CUlaunchAttribute": ("id", "value")}
+    asked = [f"sizeof({name})" for name in fields] + [
+        f"offsetof({name}, {field})" for name, names in fields.items() for field in names]
+    asked += ["(size_t)CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
+              "sizeof(((CUlaunchAttributeValue*)0)->programmaticStreamSerializationAllowed)"]
+    source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
+    source.write_text("".join(f"#include <{name}>\n" for name in ("cstddef", "cstdio", "initializer_list", "cuda.h"))
+                      + "int main() { for (size_t x : {" + ", ".join(asked) + '}) std::printf("%zu ", x); }\n')
+    subprocess.run([find_cxx(), "-std=c++17", f"-I{header.parent}", source, "-o", program], check=True)
+    known = list(map(int, subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()))
+    config, attribute = loaders._LaunchConfig, loaders._LaunchAttribute
+    assert known == [ctypes.sizeof(config), ctypes.sizeof(attribute),
+                     *(getattr(config, name).offset for name, _ in config._fields_),
+                     attribute.id.offset, attribute.value.offset,
+                     loaders._PROGRAMMATIC_STREAM_SERIALIZATION.id, attribute.value.size]

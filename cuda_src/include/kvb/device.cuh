@@ -43,6 +43,21 @@ using i32 = int;
 #endif
 
 namespace kvb {
+
+// A kernel that is launched `early` (kvbench/loaders.py) may begin when all blocks of the one before it in its stream
+// have called let_next_start(), or have ended.  Until all its threads have called wait_for_earlier() it reads nothing
+// that the one before it writes, and writes nothing.  Where kernels cannot begin early both do nothing.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 constexpr int kSharedLine = 128;
 // The bytes that `bytes` take of whole lines.
 __device__ __forceinline__ constexpr int whole_lines(int bytes) {
