@@ -25,6 +25,8 @@
 //                            The bracket is but a hint: where the exact sums contradict it, or more tokens fall into it
 //                            than a list holds, the last block searches the whole row.
 //
+// selection_top_k_kernel     Top-k of a few, of a list per row, in one launch: kvb/top_k.cuh.
+//
 //   Grid      (parts of a row, query heads, batch), 512 threads, one block to a multiprocessor; a block takes `span`
 //             tokens.  "The last block continues" needs no waiting: whoever takes the last ticket sees what the others
 //             wrote.
@@ -45,22 +47,26 @@
 //             reserved in global memory by each warp and a search of each head by one warp: 126 and 109 us.  The two
 //             passes above, but unrolled throughout, with branches on tokens and a load for each bin and part: 47 and
 //             36 us.  Loops for all that is done once, to wait less for instructions, and keys 32 units apart counted a
-//             second time: 43 and 34.5.  This version: 37 and 28.6.  Launches that overlap (griddepcontrol) gain 1 us
-//             for the four kernels of a decode step together: not worth a second way to launch.
+//             second time: 43 and 34.5.  This version: 37 and 28.6.
+//             Launches that overlap (griddepcontrol), all of a decode step of rabitq: 61.0 us instead of 57.6, since
+//             blocks that begin early share the multiprocessors that are free first; the collection and attention
+//             alone, with a multiprocessor for each block: 58.5.
+//             Top-k in one launch of more tokens, or of query heads that share a list, whose parts' lists find no room
+//             in shared memory and are searched by digits: 45 us for 655 of 32K tokens instead of 25, and Quest's step
+//             of 1024 tokens, many of them equal, 133 instead of 70.
 //   Memory    is left as it was found: what must be zero before a launch is zero after it.
 #include "kvb/device.cuh"
+#include "kvb/selection.cuh"
+#include "kvb/top_k.cuh"
 
 namespace kvb {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+using namespace selection;
+
 constexpr int kMaxGroup = kWarps;                 // query heads of a list: a warp each
-constexpr int kQuads = 8;                         // groups of four tokens that a lane takes of a tile: 32 bits
-constexpr int kBins = 2048, kRing = 8192;         // of a row, from its largest key downwards; that are counted
-constexpr float kBinsPerUnit = 64.f;              // a power of two: the bounds of a bin are exact
-constexpr int kDigits = 256;                      // of the search among listed tokens
 constexpr int kChunk = 4096;                      // words of 32 tokens that are turned into positions at a time
 constexpr u32 kShareOne = 1u << 16;
-constexpr float kLargestFinite = 3.402823466e38f;
+
 enum Calibration { kPlain, kShrink, kShift };
 
 // Of a part of a row, for the collection.
@@ -88,52 +94,6 @@ struct Bracket {
   int unused[2];
 };
 static_assert(sizeof(Bracket) == 32, "BRACKET_WORDS of kvbench/ops/selection.py");
-
-struct alignas(8) Entry {            // a listed token
-  u32 key;
-  int token;
-};
-
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= kLargestFinite; }
-
-// Sorts as finite numbers do, both zeros alike; never 0.
-__device__ __forceinline__ u32 order_key(float x) {
-  const u32 bits = __float_as_uint(x) == 0x80000000u ? 0u : __float_as_uint(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float from_order_key(u32 key) {
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
-// Ascends in the order of tokens: key descending, token ascending.
-__device__ __forceinline__ u64 rank_of(u32 key, int token) {
-  return static_cast<u64>(~key) << 32 | static_cast<u32>(token);
-}
-
-// 2^31 exp(weight - largest), rounded to an integer, for finite weights; relative error below 2^-21 where the result is
-// large.  0 for what is not a number.
-__device__ __forceinline__ u32 mass_of(float weight, float largest) {
-  const float x = fmaxf(__fsub_rn(weight, largest), -80.f);                         // <= 0; below -23 the mass is 0
-  // Adding 1.5 2^23 rounds to an integer, which is then in the low bits: a conversion would be slower.
-  const float shifted = __fmaf_rn(x, 1.44269502f, 12582912.f);
-  const float f = __fmaf_rn(x, 1.44269502f, -__fsub_rn(shifted, 12582912.f));
-  constexpr float ONE = 2147483648.f;
-  float p = 0.00132647506f * ONE;                                                   // 2^(31 + f), |f| <= 1/2
-  p = __fmaf_rn(p, f, 0.00967151299f * ONE);
-  p = __fmaf_rn(p, f, 0.0555073358f * ONE);
-  p = __fmaf_rn(p, f, 0.240222424f * ONE);
-  p = __fmaf_rn(p, f, 0.693147004f * ONE);
-  p = __fmaf_rn(p, f, ONE);
-  return __float2uint_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)));
-}
-
-// Grows with the key.
-__device__ __forceinline__ int bin_of(float key) { return __float2int_rd(__fmul_rn(key, kBinsPerUnit)); }
-
-// Adds to a sum of 64 bits in two words of shared memory, where an addition of 64 bits would be a loop.
-__device__ __forceinline__ void add_mass(u32* low, u32* high, u32 mass) {
-  const u32 before = atomicAdd(low, mass);
-  if (before + mass < before) atomicAdd(high, 1u);
-}
 
 // The arguments that all kernels share.
 // logits, sigma : (batch, q_heads, tokens), sigma null if plain      lengths : (batch,) or null for `tokens`
@@ -290,46 +250,6 @@ __device__ __forceinline__ void for_always_kept(const Row<C>& row, int span, con
   for (int t = max(first, row.stop) + static_cast<int>(threadIdx.x); t < last; t += kThreads) visit(row.logits[t]);
 }
 
-__device__ __forceinline__ u32 warp_max(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
-__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
-template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
-#pragma unroll
-  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
-// Inclusive, over `kLanes` lanes; those beyond have sums of no meaning.
-template <int kLanes = 32, class T>
-__device__ __forceinline__ T warp_prefix(T x) {
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const T below = __shfl_up_sync(0xffffffffu, x, distance);
-    if (threadIdx.x % 32 >= static_cast<u32>(distance)) x += below;
-  }
-  return x;
-}
-// Sum over the block, for every thread.  `scratch` : shared (kWarps,), free again after the call.
-template <class T>
-__device__ __forceinline__ T block_sum(T x, T* scratch) {
-  x = warp_sum(x);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  const T sum = warp_sum(threadIdx.x % 32 < kWarps ? scratch[threadIdx.x % 32] : T(0));
-  __syncthreads();
-  return sum;
-}
-// Whether this block is the last of `blocks` to get here; it then sees what the others have written.  What any but its
-// first warp has written lies before a barrier.
-__device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks) {
-  KVB_SHARED(int, is_last);
-  if (threadIdx.x == 0) {
-    is_last = take_ticket(ticket) == blocks - 1;
-    if (is_last) *ticket = 0;
-  }
-  __syncthreads();
-  return is_last;
-}
-
 // moments : (batch, q_heads, parts, 4), written: count, mean, sum of squared distances from it, sum of sigma^2
 __global__ void __launch_bounds__(kThreads, 2)
     selection_moments_kernel(KVB_SELECTION_PARAMETERS, double* moments) {
@@ -465,16 +385,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0)
     bounds[part] = {reduced[0], reduced[2], reduced[3] | (infinite ? kInfinite : 0u), static_cast<float>(outside)};
 }
-
-// Whether the sums over a prefix are enough.
-struct Enough {
-  long long target;
-  int least, most;
-  __device__ __forceinline__ bool operator()(u64 mass, u32 count) const {
-    return (static_cast<long long>(mass) >= target && static_cast<int>(count) >= least) ||
-           static_cast<int>(count) >= most;
-  }
-};
 
 // The bracket, from the histograms of the parts of a row, at most 32: a lane each.  The block calls it; what it has
 // written to shared memory before is seen by all of it afterwards, if there are candidates.
@@ -618,107 +528,6 @@ __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const 
   bracket.low = ends[1] < 0 ? infinity : ends[1] == kBins ? -kLargestFinite : bound(ends[1]);
   bracket.low = fminf(bracket.low, kLargestFinite);
   return bracket;
-}
-
-// Of one query head: ranks in [low, high] whose prefix may be the first to be enough.
-struct Search {
-  Enough enough;
-  u64 low, high;         // kFound: all ranks up to `high` are chosen
-  u64 mass;              // of the candidates below `low`; kFound: of all that are chosen
-  u32 count;
-  int shift;             // of the digit
-  int state;
-};
-enum SearchState { kSearching, kFound, kNothing, kFailed };
-enum LastRank {
-  kAnyBetween,   // found is a rank that separates the last token that is chosen from the next of these
-  kItsKey,       // found has the last token's key
-  kEveryTie      // the same, and all tokens with that key are chosen
-};
-
-__device__ __forceinline__ int digit_shift(u64 low, u64 high) {
-  const u64 range = high - low;
-  const int upper = static_cast<int>(range >> 32);
-  const int bits = upper ? 64 - __clz(upper) : 32 - __clz(static_cast<int>(static_cast<u32>(range)));
-  return max(bits - 8, 0);
-}
-
-// Where a digit is counted: so the lanes of a warp, with eight neighbouring digits each, read different banks.
-__device__ __forceinline__ int digit_place(int digit) { return digit % 8 * 32 + digit / 8; }
-static_assert(kDigits == 8 * 32, "eight digits per lane");
-
-// One step of a search: the first digit at which the sums up to and with it are enough.  The warp calls it.
-// counts, lows, highs : (kDigits,)
-template <LastRank kLast>
-__device__ __forceinline__ void find_digit(const u32* counts, const u32* lows, const u32* highs, Search& search) {
-  constexpr int PER_LANE = kDigits / 32;
-  const int lane = threadIdx.x % 32;
-  u32 own_count = 0;
-  u64 own_mass = 0;
-  auto mass_at = [&](int place) { return static_cast<u64>(highs[place]) << 32 | lows[place]; };
-#pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) {
-    own_count += counts[i * 32 + lane];
-    own_mass += mass_at(i * 32 + lane);
-  }
-  const Enough enough = search.enough;
-  u32 count = search.count + warp_prefix(own_count);
-  u64 mass = search.mass + warp_prefix(own_mass);
-  __syncwarp();   // all have read the search
-  // Both sums grow: the first lane that is enough has the digit; its eight are then those of as many lanes.
-  const int source = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, enough(mass, count)))) - 1;
-  if (source < 0) {
-    if (lane == 0) search.state = kFailed;
-    return;
-  }
-  const int place = lane % PER_LANE * 32 + source;
-  const u32 digit_count = counts[place];
-  const u64 digit_mass = mass_at(place);
-  count = __shfl_sync(0xffffffffu, count - own_count, source) + warp_prefix<PER_LANE>(digit_count);
-  mass = __shfl_sync(0xffffffffu, mass - own_mass, source) + warp_prefix<PER_LANE>(digit_mass);
-  const int first = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, enough(mass, count)))) - 1;   // one of those
-  if (lane != first) return;
-  const int digit = source * PER_LANE + first;
-  const u64 low = search.low + (static_cast<u64>(digit) << search.shift), others = (1ull << search.shift) - 1;
-  const u64 high = search.high - low < others ? search.high : low + others;   // a sum may overflow
-  search.low = low;
-  search.high = high;
-  search.count = count - digit_count;
-  search.mass = mass - digit_mass;
-  search.shift = digit_shift(low, high);
-  const bool one_key = low >> 32 == high >> 32, one_token = digit_count == 1 || low == high;
-  if (kLast == kEveryTie ? one_key : one_token && (kLast == kAnyBetween || one_key)) {
-    search.state = kFound;
-    search.mass = mass;
-    if (kLast == kEveryTie) search.high |= 0xffffffffu;
-  }
-}
-
-// Ends the searches [first, last) that are kSearching.  each.visit(f) calls f(head, rank, mass) for this thread's share
-// of their tokens.  digits : shared (last - first, 3, kDigits), zero before and after
-template <LastRank kLast, class Each>
-__device__ __forceinline__ void find_last(Search* searches, int first, int last, u32* digits, const Each& each) {
-  const int lane = threadIdx.x % 32, head = first + static_cast<int>(threadIdx.x / 32);
-  auto open = [&] { return head < last && searches[head].state == kSearching; };
-  while (__syncthreads_or(open())) {
-    each.visit([&](int h, u64 rank, u32 mass) {
-      const Search& search = searches[h];
-      if (search.state != kSearching || rank < search.low || rank > search.high) return;
-      u32* digit = digits + (h - first) * 3 * kDigits +
-                   digit_place(static_cast<int>((rank - search.low) >> search.shift));
-      atomicAdd(digit, 1u);
-      if (mass) add_mass(digit + kDigits, digit + 2 * kDigits, mass);
-    });
-    __syncthreads();
-    if (open()) {
-      u32* own = digits + (head - first) * 3 * kDigits;
-      find_digit<kLast>(own, own + kDigits, own + 2 * kDigits, searches[head]);
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 3 * kDigits; i += 128)
-        *reinterpret_cast<uint4*>(own + i + 4 * lane) = {0, 0, 0, 0};
-    }
-  }
 }
 
 // The list of a part, of which this thread has every `threads`-th entry.
@@ -1102,6 +911,60 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// The first k of each query head, in one launch, a list each (kvb/top_k.cuh, where other arguments are named).
+// quads : not looked at
+__global__ void __launch_bounds__(kThreads, 1)
+    selection_top_k_kernel(KVB_SELECTION_PARAMETERS, u32* tickets, TopKPart* parts, Entry* entries, int* indices,
+                           int* out_counts, float* mass, int k, int capacity, int places, int room) {
+  KVB_DYNAMIC_SHARED(char, shared);
+  TopKMemory& memory = *reinterpret_cast<TopKMemory*>(shared);
+  float* const part_logits = reinterpret_cast<float*>(shared + sizeof(TopKMemory));   // (span,)
+  const u64 row_id = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const Row<kPlain> row({logits, nullptr, lengths, nullptr, tokens, span, quads, sinks, recent, block}, row_id,
+                        blockIdx.z);
+  const int first = static_cast<int>(blockIdx.x) * span, size = max(min(span, row.stop - first), 0);
+  const bool aligned = reinterpret_cast<u64>(row.logits) % 16 == 0;
+  // Four tokens at a time, four times at once, and as many under way meanwhile.
+  constexpr int AT_ONCE = 4, STEP = AT_ONCE * 4 * kThreads;
+  float y[AT_ONCE][4], next[AT_ONCE][4];
+  auto load = [&](int from) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int at = from + i * 4 * kThreads, t = first + at;
+      if (aligned && t >= row.start && at + 4 <= size) {
+        const float4 four = *reinterpret_cast<const float4*>(row.logits + t);
+        next[i][0] = four.x, next[i][1] = four.y, next[i][2] = four.z, next[i][3] = four.w;
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          next[i][j] = t + j >= row.start && at + j < size ? row.logits[t + j] : __uint_as_float(0x7fffffffu);
+      }
+    }
+  };
+  TopKCounts counts;
+  load(4 * static_cast<int>(threadIdx.x));
+  let_next_start();
+  start_top_k(memory);
+  __syncthreads();
+#pragma unroll 1
+  for (int from = 4 * static_cast<int>(threadIdx.x); from < size; from += STEP) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) y[i][j] = next[i][j];
+    load(from + STEP);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = from + i * 4 * kThreads + j;
+        if (at < size) counts.add(memory, part_logits, at, y[i][j]);
+      }
+  }
+  choose_top_k(memory, counts, {part_logits, nullptr, first, size},
+               {tickets, parts, entries, indices, out_counts, mass, k, capacity, places, room, tokens});
+}
+
 }  // namespace kvb
 
 #define KVB_EXPORT_SELECTION(C)                        \
@@ -1110,4 +973,5 @@ __global__ void __launch_bounds__(kThreads, 1)
 KVB_EXPORT_SELECTION(0)
 KVB_EXPORT_SELECTION(1)
 KVB_EXPORT_SELECTION(2)
+KVB_EXPORT(128, kvb::selection_top_k_kernel)
 KVB_EXPORT(64, kvb::selection_moments_kernel)

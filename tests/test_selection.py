@@ -103,7 +103,52 @@ def test_long_rows_in_every_mode(backend, most, calibrated, content):
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-@pytest.mark.parametrize("rule", [0.3, 0.9, 1 - 2**-16, 3, 300, 5000])
+@pytest.mark.parametrize("content", ["normal", "narrow", "apart", "gap", "equal", "masked", "high", "low", "tiny"])
+def test_top_k_in_one_launch(backend, content):
+    """Keys further apart than bins are kept or counted; keys beyond the least and the largest bin; parts that have no
+    room for all that share a bin with their k-th."""
+    tokens, rng = 6000, np.random.default_rng(11)
+    y = normal(12, (1, 4, tokens), tau={"narrow": 0.02, "apart": 30.0}.get(content, 2.0))
+    if content == "gap":
+        y[rng.random(y.shape) < 0.02] += 200
+    elif content == "equal":
+        y = np.round(y)
+    elif content == "masked":
+        y[..., rng.permutation(tokens)[:2000]] = rng.choice([np.inf, -np.inf, np.nan, -1e9], (1, 4, 2000))
+    elif content in ("high", "low", "tiny"):    # a bin is 1/64, the number of one an int32
+        factor, shift = {"high": (2e6, 4e7), "low": (2e6, -4e7), "tiny": (1e-39, 0)}[content]
+        y = (factor * y.astype(np.float64) + shift).astype(np.float32)
+    place = "cuda" if backend in ("cuda", "native") else "cpu"
+    options = dict(sinks=4, recent=64, block=16)
+    for k in (1, 37, 160, 600):
+        expected = to_host(select_top_k(scores(y, "cpu"), k, backend="cpu", **options))
+        for room in (k + k // 4, 4096):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loaders, "multiprocessors", lambda *where: 132)
+                scratch = workspace(1, 4, tokens, place, listed=room)
+                made = to_host(select_top_k(scores(y, backend), k, workspace=scratch, backend=backend, **options))
+                listed = scratch.sums.to_host().view(np.uint32).reshape(-1, 4)[:4 * 5, 3]       # TopKPart
+                again = to_host(select_top_k(scores(y, backend), k, workspace=scratch, backend=backend, **options))
+            assert lists(made) == lists(again) == lists(expected), (k, room)
+            assert made.mass.tobytes() == again.mass.tobytes()
+            assert made.mass == pytest.approx(expected.mass, rel=2e-6), (k, room)
+            if content == "normal":     # the first k of a part and those of a bin, but no more than there is room for
+                assert min(k, 900) <= listed.max() <= min(k + 60, room), (k, room)
+
+
+@pytest.mark.skipif(loaders.availability("simt") is not None, reason=str(loaders.availability("simt")))
+def test_a_few_of_a_row_take_one_launch():
+    y = normal(13, (1, 2, 4000))
+    for k, kv_heads, expected in ((20, None, ["top_k"]), (900, None, ["histogram", "collect"]), (0, None, ["histogram",
+                                  "collect"]), (20, 1, ["histogram", "collect"])):
+        with loaders.record() as launches:
+            select_top_k(scores(y), k, kv_heads=kv_heads, backend="simt")
+        names = [launch["kernel"].removeprefix("kvb::selection_").partition("_kernel")[0] for launch in launches]
+        assert names == expected, (k, kv_heads)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("rule", [0.3, 0.9, 1 - 2**-16, 5000])
 @pytest.mark.parametrize("content", ["normal", "apart", "gap"])
 def test_few_tokens_are_near_the_threshold(backend, rule, content):
     """The histogram brackets the last token that is chosen, and few others with it.  Nothing else shows that it does:

@@ -20,6 +20,7 @@ from kvbench.scores import Scores
 __all__ = ["Selection", "Workspace", "select_top_k", "select_top_p", "workspace"]
 
 BACKENDS = registry.BACKENDS
+THREADS = 512          # of a block
 MAX_GROUP = 16         # query heads of a list
 START = 2048           # a thread block's time besides that of its tokens, in tokens: about 2 us
 MAX_BLOCKS = 32        # of a row, each of which takes a part
@@ -28,6 +29,10 @@ MAX_QUADS = 8          # such groups of a tile, at most
 BINS = 2048            # of the histogram
 LISTED = 4096          # tokens of a part near the threshold that are listed; where there are more the row is searched
 DIGITS = 256           # of that search
+TOP_K = 1024           # tokens of a list that is made by one launch, at most: kMerged of cuda_src/include/kvb/top_k.cuh
+TOP_K_SPAN = 32768     # tokens of a part then, at most, whose logits are in shared memory, beside
+TOP_K_BYTES = 32992    # for all else: TopKMemory
+MERGED_BYTES = 65536   # of the logits and tokens of all parts' lists, that take the place of a part's, or more
 MOMENTS = 4            # of a part, for "shrink"
 BOUNDS_WORDS = 4       # of 4 bytes, per part: PartBounds of cuda_src/selection.cu
 SUMS_WORDS = 4         # of 8 bytes, per part: PartSums
@@ -58,6 +63,11 @@ class Workspace:
     masks: Array
     entries: Array
     moments: Array
+
+    @property
+    def listed(self) -> int:
+        """Tokens of a part that there is room for."""
+        return self.entries.size // (self.sums.size // SUMS_WORDS * ENTRY_WORDS)
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +108,41 @@ def choose_blocks(tokens: int, rows: int, multiprocessors: int) -> int:
         return -(-rows * blocks // multiprocessors) * (tokens / blocks + START)
 
     return min(range(1, max(min(-(-tokens // 1024), MAX_BLOCKS), 1) + 1), key=duration)
+
+
+def parts_of(tokens: int, rows: int, backend: str, device: Device) -> tuple[int, int]:
+    """(parts of a row, a thread block each; tokens of a part, a multiple of 32)"""
+    parts = choose_blocks(tokens, rows, loaders.multiprocessors(backend, device))
+    return parts, -(-tokens // (32 * parts)) * 32
+
+
+def in_one_launch(k: int | None, parts: int, span: int, scratch: Workspace) -> bool:
+    """Whether the first k of a row, a list of its own, are chosen by one launch.
+
+    There must be room for the first k of all parts, and some more: as many as share a bin with the last of a part.
+    """
+    return k is not None and 0 < k + k // 4 <= min(_listed(parts, span, scratch), TOP_K) and span <= TOP_K_SPAN
+
+
+def top_k_arguments(k: int, parts: int, span: int, scratch: Workspace, result: Selection) -> tuple:
+    """What choose_top_k of cuda_src/include/kvb/top_k.cuh needs, as the kernels that call it take it."""
+    return (scratch.tickets, scratch.sums, scratch.entries, result.indices, result.counts, result.mass,
+            *map(np.int32, (k, _listed(parts, span, scratch), _places(span), scratch.listed)))
+
+
+def top_k_shared_bytes(span: int) -> int:
+    """Dynamic shared memory of these kernels."""
+    return TOP_K_BYTES + 8 * _places(span)
+
+
+def _places(span: int) -> int:
+    """Logits, and tokens, of lists that there is room for where those of a part were: a multiple of four."""
+    return max(4 * span, MERGED_BYTES) // 8
+
+
+def _listed(parts: int, span: int, scratch: Workspace) -> int:
+    """Tokens that a part lists, at most."""
+    return min(scratch.listed, _places(span) // parts)
 
 
 def words_of(tokens: int) -> int:
@@ -185,12 +230,7 @@ def _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, 
         check_count(arguments, "kv_heads", kv_heads, 1)
         arguments.require(q_heads % kv_heads == 0, "kv_heads", f"a divisor of the {q_heads} query heads", kv_heads)
     lists = q_heads if kv_heads is None else kv_heads
-    if out is not None and not isinstance(out, Selection):
-        raise TypeError(f"{arguments.operator}: out: expected a Selection, got {type(out).__name__}")
-    given = (None, None, None) if out is None else (out.indices, out.counts, out.mass)
-    result = Selection(arguments.result("out.indices", given[0], (batch, lists, tokens), "int32"),
-                       arguments.result("out.counts", given[1], (batch, lists), "int32"),
-                       arguments.result("out.mass", given[2], (batch, q_heads), "float32"))
+    result = take_result(arguments, out, batch, q_heads, lists, tokens)
     backend = choose(backend, arguments, BACKENDS)
 
     if backend in ("reference", "cpu"):
@@ -212,40 +252,60 @@ def _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, 
                           f"at most {MAX_GROUP} query heads a list on backend {backend!r}", q_heads // lists)
         if batch and q_heads:
             _launch(logits, sigma, lengths, window, rule, result, workspace, backend, arguments)
+    return give(result)
+
+
+def take_result(arguments: Arguments, out: Selection | None, batch: int, q_heads: int, lists: int,
+                tokens: int) -> Selection:
+    """The caller's Selection, or a new one, as Arrays."""
+    if out is not None and not isinstance(out, Selection):
+        raise TypeError(f"{arguments.operator}: out: expected a Selection, got {type(out).__name__}")
+    given = (None, None, None) if out is None else (out.indices, out.counts, out.mass)
+    return Selection(arguments.result("out.indices", given[0], (batch, lists, tokens), "int32"),
+                     arguments.result("out.counts", given[1], (batch, lists), "int32"),
+                     arguments.result("out.mass", given[2], (batch, q_heads), "float32"))
+
+
+def give(result: Selection) -> Selection:
+    """The same arrays in the caller's framework."""
     return Selection(result.indices.give(), result.counts.give(), result.mass.give())
 
 
 def _launch(logits, sigma, lengths, window, rule, result, workspace, backend, arguments):
     batch, q_heads, tokens = logits.shape
     rows, device, calibration = batch * q_heads, logits.device, CALIBRATIONS.index(rule["calibrated"])
-    parts = choose_blocks(tokens, rows, loaders.multiprocessors(backend, device))
-    scratch = _take_workspace(arguments, workspace, rows, parts, tokens)
-    span = -(-tokens // (32 * parts)) * 32
+    parts, span = parts_of(tokens, rows, backend, device)
+    scratch = take_workspace(arguments, workspace, rows, parts, tokens)
     quads = min(max(-(-span // TILE), 1), MAX_QUADS)
     moments = scratch.moments if calibration else None
     common = (logits, sigma, lengths, np.int32(tokens), np.int32(span), np.int32(quads),
               *(np.int32(min(window[name], 2**31 - 1)) for name in ("sinks", "recent", "block")))
     group = q_heads // result.counts.shape[1]
-    listed = scratch.entries.size // (scratch.sums.size // SUMS_WORDS * ENTRY_WORDS)
     total = np.int32(rule["total"])
     bounds = (np.int32(min(rule["least"], 2**31 - 1)),
               np.int32(2**31 - 1 if rule["most"] is None else min(rule["most"], 2**31 - 1)))
 
     def launch(name, *extra, shared_bytes=0):
         function = loaders.get_function("selection", f"kvb::selection_{name}", backend, device)
-        function((parts, q_heads, batch), (512,), (*common, *extra), shared_bytes=shared_bytes,
+        function((parts, q_heads, batch), (THREADS,), (*common, *extra), shared_bytes=shared_bytes,
                  stream=arguments.stream)
 
+    if not rule["share"] and group == 1 and in_one_launch(rule["most"], parts, span, scratch):
+        function = loaders.get_function("selection", "kvb::selection_top_k_kernel", backend, device)
+        function((parts, q_heads, batch), (THREADS,), (
+            *common, *top_k_arguments(rule["most"], parts, span, scratch, result)),
+            shared_bytes=top_k_shared_bytes(span), stream=arguments.stream)
+        return
     if rule["calibrated"] == "shrink":
         launch("moments_kernel", moments)
     launch(f"histogram_kernel<{calibration}>", moments, scratch.bounds, scratch.counts, scratch.masses, total)
     launch(f"collect_kernel<{calibration}>", moments, scratch.bounds, scratch.counts, scratch.masses, scratch.tickets,
            scratch.brackets, scratch.sums, scratch.masks, scratch.entries, result.indices, result.counts, result.mass,
-           np.uint32(rule["share"]), *bounds, total, np.int32(words_of(tokens)), np.int32(listed), np.int32(group),
-           np.int32(rule["most"] is not None), shared_bytes=group * 3 * DIGITS * 4)
+           np.uint32(rule["share"]), *bounds, total, np.int32(words_of(tokens)), np.int32(scratch.listed),
+           np.int32(group), np.int32(rule["most"] is not None), shared_bytes=group * 3 * DIGITS * 4)
 
 
-def _take_workspace(arguments: Arguments, given: Workspace | None, rows: int, parts: int, tokens: int) -> Workspace:
+def take_workspace(arguments: Arguments, given: Workspace | None, rows: int, parts: int, tokens: int) -> Workspace:
     """The caller's workspace, checked for size and device, or a new one."""
     if given is None:
         stream = arguments.stream if arguments.device.kind == "cuda" else None

@@ -65,7 +65,7 @@ def _traffic(problem):
 
 # Masses differ by how exp is computed: in float32, exp of a difference x from the largest logit is off by |x| times the
 # rounding of x, and by that of a few operations.  Masses of |x| > 22 are zero in integers.
-_MASS_ERROR = (22 + 16) * EPSILON["float32"] / 2
+MASS_ERROR = (22 + 16) * EPSILON["float32"] / 2
 
 
 def _agreement(inputs, expected, actual):
@@ -95,7 +95,7 @@ def _agreement(inputs, expected, actual):
             sure[b, h // group, bounds[0]], possible[b, h // group, bounds[1]] = True, True
             low[b, h], high[b, h] = bounds[2:]
     for made in (expected, actual):
-        _compare(made, sure, possible, low, high)
+        compare_lists(made, sure, possible, low, high)
 
 
 def _target(inputs):
@@ -116,7 +116,7 @@ def _bounds(logits, sigma, candidates, always, share, least, most, total, calibr
     weights, outside = np.exp(weigh_by - largest), np.exp(logits[always].astype(np.float64) - largest).sum()
     everything = outside + weights.sum()
     # Each integer is off by half a unit of 2^-31 besides.
-    error = _MASS_ERROR * everything + (len(candidates) + len(always) + 1) * 2.0**-31
+    error = MASS_ERROR * everything + (len(candidates) + len(always) + 1) * 2.0**-31
     order, count = reference.ranking(order_by), len(candidates)
     most = count if most is None else min(most, count)
     reached = outside + np.concatenate([[0.0], np.cumsum(weights[order])])
@@ -149,13 +149,15 @@ def _bounds(logits, sigma, candidates, always, share, least, most, total, calibr
     return *chosen, (shares[0] - error) / everything, (shares[1] + error) / everything
 
 
-def _compare(made, sure, possible, low, high):
+def compare_lists(made, sure, possible, low, high, sizes=None):
+    """AssertionError unless a Selection has all that is `sure`, nothing that is not `possible` (booleans [batch, lists,
+    tokens]), masses from low to high [batch, q_heads], and lists of `sizes` [batch, lists] if they are known."""
     indices, counts, mass = (np.asarray(x) for x in (made.indices, made.counts, made.mass))
     if (indices.shape, counts.shape, mass.shape) != (sure.shape, sure.shape[:2], low.shape):
         raise AssertionError(f"shapes {indices.shape}, {counts.shape}, {mass.shape}; expected {sure.shape}, "
                              f"{sure.shape[:2]}, {low.shape}")
     for b, i in np.ndindex(counts.shape):
-        if not 0 <= counts[b, i] <= sure.shape[2]:
+        if not 0 <= counts[b, i] <= sure.shape[2] or sizes is not None and counts[b, i] != sizes[b, i]:
             raise AssertionError(f"list {b, i}: {counts[b, i]} tokens of {sure.shape[2]}")
         listed = indices[b, i, : counts[b, i]].astype(np.int64)
         if np.any(np.diff(listed) <= 0) or listed.size and not (listed[0] >= 0 and listed[-1] < sure.shape[2]):
