@@ -25,6 +25,23 @@
 //
 // self_indexing_tables_kernel: the tables alone.
 //
+// self_indexing_top_k_kernel
+//   Computes  the k tokens of a KV head with the largest scores, in one launch: a block has the scores of its tokens in
+//             shared memory, and nothing of them is written but those that it lists (kvb/top_k.cuh).
+//   Work      Grid (parts, kv_heads, batch), 512 threads, one block to a multiprocessor; a lane has 512 / D tokens at a
+//             time and as many under way: 32 KB a multiprocessor, as above.
+//   Bytes     D / 8 per token: at D = 128 16.8 MB for 8 heads of 128K tokens, 5.5 us at 3.05 TB/s.
+//   Counts    125 instructions of look-up and 15 to count a score by bins, per 32 tokens of 128: 5.1 us of issue slots
+//             for these 8 heads at 1.97 GHz, and 5.6 measured for the loop.  Of 18.1 by ncu, 96 tokens chosen, 2 pass
+//             until blocks run, 1.8 until query and codebook have come from memory, 3 until a part has listed its own,
+//             and the rest is the last block's.
+//   Before    Scores in memory, a histogram of them, and a collection: 10.6, 5.0 and 16.8 us; with 4 launches a step of
+//             a cache with 128K tokens took 41.3 us on an H100 with a cold cache.  Top-k of scores in memory in one
+//             launch, the merge by digits: 36.2; scores and Top-k in one: 35.3; the merge by the same code as parts:
+//             31.7; its lists counted by four lanes an entry: 30.5; attention that begins early: 29.0; fewer shuffles
+//             at its end, and positions asked for with their number: 28.1; signs and query asked for
+//             before the length is known, and two barriers fewer: 27.1.
+//
 // self_indexing_encode_kernel
 //   Work      D / 8 lanes share a token, 8 channels each: one load of 16 bytes for 16-bit keys.  mu and 1 / alpha of
 //             its channels stay in the registers of a lane.  Four lanes share a group of 32 channels and find its range
@@ -43,7 +60,9 @@
 //   Computes  one softmax over listed tokens, dequantised, and over exact ones (sinks and tail), for up to HEADS query
 //             heads of a KV head: 8, 4 and 2 for D = 64, 128 and 256.  A larger group takes several blocks, which read
 //             the same tokens (from L2, most of them).
-//   Work      Entries 0 ... count - 1 are listed, the others exact.  A tile is 32 entries, one for each 8 lanes of the
+//   Early     The launch may begin while the kernel that selects still runs: what does not hang on the selection, the
+//             query and the exact rows of a block's first tile, is made ready meanwhile.
+//   Work      The first entries are exact, the others listed.  A tile is 32 entries, one for each 8 lanes of the
 //             block's 8 warps.  Lane g of 8 has channels 32 u + 4 g ... + 3 of its token for all u: of codes the words
 //             that reference/kivi.py gives it, of signs a nibble of every word.
 //   Logits    alpha is folded into a second copy of the query, in shared memory; 8 lanes add up by three shuffles.
@@ -55,11 +74,12 @@
 //             heads: 8.2 M, 15 us at 2.4 a cycle and multiprocessor; the 160 of the smallest budget are bound by
 //             latency.
 //   Before    Entries asked for after the query was ready, exact rows by 32 channels, one load waiting for the other,
-//             their values after the softmax: 9.3 us by ncu with 96 listed and 192 exact tokens, in a decode step of
-//             42.6 us on an H100 with a cold cache; now 41.3, and 34.4 instead of 35.9 at 32K tokens.
+//             their values after the softmax: 9.3 us by ncu with 96 listed and 192 exact tokens.  Sums of four tokens
+//             by two shuffles of every output: 9.4 us; each lane handing half of them on, and then a quarter: 9.0.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/splits.cuh"
+#include "kvb/top_k.cuh"
 
 namespace kvb {
 
@@ -101,18 +121,21 @@ __device__ __forceinline__ float sum_of_rows(const T* x, int stride, int count) 
 }
 
 // table (D / 4, 16, TABLES) <- <codebook (D / 4, 16, 4), q>, q (TABLES, D) <- factor * the sum of `shared` query rows
-// each.  Rows from `rows` on count as zeros.  Ends with a barrier.
-template <int D, int TABLES>
+// each.  Rows from `rows` on count as zeros.  Calls meanwhile() while centroids are on their way.  Ends with a barrier.
+template <int D, int TABLES, int THREADS, class Meanwhile>
 __device__ __forceinline__ void stage_tables(float* table, float* q, const void* __restrict__ query, int query_type,
                                              u64 first_row, int rows, int shared,
-                                             const float* __restrict__ codebook, float factor) {
+                                             const float* __restrict__ codebook, float factor,
+                                             const Meanwhile& meanwhile) {
   constexpr int ENTRIES = D / 4 * kCodes;
   KVB_SHARED(float4, centroids, [ENTRIES]);   // on their way while the query is summed
 #pragma unroll
-  for (int i = 0; i < ENTRIES; i += kSelfIndexingThreads)
-    cp_async_16(centroids + i + threadIdx.x, codebook + (i + threadIdx.x) * 4);
+  for (int i = 0; i < ENTRIES; i += THREADS)
+    if (ENTRIES % THREADS == 0 || i + threadIdx.x < ENTRIES)
+      cp_async_16(centroids + i + threadIdx.x, codebook + (i + threadIdx.x) * 4);
   cp_async_commit();
-  for (int i = threadIdx.x; i < TABLES * D; i += kSelfIndexingThreads) {
+  meanwhile();
+  for (int i = threadIdx.x; i < TABLES * D; i += THREADS) {
     const int first = i / D * shared, count = min(first + shared, rows) - first;
     const u64 from = (first_row + first) * D + i % D;
     const float total = query_type == 0   ? sum_of_rows(static_cast<const float*>(query) + from, D, count)
@@ -123,8 +146,9 @@ __device__ __forceinline__ void stage_tables(float* table, float* q, const void*
   cp_async_wait<0>();
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < ENTRIES; i += kSelfIndexingThreads) {
+  for (int i = 0; i < ENTRIES; i += THREADS) {
     const int entry = i + threadIdx.x;
+    if (ENTRIES % THREADS != 0 && entry >= ENTRIES) break;
     const float4 centroid = centroids[entry];
 #pragma unroll
     for (int k = 0; k < TABLES; ++k) {
@@ -148,8 +172,39 @@ __global__ void __launch_bounds__(kSelfIndexingThreads)
   const int shared = group / own, kv_heads = gridDim.x / own;
   const u64 row = static_cast<u64>(blockIdx.y) * gridDim.x + blockIdx.x;
   const u64 pair = static_cast<u64>(blockIdx.y) * kv_heads + blockIdx.x / own;
-  stage_tables<D, 1>(table, q, query, query_type, row * shared, shared, shared, codebook + pair * ENTRIES * 4, factor);
+  stage_tables<D, 1, kSelfIndexingThreads>(table, q, query, query_type, row * shared, shared, shared,
+                                           codebook + pair * ENTRIES * 4, factor, [] {});
   for (int i = threadIdx.x; i < ENTRIES; i += kSelfIndexingThreads) tables[row * ENTRIES + i] = table[i];
+}
+
+// sum[a][0][k] + sum[a][1][k] += what the tables have for all groups of a token, whose signs are words[a].
+// entries : shared (groups, 16, TABLES) float
+template <int TOKENS, int WORDS, int TABLES>
+__device__ __forceinline__ void look_up(float (&sum)[TOKENS][2][TABLES], const u32 (&words)[TOKENS][WORDS],
+                                        const char* entries) {
+#pragma unroll
+  for (int w = 0; w < WORDS; ++w)
+#pragma unroll
+    for (int a = 0; a < TOKENS; ++a) {
+      // Byte offsets of the entries of four even and four odd groups.
+      const u32 word = words[a][w];
+      const u32 even = TABLES == 1 ? word << 2 & 0x3c3c3c3cu : word << 4 & 0xf0f0f0f0u;
+      const u32 odd = TABLES == 1 ? word >> 2 & 0x3c3c3c3cu : word & 0xf0f0f0f0u;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const char* entry = entries + (8 * w + 2 * i) * (kCodes * TABLES * 4);
+        const char* low = entry + permute_bytes(even, 0, 0x4440 + i);      // byte i
+        const char* high = entry + kCodes * TABLES * 4 + permute_bytes(odd, 0, 0x4440 + i);
+        if constexpr (TABLES == 1) {
+          sum[a][0][0] += *reinterpret_cast<const float*>(low);
+          sum[a][1][0] += *reinterpret_cast<const float*>(high);
+        } else {
+          const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
+          sum[a][0][0] += x.x, sum[a][0][1] += x.y, sum[a][0][2] += x.z, sum[a][0][3] += x.w;
+          sum[a][1][0] += y.x, sum[a][1][1] += y.y, sum[a][1][2] += y.z, sum[a][1][3] += y.w;
+        }
+      }
+    }
 }
 
 // sign : (batch, kv_heads, tokens, D / 32), strides in tokens       lengths : (batch,) or null for `tokens`
@@ -173,7 +228,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, kScoreBlocks<TABLES>)
   const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
   const int rounds = (tokens + gridDim.x * kSelfIndexingThreads - 1) / (gridDim.x * kSelfIndexingThreads);
   const int first = blockIdx.x * rounds * kSelfIndexingThreads;
-  const int last = min(first + rounds * kSelfIndexingThreads, tokens), stop = min(last, length);
+  const int last = min(first + rounds * kSelfIndexingThreads, tokens);
   if (first >= tokens) return;
 
   const u32* rows = sign + (b * batch_stride + kv_head * head_stride) * WORDS;
@@ -181,43 +236,21 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, kScoreBlocks<TABLES>)
   auto load = [&](u32(&to)[TOKENS][WORDS], int token) {
 #pragma unroll
     for (int i = 0; i < TOKENS; ++i)
-      if (token + i * kSelfIndexingThreads < stop)
+      if (token + i * kSelfIndexingThreads < last)   // the length is not known yet
         load_words(to[i], rows + static_cast<u64>(token + i * kSelfIndexingThreads) * WORDS);
   };
   int t = first + threadIdx.x;
   load(words, t);
   const int row = part * TABLES * shared;   // of the query heads of the KV head
-  stage_tables<D, TABLES>(table, q, query, query_type, pair * group + row, used * shared, shared,
-                          codebook + pair * ENTRIES * 4, factor);
+  stage_tables<D, TABLES, kSelfIndexingThreads>(table, q, query, query_type, pair * group + row, used * shared, shared,
+                                                codebook + pair * ENTRIES * 4, factor, [] {});
 
   float* out = scores + (pair * own + part * TABLES) * tokens;
   const char* entries = reinterpret_cast<const char*>(table);
   for (; t < last; t += TOKENS * kSelfIndexingThreads) {
     load(next, t + TOKENS * kSelfIndexingThreads);
     float sum[TOKENS][2][TABLES] = {};
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w)
-#pragma unroll
-      for (int a = 0; a < TOKENS; ++a) {
-        // Byte offsets of the entries of four even and four odd groups.
-        const u32 word = words[a][w];
-        const u32 even = TABLES == 1 ? word << 2 & 0x3c3c3c3cu : word << 4 & 0xf0f0f0f0u;
-        const u32 odd = TABLES == 1 ? word >> 2 & 0x3c3c3c3cu : word & 0xf0f0f0f0u;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const char* entry = entries + (8 * w + 2 * i) * (kCodes * TABLES * 4);
-          const char* low = entry + permute_bytes(even, 0, 0x4440 + i);      // byte i
-          const char* high = entry + kCodes * TABLES * 4 + permute_bytes(odd, 0, 0x4440 + i);
-          if constexpr (TABLES == 1) {
-            sum[a][0][0] += *reinterpret_cast<const float*>(low);
-            sum[a][1][0] += *reinterpret_cast<const float*>(high);
-          } else {
-            const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
-            sum[a][0][0] += x.x, sum[a][0][1] += x.y, sum[a][0][2] += x.z, sum[a][0][3] += x.w;
-            sum[a][1][0] += y.x, sum[a][1][1] += y.y, sum[a][1][2] += y.z, sum[a][1][3] += y.w;
-          }
-        }
-      }
+    look_up(sum, words, entries);
 #pragma unroll
     for (int a = 0; a < TOKENS; ++a) {
       const int token = t + a * kSelfIndexingThreads;
@@ -236,6 +269,57 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, kScoreBlocks<TABLES>)
     if (position >= first && position < last)
       out[static_cast<u64>(i / positions) * tokens + position] = -infinity();
   }
+}
+
+// The k tokens with the largest scores, of the mean query of a KV head: scores and Top-k (kvb/top_k.cuh) in one launch.
+// span : tokens of a block, a multiple of 32       tickets ... room : there; a row is a KV head
+// Other arguments as above.
+template <int D>
+__global__ void __launch_bounds__(selection::kThreads, 1)
+    self_indexing_top_k_kernel(const void* __restrict__ query, int query_type, const u32* __restrict__ sign,
+                               u64 batch_stride, u64 head_stride, const float* __restrict__ codebook,
+                               const int* __restrict__ lengths, int tokens, int group, float factor, int span,
+                               u32* tickets, selection::TopKPart* parts, selection::Entry* entries, int* indices,
+                               int* counts, float* mass, int k, int capacity, int places, int room) {
+  using namespace selection;
+  constexpr int WORDS = D / 32, ENTRIES = D / 4 * kCodes, TOKENS = 512 / D;
+  KVB_SHARED(float, q, [D]);
+  KVB_SHARED(float, table, [ENTRIES]);
+  KVB_DYNAMIC_SHARED(char, shared);
+  TopKMemory& memory = *reinterpret_cast<TopKMemory*>(shared);
+  float* const logits = reinterpret_cast<float*>(shared + sizeof(TopKMemory));   // (span,)
+  const int b = blockIdx.z, kv_head = blockIdx.y, kv_heads = gridDim.y;
+  const u64 pair = static_cast<u64>(b) * kv_heads + kv_head;
+  const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
+  const int first = blockIdx.x * span, size = max(min(span, length - first), 0), stored = min(span, tokens - first);
+
+  const u32* rows = sign + (b * batch_stride + kv_head * head_stride + first) * WORDS;
+  u32 words[TOKENS][WORDS] = {}, next[TOKENS][WORDS] = {};
+  auto load = [&](u32(&to)[TOKENS][WORDS], int at) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i)
+      if (at + i * kThreads < stored) load_words(to[i], rows + static_cast<u64>(at + i * kThreads) * WORDS);
+  };
+  int at = threadIdx.x;
+  load(words, at);   // of the store, whose length is not known yet
+  let_next_start();
+  stage_tables<D, 1, kThreads>(table, q, query, query_type, pair * group, group, group, codebook + pair * ENTRIES * 4,
+                               factor, [&] { start_top_k(memory); });
+  TopKCounts found;
+#pragma unroll 1
+  for (; at < size; at += TOKENS * kThreads) {
+    load(next, at + TOKENS * kThreads);
+    float sum[TOKENS][2][1] = {};
+    look_up(sum, words, reinterpret_cast<const char*>(table));
+#pragma unroll
+    for (int a = 0; a < TOKENS; ++a) {
+      if (at + a * kThreads < size) found.add(memory, logits, at + a * kThreads, sum[a][0][0] + sum[a][1][0]);
+#pragma unroll
+      for (int w = 0; w < WORDS; ++w) words[a][w] = next[a][w];
+    }
+  }
+  choose_top_k(memory, found, {logits, nullptr, first, size},
+               {tickets, parts, entries, indices, counts, mass, k, capacity, places, room, tokens});
 }
 
 // ---- encode ---------------------------------------------------------------------------------------------------------
@@ -432,7 +516,8 @@ constexpr float kSparseGap = 8.f;
 // query : (batch, kv_heads * group, D), of query_type; exact keys and values too     output : likewise, of output_type
 // sign, codes, scale, minimum : keys, as above; value_* : values of BITS bits, likewise; strides in tokens
 // channel_scale, mean : (batch, kv_heads, D), mean may be null
-// indices : (batch, kv_heads, slots), strides in elements, and counts : (batch, kv_heads), or null: all tokens
+// indices : (batch, kv_heads, slots), strides in elements, and counts : (batch, kv_heads), or null: all tokens; the
+//   kernel before may write them, so no load of them may move in front of wait_for_earlier: neither is __restrict__
 // lengths : (batch,) or null for `tokens`
 // exact_keys, exact_values : (batch, kv_heads, exact, D), strides in elements; exact_lengths : (batch,) or null
 // lse : (batch, kv_heads * group) or null     scale_log2 = softmax scale * log2(e)
@@ -443,8 +528,8 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
     const __half* __restrict__ scale, const __half* __restrict__ minimum, u64 key_batch_stride, u64 key_head_stride,
     const u32* __restrict__ value_codes, const __half* __restrict__ value_scale,
     const __half* __restrict__ value_minimum, u64 value_batch_stride, u64 value_head_stride,
-    const float* __restrict__ channel_scale, const float* __restrict__ mean, const int* __restrict__ indices,
-    u64 index_batch_stride, u64 index_head_stride, const int* __restrict__ counts, int slots,
+    const float* __restrict__ channel_scale, const float* __restrict__ mean, const int* indices,
+    u64 index_batch_stride, u64 index_head_stride, const int* counts, int slots,
     const int* __restrict__ lengths, int tokens,
     const void* __restrict__ exact_keys, u64 exact_key_batch_stride, u64 exact_key_head_stride,
     u64 exact_key_token_stride, const void* __restrict__ exact_values, u64 exact_value_batch_stride,
@@ -459,42 +544,47 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane % 8;
   const u64 pair = static_cast<u64>(b) * kv_heads + kv_head, row = pair * all_heads + part * HEADS;
   const int length = lengths ? min(max(lengths[b], 0), tokens) : tokens;
-  const int count = counts ? min(max(counts[pair], 0), slots) : length;
-  const int entries = count + (exact_lengths ? min(max(exact_lengths[b], 0), exact) : exact);
-  const int tiles = (entries + TILE - 1) / TILE, active = active_splits(tiles, 1, splits);
-  if (split >= active) return;
+  const int exact_count = exact_lengths ? min(max(exact_lengths[b], 0), exact) : exact;
 
   const int* list = indices ? indices + b * index_batch_stride + kv_head * index_head_stride : nullptr;
   const u64 key_place = b * key_batch_stride + kv_head * key_head_stride;
   const u64 value_place = b * value_batch_stride + kv_head * value_head_stride;
   const u64 exact_key_place = b * exact_key_batch_stride + kv_head * exact_key_head_stride + 4 * g;
   const u64 exact_value_place = b * exact_value_batch_stride + kv_head * exact_value_head_stride + 4 * g;
-  // What a lane has of its entry of a tile: of the first one asked for before the query is made ready.
+  // What a lane has of its entry of a tile.
   bool listed, present;
   u32 signs[U];
   LaneCodes<D, 2> words;
   LaneCodes<D, BITS> value_words;
   GroupHalves<D> step, low, value_step, value_low;
   ExactRow<D> exact_key, exact_value;
-  auto load_entry = [&](int tile) {
+  auto load_exact = [&](int tile) {
     const int entry = tile * TILE + warp * 4 + lane / 8;
-    listed = entry < count;
-    const int token = !listed ? entry - count : list ? list[entry] : entry;
-    present = listed ? token >= 0 && token < length : entry < entries;
-    if (present && listed) {
-      load_words(signs, sign + (key_place + token) * U);
-      words.load(codes, key_place + token, g);
-      step.load(scale, key_place + token);
-      low.load(minimum, key_place + token);
-      value_words.load(value_codes, value_place + token, g);
-      value_step.load(value_scale, value_place + token);
-      value_low.load(value_minimum, value_place + token);
-    } else if (present) {
-      exact_key.load(exact_keys, query_type, exact_key_place + token * exact_key_token_stride);
-      exact_value.load(exact_values, query_type, exact_value_place + token * exact_value_token_stride);
+    listed = entry >= exact_count;
+    present = !listed;
+    if (present) {
+      exact_key.load(exact_keys, query_type, exact_key_place + entry * exact_key_token_stride);
+      exact_value.load(exact_values, query_type, exact_value_place + entry * exact_value_token_stride);
     }
   };
-  load_entry(split);
+  // Position of the listed token: asked for before it is known whether there is one.
+  auto listed_token = [&](int tile) {
+    const int slot = tile * TILE + warp * 4 + lane / 8 - exact_count;
+    return list && slot >= 0 && slot < slots ? list[slot] : slot;
+  };
+  auto load_listed = [&](int tile, int token, int entries) {
+    const bool known = listed && tile * TILE + warp * 4 + lane / 8 < entries && token >= 0 && token < length;
+    if (!known) return;
+    present = true;
+    load_words(signs, sign + (key_place + token) * U);
+    words.load(codes, key_place + token, g);
+    step.load(scale, key_place + token);
+    low.load(minimum, key_place + token);
+    value_words.load(value_codes, value_place + token, g);
+    value_step.load(value_scale, value_place + token);
+    value_low.load(value_minimum, value_place + token);
+  };
+  load_exact(split);
 
   KVB_DYNAMIC_SHARED(float, shared);
   float* plain = shared;                              // (HEADS, D): scale_log2 q
@@ -515,6 +605,12 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
     for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     if (lane == 0) offset[h] = sum;
   }
+  wait_for_earlier();   // those that select
+  const int first_token = listed_token(split);
+  const int count = counts ? min(max(counts[pair], 0), slots) : length, entries = exact_count + count;
+  const int tiles = (entries + TILE - 1) / TILE, active = active_splits(tiles, 1, splits);
+  if (split >= active) return;
+  load_listed(split, first_token, entries);
   __syncthreads();
 
   float o[HEADS][U][4] = {}, reference[HEADS], total[HEADS];
@@ -589,7 +685,8 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
     }
     tile += active;
     if (tile >= tiles) break;
-    load_entry(tile);
+    load_exact(tile);
+    load_listed(tile, listed_token(tile), entries);
   }
 
   // ---- the four tokens of a warp become one copy ----
@@ -605,19 +702,32 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
 #pragma unroll
     for (int u = 0; u < U; ++u)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& x = o[h][u][e];
-        x *= weight;
-        x += __shfl_xor_sync(0xffffffffu, x, 8);
-        x += __shfl_xor_sync(0xffffffffu, x, 16);
-      }
-    if (lane < 8) {
-#pragma unroll
-      for (int u = 0; u < U; ++u)
-        *reinterpret_cast<float4*>(copies + (warp * HEADS + h) * D + 32 * u + 4 * g) =
-            make_float4(o[h][u][0], o[h][u][1], o[h][u][2], o[h][u][3]);
-    }
+      for (int e = 0; e < 4; ++e) o[h][u][e] *= weight;
     if (lane == 0) statistics[warp * HEADS + h] = make_float2(largest, sum);
+  }
+  // Each of two lanes hands the other a half and adds up its own; then likewise a quarter: 3/8 of the shuffles that
+  // sums in every lane would take.
+  constexpr int ROWS = HEADS * U;   // of four channels
+  const bool odd = lane & 8, upper = lane & 16;
+  float half[ROWS / 2][4];
+#pragma unroll
+  for (int i = 0; i < ROWS / 2; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float a = o[i / U][i % U][e], b = o[(i + ROWS / 2) / U][(i + ROWS / 2) % U][e];
+      half[i][e] = (odd ? b : a) + __shfl_xor_sync(0xffffffffu, odd ? a : b, 8);
+    }
+#pragma unroll
+  for (int i = 0; i < ROWS / 4; ++i) {
+    float sum[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float a = half[i][e], b = half[i + ROWS / 4][e];
+      sum[e] = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 16);
+    }
+    const int own = i + (odd ? ROWS / 2 : 0) + (upper ? ROWS / 4 : 0);
+    *reinterpret_cast<float4*>(copies + (warp * HEADS + own / U) * D + 32 * (own % U) + 4 * g) =
+        make_float4(sum[0], sum[1], sum[2], sum[3]);
   }
   const DecodeTarget target = {lse ? lse + row : nullptr, nullptr, partial_output + row * splits * D,
                                partial_statistics + row * splits, tickets + pair * parts + part};
@@ -636,6 +746,7 @@ __global__ void __launch_bounds__(kSelfIndexingThreads, 1) self_indexing_attenti
   KVB_EXPORT(48, kvb::self_indexing_tables_kernel<D>)                \
   KVB_EXPORT(64, kvb::self_indexing_score_kernel<D, 1>)              \
   KVB_EXPORT(80, kvb::self_indexing_score_kernel<D, 4>)              \
+  KVB_EXPORT(128, kvb::self_indexing_top_k_kernel<D>)                \
   KVB_EXPORT(72, kvb::self_indexing_encode_kernel<__half, D>)        \
   KVB_EXPORT(72, kvb::self_indexing_encode_kernel<__nv_bfloat16, D>) \
   KVB_EXPORT(72, kvb::self_indexing_encode_kernel<float, D>)         \

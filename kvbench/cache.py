@@ -509,11 +509,10 @@ class KVCache:
         (key_codec, keys), (value_codec, values) = self._stores["store.keys"], self._stores["store.values"]
         selection = None
         if self.index is not None:
-            scores = self.index.score(query, self._stores["store.index"][1], keys, lengths=lengths, scale=scale,
-                                      out=self._scratch["scores"], **options)
             chosen, scratch = self._scratch["selection"]
-            selection = self.selector(scores, kv_heads=self.kv_heads, lengths=lengths, out=chosen, workspace=scratch,
-                                      **options)
+            selection = self.index.select(self.selector, query, self._stores["store.index"][1], keys,
+                                          kv_heads=self.kv_heads, lengths=lengths, scale=scale,
+                                          scores=self._scratch["scores"], out=chosen, workspace=scratch, **options)
             self.last_selection = selection
         codecs.attend(query, key_codec, keys, value_codec, values, lengths=lengths, scale=scale, out=out, lse=lse,
                       workspace=self._workspace, selection=selection, exact=exact, **options)

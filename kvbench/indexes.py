@@ -26,6 +26,7 @@ from kvbench.reference.rabitq import BLOCK, Encoded
 from kvbench.reference.rotation import Rotation, haar, hadamard
 from kvbench.reference.self_indexing import CENTRES, CODES, SUBVECTOR
 from kvbench.scores import Scores
+from kvbench.selectors import Selection, Selector, TopK
 
 __all__ = ["Index", "Quest", "QuestPages", "RaBitQ", "RaBitQTokens", "Scores", "SignVQ", "SignVQCodebook", "TurboQuant"]
 
@@ -72,6 +73,19 @@ class Index(Store):
         Returns Scores(logits, sigma), [batch, q_heads, tokens] float32 (or per KV head) in q's framework; sigma may be
         None.
         """
+
+
+    def select(self, selector: Selector, q, coded: Packed, keys: Packed | None = None, *, kv_heads: int | None = None,
+               lengths=None, scale: float | None = None, scores: Scores | None = None, out: Selection | None = None,
+               workspace=None, stream=None, backend=None) -> Selection:
+        """What the selector chooses by these scores: an index that knows a faster way than both in turn takes it.
+
+        q, coded, keys, lengths, scale : as of `score`, and `scores` its `out`: it may be written, or not
+        kv_heads, out, workspace       : as of the selector
+        """
+        made = self.score(q, coded, keys, lengths=lengths, scale=scale, out=scores, stream=stream, backend=backend)
+        return selector(made, kv_heads=kv_heads, lengths=lengths, out=out, workspace=workspace, stream=stream,
+                        backend=backend)
 
 
 # --- RaBitQ ----------------------------------------------------------------------------------------------------------
@@ -430,16 +444,21 @@ class SignVQ(Index):
 
     def score(self, q, coded: SignVQCodebook, keys: SignVQTokens | None = None, *, lengths=None, scale=None, out=None,
               stream=None, backend=None) -> Scores:
-        sign = coded.sign
-        if sign is None:
-            if not isinstance(keys, SignVQTokens):
-                raise TypeError("SignVQ.score: keys: expected keys stored by codecs.SignVQ, whose signs are the index, "
-                                f"got {type(keys).__name__}")
-            sign = keys.sign
-        logits = self_indexing.score(q, sign, coded.codebook, lengths=lengths,
+        logits = self_indexing.score(q, _signs(coded, keys), coded.codebook, lengths=lengths,
                                      scale=check_scale(arrays.Arguments("SignVQ.score"), scale, self.head_dim),
                                      out=None if out is None else out.logits, stream=stream, backend=backend)
         return Scores(logits)
+
+    def select(self, selector, q, coded: SignVQCodebook, keys: SignVQTokens | None = None, *, kv_heads=None,
+               lengths=None, scale=None, scores=None, out=None, workspace=None, stream=None, backend=None) -> Selection:
+        """As `Index.select`; scores and Top-k are one launch."""
+        if not isinstance(selector, TopK) or selector.sinks or selector.recent:
+            return super().select(selector, q, coded, keys, kv_heads=kv_heads, lengths=lengths, scale=scale,
+                                  scores=scores, out=out, workspace=workspace, stream=stream, backend=backend)
+        return self_indexing.select_top_k(q, _signs(coded, keys), coded.codebook, selector.k, lengths=lengths,
+                                          scale=check_scale(arrays.Arguments("SignVQ.select"), scale, self.head_dim),
+                                          scores=None if scores is None else scores.logits, out=out,
+                                          workspace=workspace, stream=stream, backend=backend)
 
     def allocate(self, batch: int, kv_heads: int, capacity: int, device) -> SignVQCodebook:
         shape = (batch, kv_heads, self.head_dim // SUBVECTOR, CODES, SUBVECTOR)
@@ -456,3 +475,12 @@ class SignVQ(Index):
 
     def used(self, storage: SignVQCodebook, sequence: int, tokens: int) -> SignVQCodebook:
         return SignVQCodebook(storage.codebook.narrow(0, sequence, sequence + 1))
+
+
+def _signs(coded: SignVQCodebook, keys: SignVQTokens | None):
+    if coded.sign is not None:
+        return coded.sign
+    if not isinstance(keys, SignVQTokens):
+        raise TypeError("SignVQ: keys: expected keys stored by codecs.SignVQ, whose signs are the index, "
+                        f"got {type(keys).__name__}")
+    return keys.sign

@@ -363,6 +363,15 @@ def score(query, sign, codebook, *, heads: str = "mean", lengths=None, excluded=
     return result
 
 
+def select_top_k(query, sign, codebook, k: int, *, lengths=None, scale: float = 1.0) -> selection.Selection:
+    """The k tokens of every KV head with the largest scores of its mean query; arguments as in `score`.
+
+    Returns Selection(indices [batch, kv_heads, tokens], counts and mass [batch, kv_heads]).
+    """
+    scores = score(query, sign, codebook, lengths=lengths, scale=scale)
+    return selection.top_k(selection.Scores(scores), k, lengths=lengths)
+
+
 def pool(scores, kv_heads: int) -> np.ndarray:
     """log sum_h softmax_t(scores_h), [batch, kv_heads, tokens]: ranks tokens for all heads of a KV head at once.
 

@@ -534,8 +534,21 @@ def test_outputs_and_workspace_are_handed_in_again():
     assert seen[1][0] is first[0] is second[0] and seen[1][1] is first[1] is second[1]
 
 
+def test_an_operator_may_have_a_workspace_of_its_own():
+    def other(query, *, out=None, workspace=None, backend=None):
+        return workspace
+
+    other.__module__ = __name__
+    place = types.SimpleNamespace(current=lambda framework: io.StringIO(), framework="numpy", device="cpu")
+    assert driver.OperatorCall(other, "cpu", {"query": 1}, {"batch": 2}, place)() == ("of other", 2)
+
+
 def workspace(batch, q_heads, device, extra=None):
     return "workspace of", batch, q_heads, device
+
+
+def other_workspace(batch):
+    return "of other", batch
 
 
 # ---- what is chosen --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import needs
-from kvbench import arrays, cache_records, caches, codecs, loaders, registry, storage, trees
+from kvbench import arrays, cache_records, caches, codecs, indexes, loaders, registry, storage, trees
 from kvbench import data as data_of_the_package
 from kvbench.bench import calls
 from kvbench.cache import KVCache, Tail
@@ -141,6 +141,8 @@ class BlockIndex(codecs.Store):
         # The first channel of every key, which the index and the codec both saw.
         return np.where(np.arange(storage.tokens.shape[2]) < lengths.numpy()[:, None],
                         storage.tokens.numpy()[:, 0, :, 0].astype(np.float64), -np.inf)
+
+    select = indexes.Index.select
 
 
 BlockIndex.seen = []
@@ -1555,8 +1557,7 @@ def test_a_saved_cache_is_an_ordinary_safetensors_file(saved):
 ATTENTION = {"exact": "attention_decode", "kivi": "kivi_attention", "turboquant": "turboquant_attention",
              "block_gtq": "block_gtq_attention", "rabitq": "attention_sparse", "quest": "attention_sparse",
              "twilight": "attention_sparse", "self_indexing": "self_indexing_attention"}
-SCORE = {"rabitq": "rabitq_score", "quest": "quest_score", "twilight": "turboquant_logits",
-         "self_indexing": "self_indexing_score"}
+SCORE = {"rabitq": "rabitq_score", "quest": "quest_score", "twilight": "turboquant_logits"}
 
 
 @pytest.mark.skipif(loaders.availability("simt") is not None, reason=str(loaders.availability("simt")))
@@ -1577,7 +1578,9 @@ def test_a_step_launches_its_parts_and_nothing_else(name, monkeypatch):
         made.attend(query, out=out, lse=lse)
     assert sum(array.nbytes for array in allocated) < (1024 if name == "block_gtq" else 1)
     names = [launch["kernel"].removeprefix("kvb::").partition("<")[0].removesuffix("_kernel") for launch in launches]
-    if made.index is not None:
+    if name == "self_indexing":
+        assert names == ["self_indexing_top_k", ATTENTION[name]]
+    elif made.index is not None:
         assert names[0] == SCORE[name] and names[-1] == ATTENTION[name]
         assert all(inner.startswith("selection_") for inner in names[1:-1])
     elif name == "exact":

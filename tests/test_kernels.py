@@ -63,6 +63,8 @@ def test_agreement_refuses_a_wrong_result(name):
         for damaged, array in trees.arrays_of(actual).items():   # each array of a container in turn
             if damage is first_is_nan and array.dtype.kind in "iu":
                 continue
+            if np.array_equal(damage(array), array):
+                continue
             broken = trees.apply(lambda path, x, damaged=damaged: damage(x) if path == damaged else x, actual)
             with pytest.raises(AssertionError):
                 kernel.agreement(arguments, expected, broken)

@@ -456,3 +456,19 @@ def test_a_step_runs_in_a_cuda_graph_on_the_callers_stream():
             stream.synchronize()
             for array, known in zip((scores, out), expected):
                 assert array.get().tobytes() == known.tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [pytest.param(*needs(b).values, marks=needs(b).marks) for b in ("cuda", "native")])
+def test_attention_that_begins_early_waits_for_the_selection(backend):
+    """Steps that follow one another without a pause; then each again, twice: what the second finds in memory before it
+    waits is what it would find afterwards."""
+    cupy = pytest.importorskip("cupy")
+    keys, values = (cupy.asarray(normal(seed, (1, 8, 20000, 128))) for seed in (0, 1))
+    cache = caches.self_indexing(1, 8, 32, 128, 20000, device="cuda", backend=backend)
+    cache.append(keys, values)
+    queries = [cupy.asarray(normal(seed, (1, 32, 128))) for seed in range(2, 34)]
+    made = [cache.attend(query) for query in queries]
+    for query, output in zip(queries, made):
+        cache.attend(query)
+        assert cache.attend(query).tobytes() == output.tobytes()

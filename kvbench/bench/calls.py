@@ -12,8 +12,8 @@ class OperatorCall:
     """An operator with the memory that it would otherwise allocate: workspace and, after the first call, outputs.
 
     The outputs of an operator stand together in its signature, from `out` on, in the order in which they are returned;
-    a module whose operators take a `workspace` has a function of that name, whose parameters are axes of the problem,
-    or arguments of the operator.
+    a module whose operators take a `workspace` has a function of that name, or one for an operator alone, such as
+    `select_top_k_workspace`.  Its parameters are axes of the problem, or arguments of the operator.
     """
 
     def __init__(self, operator: Callable, backend: str, inputs: dict, problem: dict, place):
@@ -73,7 +73,8 @@ def input_sets(size: int, cache_bytes: int, most: int) -> int | None:
 
 
 def _workspace(operator: Callable, arguments: dict, problem: dict, place):
-    make = sys.modules[inspect.unwrap(operator).__module__].workspace
+    module = sys.modules[inspect.unwrap(operator).__module__]
+    make = getattr(module, f"{operator.__name__}_workspace", None) or module.workspace
     known = {**arguments, **problem, "device": place.device, "framework": place.framework}
     if "kv_heads" in problem and "group" in problem:
         known["q_heads"] = problem["kv_heads"] * problem["group"]

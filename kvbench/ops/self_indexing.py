@@ -12,13 +12,16 @@ import numpy as np
 from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import self_indexing as cpu_self_indexing
-from kvbench.ops import attention, self_indexing_launch
+from kvbench.ops import attention, selection, self_indexing_launch
 from kvbench.ops.dispatch import check_cuda_head_dim, check_heads, choose, require_finite, require_writable, round_into
 from kvbench.reference import kivi
 from kvbench.reference import self_indexing as reference
+from kvbench.reference.selection import Selection
 from kvbench.reference.self_indexing import CODES, GROUP, MAGNITUDE_BITS, SUBVECTOR, TABLES, Encoded
+from kvbench.scores import Scores
 
-__all__ = ["Encoded", "build_codebook", "build_tables", "encode", "score", "sparse_attention_packed", "workspace"]
+__all__ = ["Encoded", "build_codebook", "build_tables", "encode", "score", "select_top_k", "select_top_k_workspace",
+           "sparse_attention_packed", "workspace"]
 
 workspace = attention.workspace    # attention needs the same scratch
 
@@ -166,9 +169,7 @@ def score(query, sign, codebook, *, heads: str = "mean", lengths=None, excluded=
     """
     arguments = Arguments("self_indexing.score", stream=stream)
     query, codebook, own, scale = _take_query(arguments, query, codebook, heads, scale)
-    words = query.shape[2] // 32
-    sign = arguments.take("sign", sign, f"batch kv_heads tokens {words}", ("uint32",), strided=True)
-    strides = _in_tokens(arguments, "sign", sign)
+    sign, strides = _take_sign(arguments, sign)
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
     excluded = _take_excluded(arguments, excluded)
     batch, kv_heads, tokens = sign.shape[:3]
@@ -185,13 +186,60 @@ def score(query, sign, codebook, *, heads: str = "mean", lengths=None, excluded=
         cpu_self_indexing.score(query.numpy(), sign.numpy(), codebook.numpy(), own, scale, host_lengths,
                                 none if excluded is None else excluded.numpy(), out.numpy())
     else:
-        _check_cuda_head_dim(arguments, "query", query.shape[2], backend)
-        arguments.require(sign.aligned(min(16, 4 * words)), "sign", f"rows at multiples of {min(16, 4 * words)} bytes",
-                          f"address {sign.pointer:#x}, strides {sign.strides}")
+        _check_cuda_sign(arguments, sign, backend)
         if out.size:
             self_indexing_launch.launch_score(query, sign, strides, codebook, own, scale, lengths, excluded, out,
                                               backend, arguments)
     return out.give()
+
+
+def select_top_k(query, sign, codebook, k: int, *, lengths=None, scale: float = 1.0, out: Selection | None = None,
+                 scores=None, workspace: selection.Workspace | None = None, backend: str | None = None,
+                 stream=None) -> Selection:
+    """The k tokens of every KV head with the largest scores of its mean query: `score`, and `selection.select_top_k`.
+
+    query, sign, codebook, lengths, scale, backend : as in `score`, with heads="mean" and nothing excluded
+    k         : 0 or more
+    out       : a Selection to write into, its lists those of KV heads: indices [batch, kv_heads, tokens] int32, counts
+                [batch, kv_heads] int32, mass [batch, kv_heads] float32 (default: new)
+    scores    : [batch, kv_heads, tokens] float32 that may be written (default: new where they are needed)
+    workspace : from `select_top_k_workspace(...)`, so that nothing is allocated (default: a temporary one)
+
+    On CUDA the scores stay in shared memory, and all is one launch, for a k of up to some hundred and sequences of up
+    to some hundred thousand tokens; what else is asked for takes three, with the same result.
+    Source: arXiv 2603.14224; Top-k: reference/selection.py.
+    """
+    arguments = Arguments("self_indexing.select_top_k", stream=stream)
+    query, codebook, own, scale = _take_query(arguments, query, codebook, "mean", scale)
+    sign, strides = _take_sign(arguments, sign)
+    lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
+    selection.check_count(arguments, "k", k, 0)
+    batch, kv_heads, tokens = sign.shape[:3]
+    result = selection.take_result(arguments, out, batch, kv_heads, kv_heads, tokens)
+    if scores is not None:
+        scores = arguments.result("scores", scores, (batch, kv_heads, tokens), "float32")
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend not in HOST_BACKENDS:
+        _check_cuda_sign(arguments, sign, backend)
+        parts, span = selection.parts_of(tokens, batch * kv_heads, backend, sign.device)
+        scratch = selection.take_workspace(arguments, workspace, batch * kv_heads, parts, tokens)
+        if selection.in_one_launch(k, parts, span, scratch) and span <= self_indexing_launch.TOP_K_SPAN:
+            if result.counts.size:
+                self_indexing_launch.launch_top_k(query, sign, strides, codebook, scale, lengths, k, parts, span,
+                                                  scratch, result, backend, arguments)
+            return selection.give(result)
+        workspace = scratch
+    logits = score(query, sign, codebook, lengths=lengths, scale=scale, out=scores, backend=backend, stream=stream)
+    selection.select_top_k(Scores(logits), k, lengths=lengths, out=result, workspace=workspace, backend=backend,
+                           stream=stream)
+    return selection.give(result)
+
+
+def select_top_k_workspace(batch: int, kv_heads: int, tokens: int, device, *, framework: str | None = None,
+                           stream=None) -> selection.Workspace:
+    """Scratch of `select_top_k` for at most these sizes: that of a selection among a row per KV head."""
+    return selection.workspace(batch, kv_heads, tokens, device, framework=framework, stream=stream)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -408,6 +456,20 @@ def _take_query(arguments, query, codebook, heads, scale):
     arguments.require(heads in TABLES, "heads", f"one of {', '.join(TABLES)}", repr(heads))
     scale = attention.check_scale(arguments, scale, head_dim)
     return query, codebook, 1 if heads == "mean" else group, scale
+
+
+def _take_sign(arguments, sign):
+    """(signs of a store, strides of sequences and heads in tokens)"""
+    sign = arguments.take("sign", sign, f"batch kv_heads tokens {arguments.sizes['head_dim'] // 32}", ("uint32",),
+                          strided=True)
+    return sign, _in_tokens(arguments, "sign", sign)
+
+
+def _check_cuda_sign(arguments, sign, backend):
+    _check_cuda_head_dim(arguments, "query", arguments.sizes["head_dim"], backend)
+    row = min(16, 4 * sign.shape[3])
+    arguments.require(sign.aligned(row), "sign", f"rows at multiples of {row} bytes",
+                      f"address {sign.pointer:#x}, strides {sign.strides}")
 
 
 def _take_excluded(arguments, excluded):

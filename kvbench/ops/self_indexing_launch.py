@@ -9,11 +9,12 @@ import math
 import numpy as np
 
 from kvbench import loaders
-from kvbench.ops import attention
+from kvbench.ops import attention, selection
 from kvbench.ops.dispatch import CXX_TYPE, RUN_TIME_TYPE
 
 THREADS, WARPS = 256, 8
 SCORE_BLOCKS, ENCODE_BLOCKS = {1: 4, 4: 3}, 4          # that share a multiprocessor; by tables: kScoreBlocks
+TOP_K_SPAN = 16384     # tokens of a block of self_indexing_top_k_kernel, at most: centroids share its shared memory
 SPARSE_HEADS = {64: 8, 128: 4, 256: 2}                 # query heads of a block of attention: kSparseHeads
 
 
@@ -51,6 +52,18 @@ def launch_score(query, sign, strides, codebook, own, scale, lengths, excluded, 
         np.int32(own), np.float32(scale * own / group)), stream=arguments.stream)
 
 
+def launch_top_k(query, sign, strides, codebook, scale, lengths, k, parts, span, scratch, result, backend, arguments):
+    batch, kv_heads, tokens, _ = sign.shape
+    head_dim, group = query.shape[2], query.shape[1] // kv_heads
+    function = loaders.get_function("self_indexing", f"kvb::self_indexing_top_k_kernel<{head_dim}>", backend,
+                                    query.device)
+    function((parts, kv_heads, batch), (selection.THREADS,), (
+        query, np.int32(RUN_TIME_TYPE[query.dtype]), sign, *map(np.uint64, strides), codebook, lengths,
+        np.int32(tokens), np.int32(group), np.float32(scale / group), np.int32(span),
+        *selection.top_k_arguments(k, parts, span, scratch, result)),
+        shared_bytes=selection.top_k_shared_bytes(span), stream=arguments.stream)
+
+
 def launch_attention(query, keys, values, channel_scale, indices, counts, lengths, mean, exact_keys, exact_values,
                      exact_lengths, scale, splits, out, lse, workspace, backend, arguments):
     batch, kv_heads, tokens, _ = keys.sign.shape
@@ -71,7 +84,8 @@ def launch_attention(query, keys, values, channel_scale, indices, counts, length
         *map(np.uint64, (0, 0) if indices is None else indices.strides[:2]), counts, np.int32(slots), lengths,
         np.int32(tokens), *_exact(exact_keys), *_exact(exact_values), exact_lengths, np.int32(exact), out,
         np.int32(RUN_TIME_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
-        np.int32(group), np.float32(scale * math.log2(math.e))), shared_bytes=shared_bytes, stream=arguments.stream)
+        np.int32(group), np.float32(scale * math.log2(math.e))), shared_bytes=shared_bytes, stream=arguments.stream,
+        early=True)
 
 
 def _keys(codes) -> tuple:

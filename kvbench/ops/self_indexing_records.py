@@ -8,8 +8,9 @@ import numpy as np
 
 from kvbench.ops.attention import decode_tolerance
 from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, random_normal, relative_error
+from kvbench.ops.selection_records import MASS_ERROR, compare_lists
 from kvbench.ops.self_indexing import (BACKENDS, HOST_BACKENDS, build_codebook, build_tables, encode, score,
-                                       sparse_attention_packed)
+                                       select_top_k, sparse_attention_packed)
 from kvbench.reference import kivi
 from kvbench.reference import self_indexing as reference
 from kvbench.reference.self_indexing import CODES, GROUP, SUBVECTOR, Encoded
@@ -21,6 +22,7 @@ KEY_AXES = {**_SIZES, "batch": (1, 16), "dtype": _DTYPES}
 QUERY_AXES = {"head_dim": (128, 64, 256), "kv_heads": (8, 2, 32), "group": (4, 8, 1), "batch": (1, 16),
               "tables": ("mean", "each"), "dtype": _DTYPES}
 SCORE_AXES = {**_SIZES, **QUERY_AXES}
+SELECT_AXES = {"selected": (96, 160), **{axis: sizes for axis, sizes in SCORE_AXES.items() if axis != "tables"}}
 ATTENTION_AXES = {**_SIZES, "group": (4, 8, 1), "batch": (1, 16), "selected": (96, 2394, 9766), "exact": (192, 64),
                   "value_bits": (2, 4), "dtype": _DTYPES}
 _SOURCE = "arXiv 2603.14224"
@@ -132,6 +134,23 @@ def _score_traffic(problem):
                    _tables_of(problem) * problem["tokens"] * 4)
 
 
+def _select_inputs(problem, rng):
+    inputs = _score_inputs(problem | {"tables": "mean"}, rng)
+    del inputs["heads"]
+    return {**inputs, "k": _chosen(problem)}
+
+
+def _select_traffic(problem):
+    """No score is written."""
+    read = _score_traffic(problem | {"tables": "mean"}).bytes_read
+    return Traffic(read, 4 * problem["batch"] * problem["kv_heads"] * (_chosen(problem) + 2))
+
+
+def _chosen(problem):
+    """Not all of a few."""
+    return max(min(problem["selected"], problem["tokens"] // 2), 1)
+
+
 def _selected(problem):
     return min(problem["selected"], problem["tokens"])
 
@@ -210,15 +229,56 @@ def _tables_agreement(inputs, expected, actual):
                  "tables")
 
 
-def _score_agreement(inputs, expected, actual):
-    """Errors of the tables, and of a sum of D / 4 entries."""
+def _score_error(inputs):
+    """[batch, kv_heads or q_heads, tokens]: errors of the tables, and of a sum of D / 4 entries."""
     tables, code = _absolute_tables(inputs), reference.codes(np.asarray(inputs["sign"]))
     groups, own = tables.shape[2], tables.shape[1] // code.shape[1]
-    absolute = np.zeros(expected.shape)
+    absolute = np.zeros((*tables.shape[:2], code.shape[2]))
     for b, h in np.ndindex(tables.shape[:2]):
         absolute[b, h] = tables[b, h][np.arange(groups), code[b, h // own]].sum(axis=-1)
-    error = _table_error(inputs) + groups * EPSILON["float32"] / 2
-    assert_close(expected, actual, "float32", error * absolute + 8 * groups * SMALLEST_NORMAL, "scores")
+    return (_table_error(inputs) + groups * EPSILON["float32"] / 2) * absolute + 8 * groups * SMALLEST_NORMAL
+
+
+def _score_agreement(inputs, expected, actual):
+    assert_close(expected, actual, "float32", _score_error(inputs), "scores")
+
+
+def _select_agreement(inputs, expected, actual):
+    """What is chosen lies between the first k by scores that are off as far as they may be, to either side."""
+    scores = reference.score(**{name: value for name, value in inputs.items() if name != "k"})
+    errors, k = _score_error(inputs), inputs["k"]
+    sure, possible = np.zeros((2, *scores.shape), bool)
+    low, high = np.ones((2, *scores.shape[:2]))
+    for b, h in np.ndindex(scores.shape[:2]):
+        candidates = np.flatnonzero(np.isfinite(scores[b, h]))
+        y, error, chosen = scores[b, h, candidates], errors[b, h, candidates], min(k, len(candidates))
+        # Above the next one's upper bound a token must be chosen; below the last one's lower bound it must not.
+        upper, lower = np.sort(y + error)[::-1], np.sort(y - error)[::-1]
+        sure[b, h, candidates] = (y - error > upper[chosen]) if chosen < len(y) else True
+        possible[b, h, candidates] = (y + error >= lower[chosen - 1]) if chosen else False
+        if 0 < chosen < len(y):
+            weights = np.exp(y - y.max())
+            share = np.sort(weights)[::-1][:chosen].sum() / weights.sum()
+            off = np.expm1(4 * error.max()) + MASS_ERROR + (len(y) + 1) * 2.0**-31 / share
+            low[b, h], high[b, h] = share * (1 - off), share * (1 + off)
+        elif chosen == 0 < len(y):
+            low[b, h] = high[b, h] = 0
+    for made in (expected, actual):
+        compare_lists(made, sure, possible, low, high, np.minimum(k, np.isfinite(scores).sum(axis=-1)))
+        _check_ties(np.asarray(inputs["sign"]), np.asarray(made.indices), np.asarray(made.counts))
+
+
+def _check_ties(sign, indices, counts):
+    """Tokens with the same signs have the same score, on any machine: the first of them go first."""
+    for b, h in np.ndindex(counts.shape):
+        chosen = np.zeros(sign.shape[2], bool)
+        chosen[indices[b, h, : counts[b, h]]] = True
+        code = np.unique(sign[b, h], axis=0, return_inverse=True)[1].reshape(-1)
+        order = np.argsort(code, kind="stable")
+        skipped = (code[order[:-1]] == code[order[1:]]) & ~chosen[order[:-1]] & chosen[order[1:]]
+        if skipped.any():
+            later = order[1:][skipped][0]
+            raise AssertionError(f"list {b, h}: token {later} is chosen, but not an earlier one with the same signs")
 
 
 def _attention_agreement(inputs, expected, actual):
@@ -287,6 +347,11 @@ register(Kernel(
 register(Kernel(
     name="self_indexing.score", reference=reference.score, operator=score, backends=BACKENDS, axes=SCORE_AXES,
     inputs=_score_inputs, traffic=_score_traffic, agreement=_score_agreement, error=_finite_error, source=_SOURCE))
+register(Kernel(
+    name="self_indexing.select_top_k", reference=reference.select_top_k, operator=select_top_k, backends=BACKENDS,
+    axes=SELECT_AXES, inputs=_select_inputs, traffic=_select_traffic, agreement=_select_agreement,
+    error=lambda inputs, expected, actual: relative_error(expected.mass, actual.mass),
+    source=f"{_SOURCE}; Top-k: reference/selection.py"))
 register(Kernel(
     name="self_indexing.sparse_attention_packed", reference=reference.sparse_attention_packed,
     operator=sparse_attention_packed, backends=BACKENDS, axes=ATTENTION_AXES, inputs=_attention_inputs,

@@ -96,6 +96,17 @@ def score(draw):
     return arguments
 
 
+@st.composite
+def select_top_k(draw):
+    """Of several parts, and of codes that often recur."""
+    arguments = draw(score())
+    for name in ("heads", "excluded"):
+        arguments.pop(name, None)
+    if draw(st.booleans()):
+        arguments["sign"] = arguments["sign"] & np.uint32(0x00010010)
+    return {**arguments, "k": draw(st.one_of(st.integers(0, 20), st.integers(0, 600)))}
+
+
 def random_rows(rng, shape, bits, head_dim):
     """Any words are codes; magnitudes of two bits are not negative."""
     scale = rng.choice([0.0, 2.0**-24, 1.0], shape) * rng.uniform(0.1, 1, (*shape, head_dim // 32))[..., 0]
