@@ -150,9 +150,12 @@ __device__ __forceinline__ u32 list_first(TopKMemory& memory, const TopKCounts& 
     for (int i = threadIdx.x; i < 3 * kDigits; i += kThreads) memory.bins[i] = 0;
     Search& search = memory.search;
     if (threadIdx.x == 0) {
+      // Where subnormal numbers count as zero, it stands for them, too.
+      constexpr u32 SUBNORMAL = 0x00800000u;
+      const u32 zero = order_key(0.f), least = ~memory.smallest;
       search.enough = {0x7fffffffffffffffll, static_cast<int>(want), static_cast<int>(want)};
-      search.low = rank_of(memory.largest, 0);
-      search.high = rank_of(~memory.smallest, -1);
+      search.low = rank_of(memory.largest + (memory.largest == zero ? SUBNORMAL : 0u), 0);
+      search.high = rank_of(least - (least == zero ? SUBNORMAL : 0u), -1);
       search.mass = 0;
       search.count = 0;
       search.shift = digit_shift(search.low, search.high);
