@@ -10,6 +10,7 @@
 //                             logit is not below the last key
 //   no sort, no   sums are those of integers, so the result does not depend on the order in which blocks arrive.  Equal
 //   float sums    logits have equal masses, on every machine: exp is a polynomial of rounded float32 operations.
+//                 (Those of selection_top_k_kernel, where no mass decides, are float sums in a fixed order.)
 //
 // selection_moments_kernel   ("shrink" only) mean and variance of the candidates, in double, per part
 // selection_histogram_kernel per part of a row: largest key and weight, and how many keys share each bin of width 1/64.
