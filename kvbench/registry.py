@@ -107,6 +107,20 @@ def select(names: Iterable[str] | None = None) -> list[Kernel]:
     return chosen
 
 
+def select_for(backend: str, names: Iterable[str] | None = None) -> tuple[list[Kernel], list[Kernel]]:
+    """(kernels by name or by stem that have the backend, those that lack it).
+
+    A stem means those of its kernels that have it.  ValueError if a kernel that is named lacks it, or none has it.
+    """
+    names = list(names or ())
+    kernels = select(names)
+    lacking = [kernel for kernel in kernels if backend not in kernel.backends]
+    refused = [kernel for kernel in lacking if kernel.name in names or len(lacking) == len(kernels)]
+    if refused:
+        raise ValueError(f"{refused[0].name} has no backend {backend!r}; it has {', '.join(refused[0].backends)}")
+    return [kernel for kernel in kernels if kernel not in lacking], lacking
+
+
 def load() -> None:
     """Import what registers itself: the operators, and the decode step of the caches that are made of them."""
     import kvbench.cache_records

@@ -97,6 +97,17 @@ def test_unknown_names_list_the_nearest():
     assert registry.select() == KERNELS
 
 
+def test_the_name_of_an_algorithm_means_its_kernels_that_have_the_backend():
+    kernels, lacking = registry.select_for("simt", ["self_indexing", "rotation"])
+    assert [kernel.name for kernel in lacking] == ["self_indexing.build_codebook"]
+    assert [kernel for kernel in registry.select(["self_indexing", "rotation"]) if kernel not in lacking] == kernels
+    for names in (["self_indexing.build_codebook"], ["self_indexing", "self_indexing.build_codebook"]):
+        with pytest.raises(ValueError, match="build_codebook has no backend 'simt'; it has reference, cpu"):
+            registry.select_for("simt", names)
+    with pytest.raises(ValueError, match="has no backend 'abacus'"):
+        registry.select_for("abacus", ["self_indexing"])
+
+
 def test_a_name_cannot_be_registered_twice():
     with pytest.raises(ValueError, match="registered twice"):
         registry.register(KERNELS[0])

@@ -254,7 +254,6 @@ class _Driver:
 
 def _select(names: Sequence[str], backend: str | None) -> tuple[list, str, list[dict]]:
     """(kernels, backend, kernels left out with the reason)."""
-    kernels = registry.select(names or None)
     if backend is None:
         backend = "cpu" if loaders.availability("cuda") else "cuda"
     if backend == "simt":
@@ -263,11 +262,8 @@ def _select(names: Sequence[str], backend: str | None) -> tuple[list, str, list[
     if backend not in PLACES:
         raise ValueError(f"unknown backend {backend!r}{registry.nearest(backend, PLACES)}")
     loaders.require(backend)
-    lacking = [kernel for kernel in kernels if backend not in kernel.backends]
-    if lacking and (names or len(lacking) == len(kernels)):
-        raise ValueError(f"{lacking[0].name} has no backend {backend!r}; it has {', '.join(lacking[0].backends)}")
-    return ([kernel for kernel in kernels if kernel not in lacking], backend,
-            [{"kernel": kernel.name, "reason": f"has no backend {backend!r}"} for kernel in lacking])
+    kernels, lacking = registry.select_for(backend, names)
+    return kernels, backend, [{"kernel": kernel.name, "reason": f"has no backend {backend!r}"} for kernel in lacking]
 
 
 def _untimed(**known) -> dict:
