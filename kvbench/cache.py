@@ -99,11 +99,11 @@ class KVCache:
     batch, kv_heads, q_heads, head_dim, capacity : sizes; q_heads is 1 to 16 times kv_heads
     keys, values : codecs; a pair without an operator is refused
     index, selector : rank the tokens of the store and choose those to attend to (default: all).  An index is a
-        `codecs.Store` of keys with `allocate_scores` and `score(query, storage, keys, lengths=, scale=, out=, stream=,
-        backend=)`, see `indexes.Index`; `keys` is the packed store of keys, for an index that reads the codec's own
-        planes.  A selector is a `selectors.Selector`.  Sinks and recent tokens are the cache's own, here and in `tail`:
-        they lie outside the store, are attended in any case, and the selector, which sees the slots of the store
-        alone, must have none
+        `codecs.Store` of keys with `allocate_scores` and `select(selector, query, storage, keys, kv_heads=, lengths=,
+        scale=, scores=, out=, workspace=, stream=, backend=)`, see `indexes.Index`, which makes the latter of a method
+        `score`; `keys` is the packed store of keys, for an index that reads the codec's own planes.  A selector is a
+        `selectors.Selector`.  Sinks and recent tokens are the cache's own, here and in `tail`: they lie outside the
+        store, are attended in any case, and the selector, which sees the slots of the store alone, must have none
     sinks : the first tokens, kept exact forever and always attended
     dtype : of the tokens that are appended, of those kept exact, and of queries and outputs
     encode_stream : None, or the CUDA stream on which tokens are encoded while the caller's stream goes on; see there
