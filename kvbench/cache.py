@@ -491,7 +491,8 @@ class KVCache:
             self._join()
         options = dict(stream=arguments.stream, backend=self.backend)
         exact_lengths, store_lengths = (_row(self._scratch["counts"], i) for i in range(2))
-        exact = codecs.Exact(*(self._stores[f"exact.{side}"][1] for side in _SIDES), exact_lengths)
+        exact = codecs.Exact(*(self._stores[f"exact.{side}"][1] for side in _SIDES), exact_lengths,
+                             getattr(self.index, "ordered", False))
         earlier = None
         if "store" in self._parts:
             if len(self._parts) > 1 and not self._joint:

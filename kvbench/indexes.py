@@ -37,11 +37,14 @@ class Index(Store):
     """A way to rank tokens.  Subclasses are frozen dataclasses with a field `head_dim`.
 
     per_kv_head   whether logits are [batch, kv_heads, tokens], one for all query heads of a KV head
+    ordered       whether `select` ends with a kernel that begins after all that is ahead of it in the stream, as the
+                  selectors' do: attention may then begin before that has ended
     """
 
     head_dim: int
     noise: bool = False         # whether scores come with sigma
     per_kv_head = False
+    ordered = True
 
     def allocate_scores(self, batch: int, heads: int, tokens: int, device) -> Scores:
         """`out` of `score` for storage of so many tokens: with it a step allocates nothing for scores.  heads : query

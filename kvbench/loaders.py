@@ -55,7 +55,7 @@ def simt_schedule(seed: int = 0, ftz: bool = False):
 def record():
     """Collect the `simt` launches made inside the block, with the arrays as they were before each launch.
 
-    Yields a list of dicts: kernel, grid, block, shared_bytes, args; an argument is the bytes of a scalar, a pair
+    Yields a list of dicts: kernel, grid, block, shared_bytes, early, args; an argument is the bytes of a scalar, a pair
     (uint8 snapshot of the array's memory, readonly), or None.
     """
     global _recorded
@@ -246,7 +246,7 @@ def _simt_function(stem, name, device):
     def launch(grid, block, args, shared_bytes=0, stream=0, early=False):
         if _recorded is not None:
             _recorded.append({"kernel": name, "grid": _three(grid), "block": _three(block),
-                              "shared_bytes": shared_bytes,
+                              "shared_bytes": shared_bytes, "early": early,
                               "args": [_snapshot(a) if _is_pointer(a) else a.tobytes() for a in args]})
         packed = [_span(a) if _is_pointer(a) else a.tobytes() for a in args]
         _simt.launch(name, _three(grid), _three(block), packed, shared_bytes, _schedule.seed, _schedule.ftz)

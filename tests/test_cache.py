@@ -1578,6 +1578,7 @@ def test_a_step_launches_its_parts_and_nothing_else(name, monkeypatch):
         made.attend(query, out=out, lse=lse)
     assert sum(array.nbytes for array in allocated) < (1024 if name == "block_gtq" else 1)
     names = [launch["kernel"].removeprefix("kvb::").partition("<")[0].removesuffix("_kernel") for launch in launches]
+    assert [launch["early"] for launch in launches] == [False] * (len(names) - 1) + [name == "self_indexing"]
     if name == "self_indexing":
         assert names == ["self_indexing_top_k", ATTENTION[name]]
     elif made.index is not None:

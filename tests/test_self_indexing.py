@@ -420,6 +420,15 @@ def test_cuda_kernels_say_what_they_take(backend):
             self_indexing.score(**{**GOOD_SCORE, "sign": unaligned}, backend=backend)
 
 
+@pytest.mark.skipif(loaders.availability("simt") is not None, reason=str(loaders.availability("simt")))
+def test_attention_begins_early_only_if_it_is_told_so():
+    """Else its query, or exact rows, may be what the kernel ahead writes."""
+    with loaders.record() as launches:
+        for told in ({}, {"early": False}, {"early": True}):
+            self_indexing.sparse_attention_packed(**GOOD, **told, backend="simt")
+    assert [launch["early"] for launch in launches] == [False, False, True]
+
+
 # ---- GPU -------------------------------------------------------------------------------------------------------------
 
 

@@ -130,11 +130,16 @@ class Codec(Store):
 
 class Exact(NamedTuple):
     """The exact tokens of a cache, which are always attended: keys and values (`Float16Tokens`), and lengths, [batch]
-    int32: how many of them there are."""
+    int32: how many of them there are.
+
+    settled : whether a selection was the last call in the stream, and all else that is attended was there before that
+        began, so that attention may begin before it has ended
+    """
 
     keys: Packed
     values: Packed
     lengths: object
+    settled: bool = False
 
 
 @dataclass(frozen=True)

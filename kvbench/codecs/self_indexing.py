@@ -188,7 +188,8 @@ def _attend(query, key_codec: SignVQ, keys: SignVQTokens, value_codec: TokenInt,
                            for name, array in values.arrays().items()})
     chosen = {} if selection is None else {"indices": selection.indices, "counts": selection.counts}
     if exact is not None:
-        chosen |= {"exact_keys": exact.keys.tokens, "exact_values": exact.values.tokens, "exact_lengths": exact.lengths}
+        chosen |= {"exact_keys": exact.keys.tokens, "exact_values": exact.values.tokens, "exact_lengths": exact.lengths,
+                   "early": exact.settled and selection is not None}
     self_indexing.sparse_attention_packed(
         query, key_codec.encoded(keys), value_codec.encoded(values), rows_of(keys.channel_scale), **chosen,
         lengths=lengths, mean=rows_of(keys.mean), scale=scale, out=out, lse=lse, workspace=workspace, stream=stream,

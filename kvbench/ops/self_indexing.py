@@ -248,8 +248,8 @@ def select_top_k_workspace(batch: int, kv_heads: int, tokens: int, device, *, fr
 def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_scale, indices=None, counts=None, *,
                             lengths=None, mean=None, exact_keys=None, exact_values=None, exact_lengths=None,
                             scale: float | None = None, splits: int | None = None, return_lse: bool = False, out=None,
-                            lse=None, workspace: attention.Workspace | None = None, backend: str | None = None,
-                            stream=None):
+                            lse=None, workspace: attention.Workspace | None = None, early: bool = False,
+                            backend: str | None = None, stream=None):
     """One softmax over the selected tokens, dequantised from the packed store, and the exact ones.
 
     query         : [batch, q_heads, head_dim] float16, bfloat16 or float32; query head h reads KV head h // group
@@ -272,6 +272,8 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
     return_lse    : also return the natural log-sum-exp of the logits, with which partial results merge
     out, lse      : [batch, q_heads, head_dim] in query's dtype or float32;  [batch, q_heads] float32 (default: new)
     workspace     : from `workspace(...)`, so that nothing is allocated (default: a temporary one)
+    early         : True: the last call in the stream made indices and counts, and all else was there before that began;
+                    then this may begin before that has ended (GPUs of compute capability 9.0 and above)
     backend       : reference, cpu, cuda, native, simt (default: by device); the last three: head_dim 64, 128, 256,
                     group <= 16
 
@@ -333,7 +335,7 @@ def sparse_attention_packed(query, keys: Encoded, values: kivi.Values, channel_s
         if batch:
             self_indexing_launch.launch_attention(
                 query, keys, values, channel_scale, indices, counts, lengths, mean, *exact, exact_lengths, scale,
-                splits, out, lse, workspace, backend, arguments)
+                splits, out, lse, workspace, early, backend, arguments)
     return (out.give(), lse.give()) if return_lse else out.give()
 
 

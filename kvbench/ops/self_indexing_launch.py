@@ -65,7 +65,7 @@ def launch_top_k(query, sign, strides, codebook, scale, lengths, k, parts, span,
 
 
 def launch_attention(query, keys, values, channel_scale, indices, counts, lengths, mean, exact_keys, exact_values,
-                     exact_lengths, scale, splits, out, lse, workspace, backend, arguments):
+                     exact_lengths, scale, splits, out, lse, workspace, early, backend, arguments):
     batch, kv_heads, tokens, _ = keys.sign.shape
     head_dim, device, group = query.shape[2], query.device, query.shape[1] // kv_heads
     heads = SPARSE_HEADS[head_dim]
@@ -85,7 +85,7 @@ def launch_attention(query, keys, values, channel_scale, indices, counts, length
         np.int32(tokens), *_exact(exact_keys), *_exact(exact_values), exact_lengths, np.int32(exact), out,
         np.int32(RUN_TIME_TYPE[out.dtype]), lse, scratch.partial_output, scratch.partial_statistics, scratch.tickets,
         np.int32(group), np.float32(scale * math.log2(math.e))), shared_bytes=shared_bytes, stream=arguments.stream,
-        early=True)
+        early=early)
 
 
 def _keys(codes) -> tuple:
