@@ -81,9 +81,9 @@ struct PartLogits {
   }
 };
 
-// About exp(y - heaviest); 0 for NaN.
+// About exp(y - heaviest); 0 for NaN, whatever heaviest is.
 __device__ __forceinline__ float relative_mass(float y, float heaviest) {
-  return exp2_approx((fmaxf(y, -kLargestFinite) - heaviest) * 1.44269504f);
+  return exp2_approx(fmaxf((y - heaviest) * 1.44269504f, -1000.f));
 }
 
 // Lists the first k of the candidates, or somewhat more, in entries (capacity,), k <= capacity: memory.listed of them.
