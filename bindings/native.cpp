@@ -19,7 +19,12 @@ constexpr bool has_cuda = true;
 void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();   // a launch error stays set until it is read: the next launch must not report it again
-  throw std::runtime_error(what + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+  throw std::runtime_error(what + ": " + cudaGetErrorName(status) + " (" + std::to_string(status) + "): " +
+                           cudaGetErrorString(status));
+}
+
+std::string text(const kvb::Sizes& n) {
+  return "(" + std::to_string(n[0]) + ", " + std::to_string(n[1]) + ", " + std::to_string(n[2]) + ")";
 }
 
 // Makes a device current, and the previous one again at the end.
@@ -43,7 +48,7 @@ class DeviceScope {
 
 // An argument is bytes (a scalar, little endian), an address on the device, or None (a null pointer).
 void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py::sequence& args, size_t shared_bytes,
-            uintptr_t stream, int device, bool early) {
+            uintptr_t stream, int device, bool early, bool cooperative) {
   const kvb::ExportedKernel& kernel = kvb::find_kernel(name);
   kvb::check_argument_count(kernel, args.size());
   std::vector<std::string> scalars(args.size());
@@ -65,24 +70,33 @@ void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py
   const auto* function = reinterpret_cast<const void*>(kernel.address);
   if (shared_bytes > 0)   // more than 48 KiB, with what the kernel declares itself, must be asked for
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), kernel.name);
-  cudaLaunchAttribute attribute{};   // a GPU that cannot start a kernel early is not asked to
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
   int major = 0;
   if (early) check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kernel.name);
-  cudaLaunchConfig_t config{};
+  if (major >= 9) {   // a GPU that cannot start a kernel early is not asked to
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   config.gridDim = dim3(grid[0], grid[1], grid[2]);
   config.blockDim = dim3(block[0], block[1], block[2]);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
   cudaError_t status;
   {
     py::gil_scoped_release release;
     status = cudaLaunchKernelExC(&config, function, values.data());
   }
-  check(status, kernel.name);
+  if (status != cudaSuccess)
+    check(status, kernel.name + ": grid " + text(grid) + ", block " + text(block) + ", " +
+                      std::to_string(shared_bytes) + " bytes of shared memory" + (cooperative ? ", cooperative" : ""));
 }
 
 // 0 without a driver or a GPU.
@@ -103,12 +117,13 @@ py::dict properties(int device) {
   d["memory_bytes"] = p.totalGlobalMem;
   d["l2_bytes"] = p.l2CacheSize;
   d["shared_bytes_per_block"] = p.sharedMemPerBlockOptin;
+  d["cooperative_launch"] = p.cooperativeLaunch != 0;
   return d;
 }
 #else
 constexpr bool has_cuda = false;
 
-void launch(const std::string& name, kvb::Sizes, kvb::Sizes, const py::sequence&, size_t, uintptr_t, int, bool) {
+void launch(const std::string& name, kvb::Sizes, kvb::Sizes, const py::sequence&, size_t, uintptr_t, int, bool, bool) {
   throw std::runtime_error(name + ": this build of kvbench has no CUDA kernels");
 }
 int device_count() { return 0; }
@@ -123,6 +138,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("kernels", &kvb::list_kernels, "[(name, tested limit of registers per thread)]");
   module.def("launch", &launch, py::arg("name"), py::arg("grid"), py::arg("block"), py::arg("args"),
              py::arg("shared_bytes") = 0, py::arg("stream") = 0, py::arg("device") = 0, py::arg("early") = false,
+             py::arg("cooperative") = false,
              "Launch a kernel on a stream of a device, without waiting for it.\n\n"
              "args: bytes (a scalar, little endian), int (an address on the device) or None (a null pointer).\n"
              "Raises RuntimeError with the CUDA error.");

@@ -19,7 +19,7 @@ kvb::emu::Argument array(const py::tuple& span, const kvb::Parameter& parameter)
 }
 
 void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py::sequence& args, size_t shared_bytes,
-            kvb::u64 seed, bool ftz) {
+            kvb::u64 seed, bool ftz, bool cooperative) {
   const kvb::ExportedKernel& kernel = kvb::find_kernel(name);
   kvb::check_argument_count(kernel, args.size());
   std::vector<kvb::emu::Argument> arguments;
@@ -39,8 +39,8 @@ void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py
       throw kvb::argument_error(kernel, i, "(address, nbytes, readonly) or None");
     }
   }
-  kvb::emu::run({&kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared_bytes, seed, ftz},
-                arguments);
+  kvb::emu::run({&kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared_bytes, seed, ftz,
+                 cooperative}, arguments);
 }
 
 }  // namespace
@@ -48,11 +48,13 @@ void launch(const std::string& name, kvb::Sizes grid, kvb::Sizes block, const py
 PYBIND11_MODULE(_simt, module) {
   module.doc() = "The kernels of kvbench.cuda_src compiled for the CPU: one fiber per CUDA thread, for tests.";
   module.def("kernels", &kvb::list_kernels, "[(name, tested limit of registers per thread)]");
+  module.attr("cooperative_threads") = kvb::emu::kCooperativeThreads;
   // The GIL stays held: there is one emulated machine per process.
   module.def("launch", &launch, py::arg("name"), py::arg("grid"), py::arg("block"), py::arg("args"),
-             py::arg("shared_bytes") = 0, py::arg("seed") = 0, py::arg("ftz") = false,
+             py::arg("shared_bytes") = 0, py::arg("seed") = 0, py::arg("ftz") = false, py::arg("cooperative") = false,
              "Run a grid to its end on guarded copies of the arrays.\n\n"
              "args: bytes (a scalar, little endian), (address, nbytes, readonly) (an array) or None (a null pointer).\n"
              "seed: 0 runs threads in order, any other number draws the schedule.  ftz: flush subnormals to zero.\n"
+             "cooperative: blocks may wait for each other; they have at most cooperative_threads threads.\n"
              "Raises RuntimeError naming kernel, block and thread at the first fault; the arrays are then unchanged.");
 }

@@ -55,8 +55,8 @@ def simt_schedule(seed: int = 0, ftz: bool = False):
 def record():
     """Collect the `simt` launches made inside the block, with the arrays as they were before each launch.
 
-    Yields a list of dicts: kernel, grid, block, shared_bytes, early, args; an argument is the bytes of a scalar, a pair
-    (uint8 snapshot of the array's memory, readonly), or None.
+    Yields a list of dicts: kernel, grid, block, shared_bytes, early, cooperative, args; an argument is the bytes of a
+    scalar, a pair (uint8 snapshot of the array's memory, readonly), or None.
     """
     global _recorded
     before, _recorded = _recorded, []
@@ -118,18 +118,39 @@ def multiprocessors(backend: str, device: Device) -> int:
     return 1
 
 
+@functools.cache
+def cooperative_blocks(backend: str, device: Device, threads: int) -> int:
+    """Blocks of so many threads that a cooperative launch may have: one for each multiprocessor, none on a device
+    without such launches; on the emulator as many as it has room for."""
+    if backend == "cuda":
+        import cupy
+
+        attribute = cupy.cuda.runtime.cudaDevAttrCooperativeLaunch
+        supported = cupy.cuda.runtime.deviceGetAttribute(attribute, device.index)
+        return multiprocessors(backend, device) if supported else 0
+    if backend == "native":
+        from kvbench.bindings import _native
+
+        return multiprocessors(backend, device) if _native.properties(device.index)["cooperative_launch"] else 0
+    from kvbench.bindings import _simt
+
+    return _simt.cooperative_threads // threads
+
+
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 @functools.cache
 def get_function(stem: str, name: str, backend: str, device: Device = Device("cpu")):
     """The kernel instance `name` (a C++ name expression) of cuda_src/<stem>.cu, as a callable
 
-        function(grid, block, args, shared_bytes=0, stream=0, early=False)
+        function(grid, block, args, shared_bytes=0, stream=0, early=False, cooperative=False)
 
     grid and block have one to three entries; an argument is an Array, a NumPy scalar of the kernel's own type, or None
     for a null pointer.  early: the kernel calls wait_for_earlier() of cuda_src/include/kvb/device.cuh, and may begin
-    before the one ahead of it has ended (on compute capability 9.0 and above).  The emulator faults a write to what the
-    kernel declares const.  The call does not wait for the kernel (simt: runs it to the end).
+    before the one ahead of it has ended (on compute capability 9.0 and above).  cooperative: all blocks are on the GPU
+    at the same time, so that they may wait for each other (wait_for_tickets() there); the launch raises if they do not
+    fit.  The emulator faults a write to what the kernel declares const.  The call does not wait for the kernel (simt:
+    runs it to the end).
     """
     require(backend)
     return {"cuda": _cupy_function, "native": _native_function, "simt": _simt_function}[backend](stem, name, device)
@@ -178,11 +199,12 @@ def _cupy_function(stem, name, device):
 
     starts_early = _starts_early(cupy.cuda.runtime.getDeviceProperties(device.index)["major"])
 
-    def launch(grid, block, args, shared_bytes=0, stream=0, early=False):
+    def launch(grid, block, args, shared_bytes=0, stream=0, early=False, cooperative=False):
         packed = tuple(np.uint64(_pointer(a)) if _is_pointer(a) else a for a in args)
+        attributes = _launch_attributes(early and starts_early, cooperative)
         with cupy.cuda.Device(device.index), stream_of(stream):
-            if early and starts_early:
-                _launch_early(kernel.kernel.ptr, _three(grid), _three(block), packed, shared_bytes, stream)
+            if attributes:
+                _launch_with(attributes, kernel.kernel.ptr, _three(grid), _three(block), packed, shared_bytes, stream)
             else:
                 kernel(_three(grid), _three(block), packed, shared_mem=shared_bytes)
 
@@ -210,19 +232,25 @@ class _LaunchConfig(ctypes.Structure):
                 ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
 
 
+_COOPERATIVE = _LaunchAttribute(id=2, value=1)
 _PROGRAMMATIC_STREAM_SERIALIZATION = _LaunchAttribute(id=6, value=1)
 
 
-def _launch_early(function, grid, block, args, shared_bytes, stream):
-    """cuLaunchKernelEx with the attribute CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, which CuPy lacks."""
+@functools.cache
+def _launch_attributes(early: bool, cooperative: bool) -> ctypes.Array:
+    wanted = [*([_PROGRAMMATIC_STREAM_SERIALIZATION] if early else []), *([_COOPERATIVE] if cooperative else [])]
+    return (_LaunchAttribute * len(wanted))(*wanted)
+
+
+def _launch_with(attributes, function, grid, block, args, shared_bytes, stream):
+    """cuLaunchKernelEx, which CuPy lacks."""
     values = [ctypes.create_string_buffer(value.tobytes(), value.nbytes) for value in args]
     parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))     # copied by the launch
-    config = _LaunchConfig(grid, block, shared_bytes, stream or None,
-                           ctypes.addressof(_PROGRAMMATIC_STREAM_SERIALIZATION), 1)
+    config = _LaunchConfig(grid, block, shared_bytes, stream or None, ctypes.addressof(attributes), len(attributes))
     status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), parameters, None)
     if status:
         raise RuntimeError(f"cuLaunchKernelEx: CUDA error {status} for grid {grid}, block {block}, "
-                           f"{shared_bytes} bytes of shared memory")
+                           f"{shared_bytes} bytes of shared memory, attributes {[a.id for a in attributes]}")
 
 
 @functools.cache
@@ -233,9 +261,10 @@ def _driver():
 def _native_function(stem, name, device):
     from kvbench.bindings import _native
 
-    def launch(grid, block, args, shared_bytes=0, stream=0, early=False):
+    def launch(grid, block, args, shared_bytes=0, stream=0, early=False, cooperative=False):
         packed = [_pointer(a) or None if _is_pointer(a) else a.tobytes() for a in args]
-        _native.launch(name, _three(grid), _three(block), packed, shared_bytes, stream, device.index, early)
+        _native.launch(name, _three(grid), _three(block), packed, shared_bytes, stream, device.index, early,
+                       cooperative)
 
     return launch
 
@@ -243,13 +272,14 @@ def _native_function(stem, name, device):
 def _simt_function(stem, name, device):
     from kvbench.bindings import _simt
 
-    def launch(grid, block, args, shared_bytes=0, stream=0, early=False):
+    def launch(grid, block, args, shared_bytes=0, stream=0, early=False, cooperative=False):
         if _recorded is not None:
             _recorded.append({"kernel": name, "grid": _three(grid), "block": _three(block),
-                              "shared_bytes": shared_bytes, "early": early,
+                              "shared_bytes": shared_bytes, "early": early, "cooperative": cooperative,
                               "args": [_snapshot(a) if _is_pointer(a) else a.tobytes() for a in args]})
         packed = [_span(a) if _is_pointer(a) else a.tobytes() for a in args]
-        _simt.launch(name, _three(grid), _three(block), packed, shared_bytes, _schedule.seed, _schedule.ftz)
+        _simt.launch(name, _three(grid), _three(block), packed, shared_bytes, _schedule.seed, _schedule.ftz,
+                     cooperative)
 
     return launch
 

@@ -132,17 +132,18 @@ def test_a_broken_kernel_does_not_compile(monkeypatch):
         compile_cubin("broken", [], "sm_90")
 
 
-def test_structures_of_an_early_launch_are_those_of_the_driver(tmp_path):
-    """loaders._launch_early gives the driver its structures without a header."""
+def test_structures_of_a_launch_with_attributes_are_those_of_the_driver(tmp_path):
+    """loaders._launch_with gives the driver its structures without a header."""
     header = next((folder / "cuda.h" for folder in find_cuda_headers() if (folder / "cuda.h").is_file()), None)
     if header is None:
         pytest.skip("no cuda.h among the CUDA headers")
     fields = {"CUlaunchConfig": ("gridDimX", "blockDimX", "sharedMemBytes", "hStream", "attrs", "numAttrs"),
-              "CUlaunchAttribute": ("id", "value")}
+              "CUlaunchAttribute": ("id", "value", "value.cooperative")}
     asked = [f"sizeof({name})" for name in fields] + [
         f"offsetof({name}, {field})" for name, names in fields.items() for field in names]
     asked += ["(size_t)CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
-              "sizeof(((CUlaunchAttributeValue*)0)->programmaticStreamSerializationAllowed)"]
+              "sizeof(((CUlaunchAttributeValue*)0)->programmaticStreamSerializationAllowed)",
+              "(size_t)CU_LAUNCH_ATTRIBUTE_COOPERATIVE", "sizeof(((CUlaunchAttributeValue*)0)->cooperative)"]
     source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
     source.write_text("".join(f"#include <{name}>\n" for name in ("cstddef", "cstdio", "initializer_list", "cuda.h"))
                       + "int main() { for (size_t x : {" + ", ".join(asked) + '}) std::printf("%zu ", x); }\n')
@@ -151,5 +152,6 @@ def test_structures_of_an_early_launch_are_those_of_the_driver(tmp_path):
     config, attribute = loaders._LaunchConfig, loaders._LaunchAttribute
     assert known == [ctypes.sizeof(config), ctypes.sizeof(attribute),
                      *(getattr(config, name).offset for name, _ in config._fields_),
-                     attribute.id.offset, attribute.value.offset,
-                     loaders._PROGRAMMATIC_STREAM_SERIALIZATION.id, attribute.value.size]
+                     attribute.id.offset, attribute.value.offset, attribute.value.offset,
+                     loaders._PROGRAMMATIC_STREAM_SERIALIZATION.id, attribute.value.size,
+                     loaders._COOPERATIVE.id, attribute.value.size]

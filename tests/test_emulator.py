@@ -1,8 +1,10 @@
 """The emulator of cuda_src: planted faults are found, and every intrinsic agrees with a definition of its own.
 
-Kernels: tests/emulator/faults.cu and intrinsics.cu. On a machine with a GPU the intrinsics also run there, so that the
-definitions (of the tensor-core fragments above all) are compared with the hardware.
+Kernels: tests/emulator/faults.cu and intrinsics.cu. On a machine with a GPU the intrinsics, and blocks that wait
+for each other, also run there, so that the definitions (of the tensor-core fragments above all) are compared with the
+hardware.
 """
+import functools
 import itertools
 import re
 import signal
@@ -34,14 +36,26 @@ def faulty():
     return emulator.Emulator("faults.cu")
 
 
-@pytest.fixture(scope="module", params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
-def run(request):
-    if request.param == "simt":
-        return emulator.Emulator("intrinsics.cu")
+BACKENDS = ["simt", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def load(backend, source, *kernels):
+    if backend == "simt":
+        return emulator.Emulator(source)
     cupy = pytest.importorskip("cupy")
     if not cupy.is_available():
         pytest.skip("no GPU")
-    return emulator.Gpu("intrinsics.cu")
+    return emulator.Gpu(source, *kernels)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def run(request):
+    return load(request.param, "intrinsics.cu")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def run_cooperatively(request):
+    return functools.partial(load(request.param, "faults.cu", "share_kernel<true>"), cooperative=True)
 
 
 def test_the_emulator_is_built():
@@ -983,3 +997,46 @@ def test_a_ring_of_asynchronous_copies(run, once, chunks, missing, seed):
     out = np.full(128 * chunks, -1, i32)
     run(f"ring_kernel<{str(once).lower()}>", 1, 32, x, out, i32(chunks), i32(present), seed=seed)
     np.testing.assert_array_equal(out.reshape(-1, 32, 4), expected[:chunks])
+
+
+# ---- cooperative launches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 9])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_blocks_of_a_cooperative_launch_wait_for_each_other(run_cooperatively, blocks, seed):
+    x, shown, tickets = np.arange(1, blocks + 1, dtype=i32), np.zeros(blocks, i32), np.zeros(1, u32)
+    out = np.zeros((blocks, 64), i32)
+    run_cooperatively("share_kernel<true>", blocks, 64, x, shown, tickets, out, i32(0), seed=seed)
+    expected = x.sum() + 1000 * np.arange(blocks)[:, None] + np.roll(np.arange(64), -1)
+    assert (out == expected).all() and tickets[0] == blocks
+
+
+def share(faulty, blocks=3, absent=0, wait=True, **options):
+    out = np.zeros((blocks, 64), i32)
+    faulty(f"share_kernel<{str(wait).lower()}>", blocks, 64, np.ones(blocks, i32), np.zeros(blocks, i32),
+           np.zeros(1, u32), out, i32(absent), **options)
+    return out - 1000 * np.arange(blocks)[:, None] - np.roll(np.arange(64), -1)
+
+
+def test_blocks_that_wait_in_vain_are_named(faulty):
+    with pytest.raises(RuntimeError, match="wait_for_tickets at line .* waits for other blocks in a launch that is"):
+        share(faulty)
+    for seed in (0, 1):
+        with pytest.raises(RuntimeError, match=r"deadlock: blocks wait for each other, from thread \(0,0,0\) in "
+                                               r"wait_for_tickets at line \d+, from thread \(1,0,0\) in __syncthreads"):
+            share(faulty, absent=1, cooperative=True, seed=seed)
+    assert (share(faulty, cooperative=True) == 3).all()   # what the failed launches left does not matter
+
+
+def test_a_missing_wait_for_other_blocks_changes_the_result(faulty):
+    assert (share(faulty, wait=False, cooperative=True) != 3).any()
+
+
+def test_the_room_for_a_cooperative_launch(faulty):
+    """As many blocks as there is room for run, one more does not."""
+    blocks = faulty.module.cooperative_threads // 64
+    assert (share(faulty, blocks, cooperative=True) == blocks).all()
+    with pytest.raises(RuntimeError, match=rf"share_kernel<true>: a cooperative launch has at most {64 * blocks} "
+                                           rf"threads, got {blocks + 1} blocks of 64"):
+        share(faulty, blocks + 1, cooperative=True)

@@ -8,6 +8,7 @@ import pytest
 
 import kvbench
 from kvbench import loaders, registry, trees
+from kvbench.arrays import Device
 from kvbench.reference.block_gtq import Plan
 from kvbench.reference.rotation import Rotation
 from kvbench.reference.turboquant import Projection
@@ -150,3 +151,20 @@ def test_loader_refuses_unknown_kernels_and_arguments():
         launch = loaders.get_function("rotation", "kvb::rotation_dense_kernel<float, 64>", "simt")
         with pytest.raises(TypeError, match="kernel argument: expected an Array"):
             launch((1,), (64,), (3, 4, 5, 6))
+
+
+def test_cooperative_launches_are_recorded_and_limited():
+    if loaders.availability("simt") is not None:
+        return
+    device = Device("cpu")
+    launch = loaders.get_function("rotation", "kvb::rotation_dense_kernel<float, 64>", "simt")
+    blocks = loaders.cooperative_blocks("simt", device, 64)
+    assert blocks == 16 * loaders.cooperative_blocks("simt", device, 1024) > 16
+    nothing = (None, None, None, np.uint64(0))
+    with loaders.record() as launches:
+        launch((blocks,), (64,), nothing)
+        launch((blocks,), (64,), nothing, cooperative=True)
+    assert [launch["cooperative"] for launch in launches] == [False, True]
+    launch((blocks + 1,), (64,), nothing)
+    with pytest.raises(RuntimeError, match=f"a cooperative launch has at most .* got {blocks + 1} blocks of 64"):
+        launch((blocks + 1,), (64,), nothing, cooperative=True)

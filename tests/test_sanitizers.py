@@ -91,10 +91,15 @@ def array(size, dtype=np.int32, readonly=False):
     return np.arange(size).astype(dtype).view(np.uint8), readonly
 
 
-def launch(kernel, threads, *arguments, blocks=1, shared=0):
+def launch(kernel, threads, *arguments, blocks=1, shared=0, cooperative=False):
     arguments = [a if isinstance(a, tuple) or a is None else a.tobytes() for a in arguments]
     return {"kernel": f"kvb::{kernel}", "grid": (blocks, 1, 1), "block": (threads, 1, 1), "shared_bytes": shared,
-            "args": arguments}
+            "cooperative": cooperative, "args": arguments}
+
+
+def share(wait):
+    return launch(f"share_kernel<{wait}>", 64, array(5), array(5), (np.zeros(4, np.uint8), False), array(5 * 64),
+                  i32(0), blocks=5, cooperative=True)
 
 
 i32, i64 = np.int32, np.int64
@@ -104,6 +109,7 @@ RACES = {
     "shuffle_is_no_fence_kernel": launch("shuffle_is_no_fence_kernel", 32, array(32)),
     "global_race_kernel": launch("global_race_kernel", 32, array(33)),
     "copy_for_neighbour_kernel": launch("copy_for_neighbour_kernel<false>", 64, array(256), array(256)),
+    "share_kernel": share("false"),
 }
 OVERRUNS = {
     "read after a global array": launch(
@@ -136,6 +142,7 @@ CLEAN = {
     "barrier": launch("rotate_kernel<true>", 128, array(128), array(128)),
     "warp barrier": launch("rotate_warp_kernel<true>", 32, array(32), array(32)),
     "wait and barrier": launch("copy_for_neighbour_kernel<true>", 64, array(256), array(256)),
+    "wait for other blocks": share("true"),
     "last elements": launch("shared_access_kernel", 32, array(32), i32(31), i32(1), i32(0), blocks=2, shared=128),
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pybind11
 
+from kvbench import loaders
 from kvbench.bindings import toolchain
 
 HERE = Path(__file__).resolve().parent
@@ -45,20 +46,20 @@ class Emulator:
     def __init__(self, *sources: str):
         self.module = load_module(*sources)
 
-    def __call__(self, name, grid, block, *arguments, shared=0, seed=0, ftz=False):
+    def __call__(self, name, grid, block, *arguments, shared=0, seed=0, ftz=False, cooperative=False):
         packed = [None if a is None else (a.ctypes.data, a.nbytes, not a.flags.writeable) if isinstance(a, np.ndarray)
                   else a.tobytes() for a in arguments]
-        self.module.launch(f"kvb::{name}", three(grid), three(block), packed, shared, seed, ftz)
+        self.module.launch(f"kvb::{name}", three(grid), three(block), packed, shared, seed, ftz, cooperative)
 
 
-def compile_cubin(source: str, architecture: str) -> tuple[bytes, dict[str, str]]:
-    """(cubin, {kernel: lowered name}) of test kernels by NVRTC; needs CuPy but no GPU.
+def compile_cubin(source: str, architecture: str, *kernels: str) -> tuple[bytes, dict[str, str]]:
+    """(cubin, {kernel: lowered name}) of test kernels, all or the given ones, by NVRTC; needs CuPy but no GPU.
 
     Without CuPy's own compile options, which would flush subnormals.
     """
     from cupy.cuda import nvrtc
 
-    names = [name for name, _ in load_module(source).kernels()]
+    names = [f"kvb::{name}" for name in kernels] or [name for name, _ in load_module(source).kernels()]
     program = nvrtc.createProgram((HERE / source).read_text(), source, (), ())
     try:
         for name in names:
@@ -74,25 +75,30 @@ def compile_cubin(source: str, architecture: str) -> tuple[bytes, dict[str, str]
 
 
 class Gpu:
-    """The same as Emulator on a GPU; schedules and flushing have no meaning there."""
+    """The same as Emulator on a GPU, for all kernels or the given ones; there schedules and flushing mean nothing."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, *kernels: str):
         import cupy
         from cupy.cuda import function
 
         self.cupy = cupy
-        cubin, lowered = compile_cubin(source, f"sm_{cupy.cuda.Device().compute_capability}")
+        cubin, lowered = compile_cubin(source, f"sm_{cupy.cuda.Device().compute_capability}", *kernels)
         self.module = function.Module()
         self.module.load(cubin)
         self.kernels = {name: self.module.get_function(symbol) for name, symbol in lowered.items()}
 
-    def __call__(self, name, grid, block, *arguments, shared=0, seed=0, ftz=False):
+    def __call__(self, name, grid, block, *arguments, shared=0, seed=0, ftz=False, cooperative=False):
         on_device = [
             self.cupy.asarray(a.view(np.uint8).reshape(-1)) if isinstance(a, np.ndarray) else a for a in arguments
         ]
         packed = [np.uint64(0 if a is None else a.data.ptr) if a is None or isinstance(a, self.cupy.ndarray) else a
                   for a in on_device]
-        self.kernels[f"kvb::{name}"](three(grid), three(block), tuple(packed), shared_mem=shared)
+        kernel = self.kernels[f"kvb::{name}"]
+        if cooperative:
+            loaders._launch_with(loaders._launch_attributes(False, True), kernel.ptr, three(grid), three(block), packed,
+                                 shared, 0)
+        else:
+            kernel(three(grid), three(block), tuple(packed), shared_mem=shared)
         for host, device in zip(arguments, on_device):
             if isinstance(host, np.ndarray) and host.flags.writeable:
                 host.view(np.uint8).reshape(-1)[...] = device.get()
@@ -117,7 +123,8 @@ def write_launches(launches: list[dict], path: Path) -> None:
             name = launch["kernel"].encode()
             file.write(struct.pack("<I", len(name)) + name)
             file.write(
-                struct.pack("<6IQI", *launch["grid"], *launch["block"], launch["shared_bytes"], len(launch["args"]))
+                struct.pack("<6IQ?I", *launch["grid"], *launch["block"], launch["shared_bytes"],
+                            launch["cooperative"], len(launch["args"]))
             )
             for argument in launch["args"]:
                 if argument is None:

@@ -195,6 +195,28 @@ __global__ void __launch_bounds__(32) unwritten_shared_kernel(T* out) {
   s[t] = buffer[t] = T(1.f);   // must be gone when the next block starts
 }
 
+// ---- blocks that wait for each other --------------------------------------------------------------------------------
+
+// out[b] = the sum of x, of which block b has shown its word to the others, and words of its own; shared memory and
+// registers outlive the wait.  Without it a block may read what another has yet to write.  Blocks below `absent` take
+// no ticket.
+template <bool WAIT>
+__global__ void __launch_bounds__(64) share_kernel(const int* x, int* shown, u32* tickets, int* out, int absent) {
+  KVB_SHARED(int, own, [64]);
+  const int t = threadIdx.x, b = blockIdx.x, blocks = gridDim.x;
+  own[t] = 1000 * b + t;
+  if (t == 0) shown[b] = x[b];
+  __syncthreads();
+  if (t == 0 && b >= absent) {
+    take_ticket(tickets);
+    if (WAIT) wait_for_tickets(tickets, blocks);
+  }
+  __syncthreads();
+  int sum = 0;
+  for (int i = 0; i < blocks; ++i) sum += shown[i];
+  out[b * 64 + t] = sum + own[(t + 1) % 64];
+}
+
 }  // namespace kvb
 
 KVB_EXPORT(32, kvb::rotate_kernel<false>)
@@ -231,3 +253,5 @@ KVB_EXPORT(32, kvb::unwritten_shared_kernel<double>)
 KVB_EXPORT(32, kvb::unwritten_shared_kernel<__half>)
 KVB_EXPORT(32, kvb::unwritten_shared_kernel<__nv_bfloat16>)
 KVB_EXPORT(32, kvb::unwritten_shared_kernel<int>)
+KVB_EXPORT(64, kvb::share_kernel<false>)
+KVB_EXPORT(64, kvb::share_kernel<true>)

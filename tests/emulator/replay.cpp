@@ -5,7 +5,8 @@
 // reported a fault, 2 for a file that cannot be read; a sanitizer's report ends the program with its own status.
 //
 // File (tests/emulator/__init__.py writes it; integers little endian):
-//   launch    u32 length, kernel name; u32 grid[3], block[3]; u64 dynamic shared memory; u32 number of arguments
+//   launch    u32 length, kernel name; u32 grid[3], block[3]; u64 dynamic shared memory; u8 cooperative; u32 number of
+//             arguments
 //   argument  u8 kind: 0 null pointer, 1 scalar, 2 array, 3 read-only array; u64 size; the bytes
 #include <cstdio>
 #include <cstdlib>
@@ -43,6 +44,7 @@ struct Recorded {
   std::string kernel;
   unsigned grid[3], block[3];
   size_t shared_bytes;
+  bool cooperative;
   struct Value {
     unsigned char kind;
     std::string bytes;
@@ -56,6 +58,7 @@ Recorded read_launch(Reader& reader) {
   for (unsigned& n : launch.grid) n = reader.read<unsigned>();
   for (unsigned& n : launch.block) n = reader.read<unsigned>();
   launch.shared_bytes = reader.read<unsigned long long>();
+  launch.cooperative = reader.read<unsigned char>();
   launch.arguments.resize(reader.read<unsigned>());
   for (Recorded::Value& argument : launch.arguments) {
     argument.kind = reader.read<unsigned char>();
@@ -77,7 +80,7 @@ void replay(const Recorded& recorded, const kvb::ExportedKernel& kernel, kvb::u6
   }
   const dim3 grid(recorded.grid[0], recorded.grid[1], recorded.grid[2]);
   const dim3 block(recorded.block[0], recorded.block[1], recorded.block[2]);
-  kvb::emu::run({&kernel, grid, block, recorded.shared_bytes, seed}, arguments);
+  kvb::emu::run({&kernel, grid, block, recorded.shared_bytes, seed, false, recorded.cooperative}, arguments);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Host side of the emulator: launches a grid on guarded copies of its arrays.  Blocks run one after another.  Included
-// by the modules and programs that launch kernels, not by kernels.
+// Host side of the emulator: launches a grid on guarded copies of its arrays.  Blocks run one after another, those of
+// a cooperative launch in turns.  Included by the modules and programs that launch kernels, not by kernels.
 #pragma once
 #include <signal.h>
 #include <ucontext.h>
@@ -28,6 +28,7 @@ struct Launch {
   size_t dynamic_shared = 0;
   u64 seed = 0;         // 0: in order; else the schedule
   bool flush = false;   // subnormals count as zero, as CuPy makes NVRTC do (doubles too: x86 cannot tell them apart)
+  bool cooperative = false;   // blocks may wait for each other
 };
 
 // One argument of a launch: a scalar's bytes, an array in caller's memory, or (neither) a null pointer.
@@ -235,7 +236,7 @@ KVB_EMU_OWN inline void fiber_entry() {
   std::abort();   // never resumed
 }
 
-KVB_EMU_OWN inline void report_deadlock() {
+KVB_EMU_OWN inline void report_deadlock(const char* what = "threads wait") {
   std::string waiting;
   const Fiber* last = nullptr;
   for (u32 i = 0; i < machine.threads && waiting.size() < 400; ++i) {
@@ -247,30 +248,44 @@ KVB_EMU_OWN inline void report_deadlock() {
                " at line " + std::to_string(fiber.line);
     last = &fiber;
   }
-  fail_block("deadlock: threads wait %s", waiting.c_str());
+  fail_block("deadlock: %s %s", what, waiting.c_str());
 }
 
 // Fibers get stacks of one size with an inaccessible page below each; where frames begin differs from stack to stack,
 // or all of them would compete for the same cache sets.
-inline char* stack_of(u32 thread) {
-  static Byte* space = nullptr;
-  static u32 ready = 0;
-  const size_t stride = page_size() + kStack;
-  if (!space && !(space = reserve(kMaxThreads * stride))) throw Error("no address space for fiber stacks");
-  for (; ready <= thread; ++ready)
-    if (mprotect(space + ready * stride + page_size(), kStack, PROT_READ | PROT_WRITE))
-      throw Error("no memory for fiber stacks");
-  return reinterpret_cast<char*>(space + thread * stride + page_size());
-}
+struct Stacks {
+  Byte* space;
+  u32 ready;
+
+  static size_t stride() { return page_size() + kStack; }
+  char* of(u32 thread) {
+    if (!space && !(space = reserve(kCooperativeThreads * stride()))) throw Error("no address space for fiber stacks");
+    for (; ready <= thread; ++ready)
+      if (mprotect(space + ready * stride() + page_size(), kStack, PROT_READ | PROT_WRITE))
+        throw Error("no memory for fiber stacks");
+    return reinterpret_cast<char*>(space + thread * stride() + page_size());
+  }
+  // Gives back what one block cannot need: a process may have 65530 mappings, of which each stack takes two.
+  void shrink() {
+    if (ready <= kMaxThreads) return;
+    Byte* const begin = space + kMaxThreads * stride();
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+    if (mmap(begin, (ready - kMaxThreads) * stride(), PROT_NONE, flags, -1, 0) != MAP_FAILED) ready = kMaxThreads;
+  }
+};
+inline Stacks stacks;
 
 KVB_EMU_OWN inline void start_threads() {
+  const u32 first = machine.slot * machine.threads;
+  machine.fiber = fibers + first;
+  machine.warp = warps + machine.slot * ((machine.threads + 31) / 32);
   machine.exited = machine.barrier_arrived = machine.ready_warps = 0;
   machine.barrier_votes = 0;
   for (u32 w = 0; w * 32 < machine.threads; ++w) {
     const u32 count = machine.threads - w * 32;
     Warp& warp = machine.warp[w];
     warp.alive = count >= 32 ? ~0u : (1u << count) - 1;
-    warp.ready = warp.in_collective = warp.at_barrier = 0;
+    warp.ready = warp.in_collective = warp.at_barrier = warp.waiting_for_blocks = 0;
     wake(w, warp.alive);
   }
   for (u32 i = 0; i < machine.threads; ++i) {
@@ -279,25 +294,39 @@ KVB_EMU_OWN inline void start_threads() {
     fiber.warp = i / 32;
     fiber.lane = i % 32;
     fiber.copy_count = fiber.group = 0;
-    make_context(fiber.context, stack_of(i), kStack - i % 13 * 320, fiber_entry);
+    make_context(fiber.context, stacks.of(first + i), kStack - i % 13 * 320, fiber_entry);
   }
 }
 
-KVB_EMU_OWN inline void run_block(const GuardedArrays& arrays) {
+KVB_EMU_OWN inline void begin_block() {
   poison(machine.dynamic_shared.memory);
   for (u32 i = 0; i < machine.shared_variables; ++i) poison(machine.shared_variable[i].memory);
   start_threads();
   KVB_EMU_TSAN(__tsan_release(&machine.start_order));
-  to_fiber(machine.scheduler, next_ready());   // comes back when no thread is ready, or one has failed
-  KVB_EMU_TSAN(__tsan_acquire(&machine.exit_order));   // so that races between blocks are not reported
-  if (machine.error[0]) return;
-  if (machine.exited < machine.threads) return report_deadlock();
+}
+
+// Comes back when no thread is ready, or one has failed.
+KVB_EMU_OWN inline void run_threads() {
+  to_fiber(machine.scheduler, next_ready());
+  // Races between blocks that run one after another are not reported.
+  KVB_EMU_TSAN(__tsan_acquire(&machine.exit_order));
+}
+
+KVB_EMU_OWN inline void end_block(const GuardedArrays& arrays) {
   std::string damage = arrays.describe_damage();
   for (u32 i = 0; i <= machine.shared_variables && damage.empty(); ++i) {
     const SharedVariable& variable = i ? machine.shared_variable[i - 1] : machine.dynamic_shared;
     if (const Byte* p = variable.memory.damaged()) damage = describe(variable, p);
   }
   if (!damage.empty()) fail_block("wrote to %s", damage.c_str());
+}
+
+KVB_EMU_OWN inline void run_block(const GuardedArrays& arrays) {
+  begin_block();
+  run_threads();
+  if (machine.error[0]) return;
+  if (machine.exited < machine.threads) return report_deadlock();
+  end_block(arrays);
 }
 
 // Subnormal results become zero and subnormal operands count as zero while it lives.
@@ -329,11 +358,23 @@ inline void check(const Launch& launch) {
   if (launch.dynamic_shared > kSharedBytes)
     throw Error(launch.kernel->name + ": shared memory exhausted: " + std::to_string(launch.dynamic_shared) +
                 " bytes dynamic, limit " + std::to_string(kSharedBytes));
+  const u64 blocks = u64(grid.x) * grid.y * grid.z;
+  if (launch.cooperative && blocks > kCooperativeThreads / threads)
+    throw Error(launch.kernel->name + ": a cooperative launch has at most " + std::to_string(kCooperativeThreads) +
+                " threads, got " + std::to_string(blocks) + " blocks of " + std::to_string(threads));
 }
 
+// Address space for the shared memory of each block that runs.
+inline Byte* shared_space_of(u32 slot) {
+  static std::vector<Byte*> spaces;
+  while (spaces.size() <= slot) {
+    spaces.push_back(reserve(kSharedSpace));
+    if (!spaces.back()) throw Error("no address space for shared memory");
+  }
+  return spaces[slot];
+}
 inline void open_shared_memory(size_t dynamic_bytes) {
-  if (!machine.shared_space && !(machine.shared_space = reserve(kSharedSpace)))
-    throw Error("no address space for shared memory");
+  machine.shared_space = shared_space_of(machine.slot);
   machine.shared_variables = 0;
   machine.static_shared_bytes = 0;
   machine.dynamic_shared.name = "dynamic shared memory";
@@ -343,6 +384,78 @@ inline void open_shared_memory(size_t dynamic_bytes) {
 inline void close_shared_memory() {
   machine.dynamic_shared.memory.close();
   for (u32 i = 0; i < machine.shared_variables; ++i) machine.shared_variable[i].memory.close();
+}
+
+// The blocks of a cooperative launch, each with what the machine holds while it runs.
+struct CooperativeBlocks {
+  struct Block {
+    uint3 index;
+    BlockState state;
+    bool ended;
+  };
+  std::vector<Block> blocks;
+
+  KVB_EMU_OWN static void resume(const Block& block) {
+    static_cast<BlockState&>(machine) = block.state;
+    blockIdx = block.index;
+  }
+  ~CooperativeBlocks() {
+    for (const Block& block : blocks) {
+      if (block.ended) continue;
+      resume(block);
+      close_shared_memory();
+    }
+    stacks.shrink();
+  }
+};
+
+// Runs the threads of the machine's block until each has exited or waits; whether all have exited.
+KVB_EMU_OWN inline bool run_turn(const GuardedArrays& arrays) {
+  for (u32 w = 0; w * 32 < machine.threads; ++w) {
+    wake(w, machine.warp[w].waiting_for_blocks);
+    machine.warp[w].waiting_for_blocks = 0;
+  }
+  run_threads();
+  if (machine.error[0]) return false;
+  if (machine.exited == machine.threads) {
+    end_block(arrays);
+    return true;
+  }
+  bool waits = false;
+  for (u32 w = 0; w * 32 < machine.threads; ++w) waits |= machine.warp[w].waiting_for_blocks != 0;
+  if (!waits) report_deadlock();
+  return false;
+}
+
+// Runs all blocks in turns.
+template <class Index>
+KVB_EMU_OWN inline void run_cooperative_grid(const Launch& launch, const GuardedArrays& arrays, u32 count,
+                                             const Index& index) {
+  CooperativeBlocks all;
+  // All begin before the first runs: ThreadSanitizer must not see the end of one ordered before the start of another.
+  for (u32 i = 0; i < count; ++i) {
+    machine.slot = i;
+    open_shared_memory(launch.dynamic_shared);
+    all.blocks.push_back({index(i), machine, false});
+    begin_block();
+    all.blocks.back().state = machine;
+  }
+  for (u32 left = count; left;) {
+    const u64 steps = machine.steps;
+    const u32 before = left;
+    for (auto& block : all.blocks) {
+      if (block.ended) continue;
+      CooperativeBlocks::resume(block);
+      block.ended = run_turn(arrays);
+      block.state = machine;
+      if (block.ended) {
+        close_shared_memory();
+        --left;
+      }
+      if (machine.error[0]) return;
+    }
+    if (left == before && machine.steps == steps) return report_deadlock("blocks wait for each other,");
+  }
 }
 
 KVB_EMU_OWN inline void run_grid(const Launch& launch, const GuardedArrays& arrays) {
@@ -359,12 +472,20 @@ KVB_EMU_OWN inline void run_grid(const Launch& launch, const GuardedArrays& arra
   const bool backwards = machine.random && random_bits(1);
   const FlushScope flush(launch.flush);
   const FaultHandler faults(arrays);
-  for (u64 i = 0; i < blocks && !machine.error[0]; ++i) {
+  const auto index = [&](u64 i) KVB_EMU_OWN -> uint3 {
     const u64 b = (start + (backwards ? blocks - i : i)) % blocks;
-    blockIdx = {u32(b % launch.grid.x), u32(b / launch.grid.x % launch.grid.y),
-                u32(b / (u64(launch.grid.x) * launch.grid.y))};
+    return {u32(b % launch.grid.x), u32(b / launch.grid.x % launch.grid.y),
+            u32(b / (u64(launch.grid.x) * launch.grid.y))};
+  };
+  machine.cooperative = launch.cooperative;
+  if (launch.cooperative) return run_cooperative_grid(launch, arrays, u32(blocks), index);
+  machine.slot = 0;
+  open_shared_memory(launch.dynamic_shared);
+  for (u64 i = 0; i < blocks && !machine.error[0]; ++i) {
+    blockIdx = index(i);
     run_block(arrays);
   }
+  close_shared_memory();
 }
 
 // Runs the grid to its end.  Throws Error, naming kernel, block and thread, at the first fault; the caller's arrays are
@@ -381,9 +502,7 @@ inline void run(const Launch& launch, const std::vector<Argument>& arguments) {
   }
   machine.kernel = launch.kernel;
   machine.values = values.data();
-  open_shared_memory(launch.dynamic_shared);
   run_grid(launch, arrays);
-  close_shared_memory();
   if (machine.error[0]) throw Error(machine.error);
   arrays.copy_back();
 }

@@ -1,8 +1,10 @@
-// The emulated machine: one block of CUDA threads at a time, each thread a fiber of one OS thread.
+// The emulated machine: one block of CUDA threads at a time, each thread a fiber of one OS thread.  The blocks of a
+// cooperative launch take turns: one gives way to the next where all of its threads wait for other blocks.
 //
 // What it checks: index arithmetic, packing, tails, barriers, warp collectives, memory bounds, use of shared memory
-// before it is written, missing waits on asynchronous copies.  What it does not: memory ordering between blocks,
-// occupancy, bank conflicts, rounding inside tensor cores, anything about speed.
+// before it is written, missing waits on asynchronous copies.  What it does not: memory ordering between blocks (but
+// ThreadSanitizer does, in a cooperative launch), occupancy, bank conflicts, rounding inside tensor cores, anything
+// about speed.
 //
 // A fiber gives up the CPU only where a CUDA thread waits for others.  With seed 0 the lowest ready thread runs next;
 // any other seed picks at random, so that a missing barrier changes the result.
@@ -42,6 +44,11 @@ constexpr int warpSize = 32;
 namespace kvb::emu {
 
 constexpr u32 kMaxThreads = 1024, kMaxSharedVariables = 32, kMaxCopies = 256;
+#if defined(__SANITIZE_THREAD__)
+constexpr u32 kCooperativeThreads = 4 * kMaxThreads;    // ThreadSanitizer knows no more than 8128 fibers
+#else
+constexpr u32 kCooperativeThreads = 16 * kMaxThreads;   // of all blocks of a launch
+#endif
 constexpr size_t kSharedBytes = 227 * 1024, kStaticSharedBytes = 48 * 1024;   // limits of sm_90
 constexpr size_t kDynamicSlot = 256 * 1024, kStaticSlot = 64 * 1024;          // address space, with room for the guards
 constexpr size_t kSharedSpace = kDynamicSlot + kMaxSharedVariables * kStaticSlot;
@@ -66,6 +73,15 @@ struct Lane {                      // one lane's part in a warp collective
 struct Warp {
   Lane lane[32];
   u32 ready, alive, in_collective, at_barrier;   // bit per lane
+  u32 waiting_for_blocks;                        // the same
+  // Addresses that name orderings to ThreadSanitizer: of the block's barriers (those of its first warp) and, one entry
+  // per mask, of __syncwarp.  Barriers alternate between two, or a thread that wakes late would seem ordered after one
+  // that has already reached the next barrier.
+  char barrier_order[2];
+  struct Order {
+    u32 mask, phase;
+    char order[2];
+  } order[8];
 };
 struct Copy {                      // a cp.async that has been issued and has not landed
   void* to;
@@ -88,18 +104,14 @@ struct SharedVariable {
   Guarded memory;
 };
 
-struct Machine {
-  Fiber fiber[kMaxThreads];
-  Warp warp[32];
-  u32 ready_warps;
-  Context scheduler;
-  Context* switched_from;          // by the latest switch
-  Fiber* current;
-  const ExportedKernel* kernel;
-  void** values;                   // of its arguments
-  u32 threads, exited;
+// What belongs to one block; the blocks of a cooperative launch take turns in the machine with theirs.
+struct BlockState {
+  u32 slot;                        // in what the blocks of a launch share: fibers, warps, stacks, address space
+  Fiber* fiber;                    // of each of its threads
+  Warp* warp;
+  u32 ready_warps, exited;
   // block barrier
-  u32 barrier_arrived;
+  u32 barrier_arrived, barrier_phase;
   int barrier_line, barrier_votes, barrier_result;
   // shared memory: address space for the dynamic part, then one slot for each static variable in order of first use
   Byte* shared_space;
@@ -107,22 +119,29 @@ struct Machine {
   SharedVariable shared_variable[kMaxSharedVariables];
   u32 shared_variables;
   size_t static_shared_bytes;
+};
+
+struct Machine : BlockState {
+  Context scheduler;
+  Context* switched_from;          // by the latest switch
+  Fiber* current;
+  const ExportedKernel* kernel;
+  void** values;                   // of its arguments
+  u32 threads;                     // of a block
+  // cooperative launches: how often a thread has begun or ended to wait for other blocks
+  bool cooperative;
+  u64 steps;
   // schedule
   u64 random_state;
   bool random;
   char error[1024];
-  // Addresses that name orderings to ThreadSanitizer.  Barriers alternate between two, or a thread that wakes late
-  // would seem ordered after one that has already reached the next barrier.
-  char start_order, exit_order, barrier_order[2];
-  u32 barrier_phase;
-  struct WarpOrder {
-    u32 mask, phase;
-    char order[2];
-  } warp_order[32][8];
+  char start_order, exit_order;    // addresses that name orderings to ThreadSanitizer
 };
 // One machine per library, not thread-safe: callers keep the GIL (or a lock) during a launch.  Build libraries with
 // -fvisibility=hidden, or the loader merges the machines of all of them (GNU unique symbols).
 inline Machine machine;
+inline Fiber fibers[kCooperativeThreads];   // most are never touched, and take no memory
+inline Warp warps[kCooperativeThreads];     // as many as there are blocks of one thread
 
 // ---- switching and failing ------------------------------------------------------------------------------------------
 KVB_EMU_OWN inline void to_scheduler() {
@@ -207,6 +226,19 @@ KVB_EMU_OWN inline void maybe_yield() {
   wait("yield", 0);
 }
 
+// Lets other blocks run until ready().
+template <class Ready>
+KVB_EMU_OWN inline void wait_for_blocks(const Ready& ready, const char* what, int line) {
+  ++machine.steps;
+  while (!ready()) {
+    if (!machine.cooperative)
+      fail("%s at line %d waits for other blocks in a launch that is not cooperative", what, line);
+    machine.warp[machine.current->warp].waiting_for_blocks |= 1u << machine.current->lane;
+    wait(what, line);
+  }
+  ++machine.steps;
+}
+
 // ---- block barrier: counts arrivals; threads that have exited no longer count ---------------------------------------
 KVB_EMU_OWN inline void try_release_barrier() {
   if (!machine.barrier_arrived || machine.barrier_arrived + machine.exited < machine.threads) return;
@@ -221,7 +253,7 @@ KVB_EMU_OWN inline void try_release_barrier() {
 }
 // Returns the number of threads with a true `vote`.
 KVB_EMU_OWN inline int block_barrier(bool vote, const char* what, int line) {
-  KVB_EMU_TSAN(char* order = &machine.barrier_order[machine.barrier_phase & 1]; __tsan_release(order));
+  KVB_EMU_TSAN(char* order = &machine.warp->barrier_order[machine.barrier_phase & 1]; __tsan_release(order));
   // CUDA wants all threads of a block at the same barrier, not just at some barrier.
   if (machine.barrier_arrived && machine.barrier_line != line)
     fail("%s at line %d while other threads wait at the barrier of line %d", what, line, machine.barrier_line);
@@ -270,8 +302,8 @@ KVB_EMU_OWN inline const Lane& blame(const Warp& warp, int lane) {
 }
 
 // Orders of __syncwarp, one per mask in use; an eighth mask and later ones share the last entry.
-KVB_EMU_OWN inline Machine::WarpOrder& warp_order(u32 mask) {
-  Machine::WarpOrder* order = machine.warp_order[machine.current->warp];
+KVB_EMU_OWN inline Warp::Order& warp_order(u32 mask) {
+  Warp::Order* order = machine.warp[machine.current->warp].order;
   for (int i = 0; i < 7 && order->mask && order->mask != mask; ++i) ++order;
   order->mask = mask;
   return *order;

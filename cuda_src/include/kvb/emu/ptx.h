@@ -224,7 +224,18 @@ KVB_EMU_OWN void cp_async_wait() {
   emu::land(emu::machine.current->group - 1 - Pending);
 }
 
-inline u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }   // blocks run one after another
+// Only one thread runs at a time, and sees all that others have written; ThreadSanitizer is told what a GPU promises.
+KVB_EMU_OWN inline u32 take_ticket(u32* counter) {
+  KVB_EMU_TSAN(__tsan_release(counter));
+  const u32 taken = atomicAdd(counter, 1u);
+  KVB_EMU_TSAN(__tsan_acquire(counter));
+  return taken;
+}
+KVB_EMU_OWN inline void wait_for_tickets(const u32* counter, u32 tickets, int line = __builtin_LINE()) {
+  emu::wait_for_blocks([=]() KVB_EMU_OWN { return *static_cast<const volatile u32*>(counter) >= tickets; },
+                       "wait_for_tickets", line);
+  KVB_EMU_TSAN(__tsan_acquire(const_cast<u32*>(counter)));
+}
 
 inline u32 permute_bytes(u32 x, u32 y, u32 selector) {
   const u64 bytes = static_cast<u64>(y) << 32 | x;
