@@ -50,14 +50,30 @@
 //            13.9 with a warm cache; as the first to leave 20.8 and 14.4, of a decode step 56.7 us instead of 57.2.
 //   Paths    Tiles that are whole and need neither offset nor sigma are loaded from addresses that differ by constants,
 //            and stored without questions; the others take the long way.
+//
+// rabitq_top_p_kernel: the same, but logits stay in shared memory, and Top-p of each query head follows in the same
+//   launch (kvb/top_p.cuh), for up to four query heads a KV head.
+//   Bytes    The 18.9 MB of codes, 8 MB of bins of the rows at most, in the L2 cache, and what is listed.
+//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads: 300 for logits and bins, 250 for exact masses
+//            and bits.  128 multiprocessors, of 8192 tokens each, 70000: 17600 issue cycles, 10 us at 1.7 GHz.
+//   Latency  On an H100, 128K tokens, 2 %, times of a block's steps in us: 3.8 until the query is rounded, 7.8 for the
+//            logits, 1.8 until bins are on their way, 1.4 until all blocks have come so far, 2.9 for brackets, 6.3 for
+//            masses and bits, 2.8 until the last block sees what the others have left, 5.4 for its search, 4.2 for
+//            positions.  At 32K tokens 3.6, 2.3, 1.7, 1.4, 3.0, 1.7, 1.8, 3.4 and 2.1: three launches are as fast there.
+//            Much of what is done but once is waiting for instructions, which come at some 7 KB a microsecond.
+//   Tried    For a token near the threshold, a loop of the lane's own: 2 us for each, 59 us in all instead of 51; a
+//            branch on heads or on whole tiles in the loop of logits: 9.6 us for it instead of 7.8; every lane with
+//            votes looking for the bin of a bracket among its own: 4.2 us for brackets.  Attention that begins early
+//            changes nothing, with and without let_next_start: 52.4 us a decode step.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/hadamard.cuh"
 #include "kvb/row_tiles.cuh"
+#include "kvb/top_p.cuh"
 
 namespace kvb {
 
-constexpr int kMostRounds = 8, kMostQueries = 16;
+constexpr int kMostRounds = 8;
 
 // Signs of a rotation to shared memory, asynchronously.
 template <int D>
@@ -324,37 +340,47 @@ struct StagedQueries {
   float constant[TILES * 4], kappa[TILES * 4];
 };
 
-// logits[b, kv_head * group + h, t] = scale (r_t (step_h <S_t, codes_h> + low_h <S_t, 1>) + a_t + <q_h, c_k>), -inf
-// from lengths[b] on; sigma likewise r_t kappa_h, and 0.
-// query, rotated, means, signs : as above; `noise` is (1 - E alpha^2) / (D - 1)
-// sign, rescale, offset : as for encode        lengths : (batch), or null
-// logits, sigma : (batch, kv_heads * group, tokens); sigma may be null
-// Grid (blocks, kv_heads, batch); TILES * 4 >= group.
-template <int D, int TILES>
-__global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
-    rabitq_score_kernel(const void* __restrict__ query, int query_type, const float* __restrict__ rotated,
-                        const float* __restrict__ key_mean, u64 key_mean_stride, const float* __restrict__ query_mean,
-                        u64 query_mean_stride, const float* __restrict__ signs, int rounds, float remaining_scale,
-                        int bits, int random, u32 seed, u32 counter, float scale, float noise,
-                        const u32* __restrict__ sign, const __half* __restrict__ rescale,
-                        const __half* __restrict__ offset, u64 batch_stride, u64 head_stride,
-                        const int* __restrict__ lengths, float* logits, float* sigma, int tokens, int group) {
+// What makes logits of the query heads of a KV head of a sequence.
+struct ScoreSource {
+  QuerySource query;
+  const float* signs;        // (rounds, D)
+  int rounds;
+  float remaining_scale;
+  Rounding rounding;
+  float scale, noise;        // noise is (1 - E alpha^2) / (D - 1)
+  const u32* sign;           // (..., D / 32)
+  const __half *rescale, *offset;   // offset may be null
+  u64 base;                  // token, in these, of the first one of the sequence and KV head
+  u64 pair;                  // sequence and KV head
+  int group;
+};
+
+// Tokens that a warp takes at a time.
+template <int D>
+constexpr int kTokensAtOnce = D == 256 ? 32 : 64;
+
+// Logits of the tokens first, first + 1, ... first + kTokensAtOnce - 1 and every `stride` further on, up to `end`, by a
+// warp of the WARPS of a block, all of which call it.  Codes of tokens from `length` on are not read.
+// prepare() is called when the first codes are under way, a barrier before the first result.  These are handed out as
+//   whole(n, at, more, values)    of head 4 n + lane % 4, where there is none, too, and tokens at + more + lane / 4 and
+//                                 8 further on, if no offset and no sigma is wanted; `more` is a constant
+//   single(n, token, value, present, factor)   of others: factor is r; not `present` from `length` on
+// kApart : whole tiles have a loop of their own, without a branch, for which there must be registers
+template <int D, int TILES, int WARPS, bool kApart, class Prepare, class Whole, class Single>
+__device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first, u32 stride, u32 length, u32 end,
+                                           bool wants_sigma, StagedQueries<D, TILES>& staged, const Prepare& prepare,
+                                           const Whole& whole, const Single& single) {
   constexpr int WORDS = D / 32, QUARTERS = D / 64, PARTS = D == 256 ? 2 : 1;    // words of a token that a lane loads
-  constexpr int UNITS = D == 256 ? 2 : 4, TOKENS = 16 * UNITS;                  // products at a time, tokens in all
+  constexpr int TOKENS = kTokensAtOnce<D>, UNITS = TOKENS / 16;                 // products at a time
   KVB_SHARED(float, staged_signs, [kMostRounds * D]);
-  using Staged = StagedQueries<D, TILES>;
-  KVB_SHARED(Staged, staged);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const u64 pair = static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const u64 base = blockIdx.z * batch_stride + blockIdx.y * head_stride;
-  const u32 length = lengths ? min(max(lengths[blockIdx.z], 0), tokens) : tokens;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, group = source.group;
 
   u32 code[UNITS][2][PARTS];
   __half r[UNITS][2];
   auto load = [&](u32 first) {
     const u32 left = length - first;                 // at least 1
-    const u32* own_code = sign + (base + first) * WORDS + (D == 64 ? t % 2 : t);
-    const __half* own_r = rescale + base + first;
+    const u32* own_code = source.sign + (source.base + first) * WORDS + (D == 64 ? t % 2 : t);
+    const __half* own_r = source.rescale + source.base + first;
     auto load_unit = [&](int u, int half, u32 token) {
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) code[u][half][i] = load_once(own_code + token * WORDS + i * 4);
@@ -370,29 +396,26 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
       for (int u = 0; u < 2 * UNITS; ++u) load_unit(u / 2, u % 2, min(static_cast<u32>(u * 8 + g), left - 1));
     }
   };
-  const u32 stride = gridDim.x * 8 * TOKENS;
-  u32 first = (blockIdx.x * 8 + warp) * TOKENS;
   if (first < length) load(first);   // on its way while the query is rounded
 
-  const QuerySource source = {query, query_type, rotated,
-                              query_mean ? query_mean + blockIdx.z * query_mean_stride + blockIdx.y * D : nullptr,
-                              key_mean ? key_mean + blockIdx.z * key_mean_stride + blockIdx.y * D : nullptr};
-  stage_signs<D>(staged_signs, signs, rounds);
-  QueryShare<D> share(source, pair * group + warp, warp < group, lane);   // while the signs are under way
+  stage_signs<D>(staged_signs, source.signs, source.rounds);
+  QueryShare<D> share(source.query, source.pair * group + warp, warp < group, lane);   // while signs are under way
+  prepare();
   cp_async_wait<0>();
   __syncthreads();
-  for (int h = warp; h < TILES * 4; h += 8) {        // a warp rounds a query head, or zeros
-    if (h >= 8) share = QueryShare<D>(source, pair * group + h, h < group, lane);
+  const Rounding& rounding = source.rounding;
+  for (int h = warp; h < TILES * 4; h += WARPS) {    // a warp rounds a query head, or zeros
+    if (h >= WARPS) share = QueryShare<D>(source.query, source.pair * group + h, h < group, lane);
     int codes[D / 32], total[2] = {};
     const QueryScalars scalars =
-        round_query<D>(codes, share, staged_signs, rounds, remaining_scale,
-                       static_cast<u32>((pair * group + h) * D + lane * (D / 32)), lane, {bits, random, seed, counter});
+        round_query<D>(codes, share, staged_signs, source.rounds, source.remaining_scale,
+                       static_cast<u32>((source.pair * group + h) * D + lane * (D / 32)), lane, rounding);
 #pragma unroll
     for (int e = 0; e < D / 32; ++e) {
       // Coordinate 8 s + p of a word: product 2 c + s / 2 has it in operand s % 2, as digit times -8 / 2^s.
       const int d = lane * (D / 32) + e, word = d / 32, s = d / 8 % 4, p = d % 8;
       const int k = 2 * quarter_number<D>(word, p % 2) + s / 2;
-      const int digits[2] = {bits == 8 ? codes[e] & 15 : codes[e], bits == 8 ? codes[e] >> 4 : 1};
+      const int digits[2] = {rounding.bits == 8 ? codes[e] & 15 : codes[e], rounding.bits == 8 ? codes[e] >> 4 : 1};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int owner = (h % 4 * 2 + i) * 4 + quarter_lane<D>(word, p % 2);
@@ -407,11 +430,11 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
     if (lane == 0) {
       staged.sums[h][0] = 4 * total[0];
       staged.sums[h][1] = 4 * total[1];
-      staged.step[h] = 0.25f * scale * scalars.step;
-      staged.low[h] = 0.25f * scale * scalars.low;
-      staged.constant[h] = scale * scalars.constant;
-      const float rest = scalars.step * scalars.step / (random ? 6.f : 12.f);
-      staged.kappa[h] = fabsf(scale) * __fsqrt_rn(D * fmaf(noise, scalars.square, rest));
+      staged.step[h] = 0.25f * source.scale * scalars.step;
+      staged.low[h] = 0.25f * source.scale * scalars.low;
+      staged.constant[h] = source.scale * scalars.constant;
+      const float rest = scalars.step * scalars.step / (rounding.random ? 6.f : 12.f);
+      staged.kappa[h] = fabsf(source.scale) * __fsqrt_rn(D * fmaf(source.noise, scalars.square, rest));
     }
   }
   __syncthreads();
@@ -419,7 +442,6 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
   u32 b[TILES][2 * QUARTERS][2];
   int sums[TILES][2];
   float step[TILES], low[TILES], constant[TILES];
-  float* own_logits = logits + (pair * group + t) * tokens + g;     // of head t of the first tile
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
 #pragma unroll
@@ -433,11 +455,11 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
     low[n] = staged.low[own];
     constant[n] = staged.constant[own];
   }
-  const int high_weight = bits == 8 ? 16 : 0;
+  const int high_weight = rounding.bits == 8 ? 16 : 0;
 
-  for (; first < static_cast<u32>(tokens); first += stride) {
-    u32 own[UNITS][2][PARTS];
-    __half2 factors[UNITS];                          // two to a register
+  u32 own[UNITS][2][PARTS];
+  __half2 factors[UNITS];                            // two to a register
+  auto take = [&] {
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
 #pragma unroll
@@ -447,66 +469,174 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
       factors[u] = __halves2half2(r[u][0], r[u][1]);
     }
     if (first + stride < length) load(first + stride);
-    const bool plain = first + TOKENS <= length && !offset && !sigma;
+  };
+  auto results = [&](int u, float (&factor)[2], float (&result)[TILES][2]) {
+    int sum[TILES][4];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[n][i] = sums[n][i % 2];
+#pragma unroll
+    for (int c = 0; c < QUARTERS; ++c) {
+      u32 x[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        x[half] = own[u][half][D == 256 ? c / 2 : 0] >> 4 * (D == 64 ? t / 2 : c % 2);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const u32 mask = 0x01010101u << 2 * m;
+        const u32 a[4] = {x[0] & mask, x[1] & mask, x[0] & mask << 1, x[1] & mask << 1};
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) mma_m16n8k32<i8>(sum[n], a, b[n][2 * c + m]);
+      }
+    }
+    const float2 both = __half22float2(factors[u]);
+    factor[0] = both.x, factor[1] = both.y;
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int digit = sum[n][2 * half], other = sum[n][2 * half + 1];
+        const float z = fmaf(step[n], static_cast<float>(digit + high_weight * other),
+                             low[n] * static_cast<float>(other));
+        result[n][half] = fmaf(factor[half], z, constant[n]);
+      }
+  };
+  float factor[2], result[TILES][2];
+  if (kApart && !source.offset && !wants_sigma)
+    for (; first + TOKENS <= length; first += stride) {
+      take();
+#pragma unroll
+      for (int u = 0; u < UNITS; ++u) {
+        results(u, factor, result);
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) whole(n, first, u * 16, result[n]);
+      }
+    }
+  for (; first < end; first += stride) {
+    take();
+    const bool plain = !kApart && first + TOKENS <= length && !source.offset && !wants_sigma;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      int sum[TILES][4];
-#pragma unroll
-      for (int n = 0; n < TILES; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[n][i] = sums[n][i % 2];
-#pragma unroll
-      for (int c = 0; c < QUARTERS; ++c) {
-        u32 x[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          x[half] = own[u][half][D == 256 ? c / 2 : 0] >> 4 * (D == 64 ? t / 2 : c % 2);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const u32 mask = 0x01010101u << 2 * m;
-          const u32 a[4] = {x[0] & mask, x[1] & mask, x[0] & mask << 1, x[1] & mask << 1};
-#pragma unroll
-          for (int n = 0; n < TILES; ++n) mma_m16n8k32<i8>(sum[n], a, b[n][2 * c + m]);
-        }
-      }
-      const float2 both = __half22float2(factors[u]);
-      const float factor[2] = {both.x, both.y};
-      float result[TILES][2];
-#pragma unroll
-      for (int n = 0; n < TILES; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int digit = sum[n][2 * half], other = sum[n][2 * half + 1];
-          const float z = fmaf(step[n], static_cast<float>(digit + high_weight * other),
-                               low[n] * static_cast<float>(other));
-          result[n][half] = fmaf(factor[half], z, constant[n]);
-        }
+      results(u, factor, result);
       if (plain) {
 #pragma unroll
-        for (int n = 0; n < TILES; ++n)
-          if (n * 4 + t < group)
+        for (int n = 0; n < TILES; ++n) whole(n, first, u * 16, result[n]);
+        continue;
+      }
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-              own_logits[static_cast<u64>(n * 4) * tokens + first + u * 16 + half * 8] = result[n][half];
-      } else {
+      for (int half = 0; half < 2; ++half) {
+        const u32 token = first + u * 16 + half * 8 + g;
+        if (token >= end) continue;
+        const bool present = token < length;
+        const float additive =
+            source.offset && present ? source.scale * __half2float(source.offset[source.base + token]) : 0.f;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const u32 token = first + u * 16 + half * 8 + g;
-          if (token >= static_cast<u32>(tokens)) continue;
-          const bool present = token < length;
-          const float additive = offset && present ? scale * __half2float(offset[base + token]) : 0.f;
-#pragma unroll
-          for (int n = 0; n < TILES; ++n) {
-            const int h = n * 4 + t;
-            if (h >= group) continue;
-            own_logits[static_cast<u64>(n * 4) * tokens + token - g] = present ? result[n][half] + additive
-                                                                              : -infinity();
-            if (sigma) sigma[(pair * group + h) * tokens + token] = present ? factor[half] * staged.kappa[h] : 0.f;
-          }
-        }
+        for (int n = 0; n < TILES; ++n) single(n, token, result[n][half] + additive, present, factor[half]);
       }
     }
   }
+}
+
+// The arguments that both kernels share.
+// query, rotated, means, signs : as above; `noise` is (1 - E alpha^2) / (D - 1)
+// sign, rescale, offset : as for encode        lengths : (batch), or null
+#define KVB_RABITQ_SCORE_PARAMETERS                                                                                    \
+  const void *__restrict__ query, int query_type, const float *__restrict__ rotated,                                  \
+      const float *__restrict__ key_mean, u64 key_mean_stride, const float *__restrict__ query_mean,                  \
+      u64 query_mean_stride, const float *__restrict__ signs, int rounds, float remaining_scale, int bits, int random, \
+      u32 seed, u32 counter, float scale, float noise, const u32 *__restrict__ sign,                                  \
+      const __half *__restrict__ rescale, const __half *__restrict__ offset, u64 batch_stride, u64 head_stride,       \
+      const int *__restrict__ lengths, int tokens, int group
+// Of the block's sequence, blockIdx.z, and KV head, blockIdx.y.
+#define KVB_RABITQ_SCORE_SOURCE(D)                                                                                  \
+  score_source<D>({query, query_type, rotated, query_mean, key_mean}, query_mean_stride, key_mean_stride, signs,     \
+                  rounds, remaining_scale, {bits, random, seed, counter}, scale, noise, sign, rescale, offset,       \
+                  blockIdx.z * batch_stride + blockIdx.y * head_stride, group)
+template <int D>
+__device__ __forceinline__ ScoreSource score_source(QuerySource query, u64 query_mean_stride, u64 key_mean_stride,
+                                                    const float* signs, int rounds, float remaining_scale,
+                                                    const Rounding& rounding, float scale, float noise,
+                                                    const u32* sign, const __half* rescale, const __half* offset,
+                                                    u64 base, int group) {
+  if (query.mean) query.mean += blockIdx.z * query_mean_stride + blockIdx.y * D;
+  if (query.key_mean) query.key_mean += blockIdx.z * key_mean_stride + blockIdx.y * D;
+  return {query, signs, rounds, remaining_scale, rounding, scale, noise, sign, rescale, offset, base,
+          static_cast<u64>(blockIdx.z) * gridDim.y + blockIdx.y, group};
+}
+
+// logits[b, kv_head * group + h, t] = scale (r_t (step_h <S_t, codes_h> + low_h <S_t, 1>) + a_t + <q_h, c_k>), -inf
+// from lengths[b] on; sigma likewise r_t kappa_h, and 0.
+// logits, sigma : (batch, kv_heads * group, tokens); sigma may be null
+// Grid (blocks, kv_heads, batch); TILES * 4 >= group.
+template <int D, int TILES>
+__global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
+    rabitq_score_kernel(KVB_RABITQ_SCORE_PARAMETERS, float* logits, float* sigma) {
+  using Staged = StagedQueries<D, TILES>;
+  KVB_SHARED(Staged, staged);
+  constexpr int WARPS = 8, TOKENS = kTokensAtOnce<D>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const u32 length = lengths ? min(max(lengths[blockIdx.z], 0), tokens) : tokens;
+  const ScoreSource source = KVB_RABITQ_SCORE_SOURCE(D);
+  const u64 row = source.pair * group + t;           // of head t of the first tile
+  float* own_logits = logits + row * tokens + g;
+  for_logits<D, TILES, WARPS, false>(
+      source, (blockIdx.x * WARPS + warp) * TOKENS, gridDim.x * WARPS * TOKENS, length, tokens, sigma != nullptr,
+      staged, [] {},
+      [&](int n, u32 at, int more, const float (&values)[2]) {
+        if (n * 4 + t < group)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            own_logits[static_cast<u64>(n * 4) * tokens + at + more + half * 8] = values[half];
+      },
+      [&](int n, u32 token, float value, bool present, float factor) {
+        if (n * 4 + t >= group) return;
+        own_logits[static_cast<u64>(n * 4) * tokens + token - g] = present ? value : -infinity();
+        if (sigma)
+          sigma[(row + n * 4) * tokens + token] = present ? factor * staged.kappa[n * 4 + t] : 0.f;
+      });
+}
+
+// Which tokens have a share of the mass of these logits, for each query head, and the union of the query heads of a KV
+// head: scores and Top-p (kvb/top_p.cuh, where other arguments are named) in one launch, whose blocks wait for others.
+// span : tokens of a block, a multiple of kTopPUnit        logits : (batch, q_heads, tokens), written if all are needed
+// Grid (parts, kv_heads, batch), cooperative; 4 >= group.
+template <int D>
+__global__ void __launch_bounds__(selection::kThreads, 1)
+    rabitq_top_p_kernel(KVB_RABITQ_SCORE_PARAMETERS, int span, float* logits, selection::Rendezvous* rendezvous,
+                        u32* row_bins, selection::TopPPart* parts, selection::Bracket* brackets,
+                        selection::PartSums* sums, u32* masks, selection::Entry* entries, int* indices,
+                        int* out_counts, float* mass, u32 share, int least, int most, int mask_words, int capacity) {
+  using namespace selection;
+  using Staged = StagedQueries<D, 1>;
+  KVB_SHARED(Staged, staged);
+  KVB_DYNAMIC_SHARED(char, shared);
+  constexpr int HEADS = 4, TOKENS = kTokensAtOnce<D>;
+  using Memory = TopPMemory<HEADS>;
+  Memory& memory = *reinterpret_cast<Memory*>(shared);
+  const PartRows part = {reinterpret_cast<float*>(shared + sizeof(Memory)), span, static_cast<int>(blockIdx.x) * span,
+                         lengths ? min(max(lengths[blockIdx.z], 0), tokens) : tokens};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const ScoreSource source = KVB_RABITQ_SCORE_SOURCE(D);
+  TopPCounts counts;
+  for_logits<D, 1, kWarps, true>(
+      source, part.first + warp * TOKENS, kWarps * TOKENS, part.end(), part.end(), false, staged,
+      [&] { start_top_p(memory); },
+      [&](int, u32 at, int more, const float (&values)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          counts.add(memory, part, t, static_cast<int>(at - part.first) + more + half * 8 + g, values[half]);
+      },
+      [&](int, u32 token, float value, bool, float) {
+        counts.add(memory, part, t, static_cast<int>(token - part.first), value);
+      });
+  // Of the eight lanes that have the logits of a head.
+  counts.reduce(memory, t, g == 0, 4);
+  choose_top_p<HEADS>(memory, part, group,
+                      {{logits, nullptr, lengths, nullptr, tokens, span, 0, 0, 0, 1}, logits, rendezvous, row_bins,
+                       parts, brackets, sums,
+                       {brackets, sums, masks, entries, indices, out_counts, mass, mask_words, capacity},
+                       {share, least, most, 0}});
 }
 
 }  // namespace kvb
@@ -519,6 +649,7 @@ KVB_EXPORT_TYPE(float)
 KVB_EXPORT_TYPE(__half)
 KVB_EXPORT_TYPE(__nv_bfloat16)
 #define KVB_EXPORT_SIZE(D, ONE, TWO, FOUR)                \
+  KVB_EXPORT(128, kvb::rabitq_top_p_kernel<D>)            \
   KVB_EXPORT(64, kvb::rabitq_quantize_kernel<D>)          \
   KVB_EXPORT(ONE, kvb::rabitq_score_kernel<D, 1>)         \
   KVB_EXPORT(TWO, kvb::rabitq_score_kernel<D, 2>)         \

@@ -22,7 +22,8 @@
 //                            sums exact masses of its part, sets bits for tokens above the bracket, lists those inside.
 //                            The last block of a list (of the query heads of a KV head) finds the last token of each
 //                            prefix among the listed ones, digit by digit of (key, token), all query heads at once,
-//                            sets their bits and turns bits into positions.
+//                            and by comparing all with all where few are left, since equal keys share all digits but
+//                            the last; sets their bits and turns bits into positions (kvb/top_p.cuh).
 //                            The bracket is but a hint: where the exact sums contradict it, or more tokens fall into it
 //                            than a list holds, the last block searches the whole row.
 //
@@ -59,16 +60,11 @@
 #include "kvb/device.cuh"
 #include "kvb/selection.cuh"
 #include "kvb/top_k.cuh"
+#include "kvb/top_p.cuh"
 
 namespace kvb {
 
 using namespace selection;
-
-constexpr int kMaxGroup = kWarps;                 // query heads of a list: a warp each
-constexpr int kChunk = 4096;                      // words of 32 tokens that are turned into positions at a time
-constexpr u32 kShareOne = 1u << 16;
-
-enum Calibration { kPlain, kShrink, kShift };
 
 // Of a part of a row, for the collection.
 struct PartBounds {
@@ -79,90 +75,10 @@ struct PartBounds {
 constexpr u32 kInfinite = 1u << 31;
 static_assert(sizeof(PartBounds) == 16, "BOUNDS_WORDS of kvbench/ops/selection.py");
 
-// Of a part of a row, for the last block.
-struct PartSums {
-  u64 candidates, above, outside;    // masses; above: the bracket
-  u32 count_above, listed;
-};
-static_assert(sizeof(PartSums) == 32, "SUMS_WORDS of kvbench/ops/selection.py");
-
-// Where the prefix of a query head ends: the last key is in [low, high).
-struct Bracket {
-  float largest_key, largest_weight;
-  float low, high;                   // low is finite
-  int candidates;
-  u32 infinite;                      // whether a logit is +infinity
-  int unused[2];
-};
-static_assert(sizeof(Bracket) == 32, "BRACKET_WORDS of kvbench/ops/selection.py");
-
-// The arguments that all kernels share.
-// logits, sigma : (batch, q_heads, tokens), sigma null if plain      lengths : (batch,) or null for `tokens`
-// moments : (batch, q_heads, parts, 4), or null unless shrink
-// span : tokens of a part, a multiple of 32        quads : groups of four tokens that a lane takes of a tile, at most 8
-struct SelectionArguments {
-  const float* logits;
-  const float* sigma;
-  const int* lengths;
-  const double* moments;
-  int tokens, span, quads, sinks, recent, block;
-};
 #define KVB_SELECTION_PARAMETERS                                                                                \
   const float *__restrict__ logits, const float *__restrict__ sigma, const int *__restrict__ lengths,           \
       int tokens, int span, int quads, int sinks, int recent, int block
 
-// One query head of a sequence.
-template <int C>
-struct Row {
-  const float* logits;
-  const float* sigma;
-  int length, start, stop;
-  double mean, prior;   // shrink
-
-  __device__ __forceinline__ Row(const SelectionArguments& a, u64 row, int b)
-      : logits(a.logits + row * a.tokens), sigma(C == kPlain ? nullptr : a.sigma + row * a.tokens) {
-    length = a.lengths ? min(max(a.lengths[b], 0), a.tokens) : a.tokens;
-    start = min(a.sinks, length);
-    const int middle = max(length - start - min(a.recent, length), 0);
-    stop = start + (a.block == 1 ? middle : middle / a.block * a.block);
-    if (C == kShrink && a.moments) {   // parts of the row in their order: count, mean, sum of squares about it, sigma^2
-      double count = 0., squares = 0., noise = 0.;
-      mean = 0.;
-      for (u32 i = 0; i < gridDim.x; ++i) {
-        const double* part = a.moments + (row * gridDim.x + i) * 4;
-        if (part[0] == 0.) continue;
-        const double both = count + part[0], apart = part[1] - mean;
-        squares += part[2] + apart * apart * (count * part[0] / both);
-        mean += apart * (part[0] / both);
-        noise += part[3];
-        count = both;
-      }
-      prior = count == 0. ? 0. : fmax(squares / count - noise / count, 0.);
-    }
-  }
-  // Whether a token of [start, stop) with this logit and noise is a candidate; its key and weight.
-  __device__ __forceinline__ bool correct(float y, float noise, float& key, float& weight) const {
-    if (C == kPlain) {
-      key = weight = y;
-      return is_finite(y);
-    }
-    const float square = __fmul_rn(noise, noise);
-    if (C == kShift) {
-      key = __fsub_rn(y, square);
-      weight = __fsub_rn(y, __fmul_rn(0.5f, square));
-      return is_finite(y) && is_finite(key) && is_finite(weight);
-    }
-    if (!is_finite(y) || !is_finite(noise)) return false;
-    const double wide = square, keep = square == 0.f ? 1. : prior / (prior + wide);
-    key = weight = static_cast<float>(mean + keep * (y - mean) + keep * wide / 2.);
-    return is_finite(key);
-  }
-  __device__ __forceinline__ bool candidate(int t, float& key, float& weight) const {
-    return correct(logits[t], C == kPlain ? 0.f : sigma[t], key, weight);
-  }
-  // The number that decides in the end.
-  __device__ __forceinline__ float deciding(int t, float key) const { return C == kShift ? logits[t] : key; }
-};
 
 // The tokens [begin, end) of the block's part, in tiles of 128 quads tokens, one per warp at a time.
 // kAtOnce : quads that are loaded together, while those before them are worked on
@@ -474,8 +390,7 @@ __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const 
     const float lowest = bound(below) - bracket.largest_weight;
     count[j] = below >= 0 ? group_counts[j] : 0;
     mass[j] = C == kShift ? (below >= 0 ? static_cast<u64>(row_masses[C == kShift ? from * PER_THREAD + 3 - j : 0]) : 0)
-                          : count[j] * static_cast<u64>(__float2uint_rn(exp2_approx(fminf(lowest, 0.f) * LOG2_E) *
-                                                                        2147483648.f));
+                          : PrefixEstimate<C>::mass_of_bin(count[j], lowest);
     own_count += count[j];
     own_mass += mass[j];
   }
@@ -492,22 +407,7 @@ __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const 
     own_mass = __shfl_sync(0xffffffffu, masses_upto, kWarps - 1);
   }
   const u64 everything = own_mass;
-  least = min(least, candidates);
-  most = min(most, candidates);
-  // What the masses of keys are times these at most; and each is rounded, here and there, to an integer.
-  constexpr float WIDEST = C == kShift ? 1.001f : 1.0158f, SLACK = 1.0001f;
-  const float taken = static_cast<float>(kShareOne - min(share, kShareOne)), left = static_cast<float>(share);
-  // Whether `outside + prefix >= share (outside + prefix + rest)`.
-  auto enough = [&](u64 prefix, u32 size, bool surely) {
-    const float rest = static_cast<float>(everything - prefix);
-    const float rounded = 2.f * static_cast<float>(size), others = 2.f * static_cast<float>(candidates - size);
-    const float inside = static_cast<float>(prefix);
-    const bool heavy = surely ? taken * (outside + fmaxf(inside - rounded, 0.f)) >=
-                                    left * (rest * WIDEST + others) * SLACK
-                              : taken * (outside + inside * WIDEST + rounded) * SLACK >=
-                                    left * fmaxf(rest - others, 0.f);
-    return (heavy && share < kShareOne && static_cast<int>(size) >= least) || static_cast<int>(size) >= most;
-  };
+  const PrefixEstimate<C> enough = {everything, outside, share, candidates, least, most};
 #pragma unroll
   for (int surely = 0; surely < 2; ++surely) {   // both sums grow
     if (threadIdx.x == 0 && enough(0, 0, surely)) atomicMin(&ends[surely], -1);
@@ -525,88 +425,9 @@ __device__ __forceinline__ Bracket find_bracket(const PartBounds* bounds, const 
     atomicMin(&ends[surely], max(bin, 0));
   }
   __syncthreads();
-  bracket.high = ends[0] <= 0 ? infinity : bound(min(ends[0] - 1, kBins - PER_THREAD));   // counted in any case
-  bracket.low = ends[1] < 0 ? infinity : ends[1] == kBins ? -kLargestFinite : bound(ends[1]);
-  bracket.low = fminf(bracket.low, kLargestFinite);
+  set_bounds(bracket, ends, static_cast<int>(top), kBins - PER_THREAD);
   return bracket;
 }
-
-// The list of a part, of which this thread has every `threads`-th entry.
-struct PartList {
-  const Entry* entries;
-  Entry held[2];   // its first ones
-  int head, length, rank, threads;
-
-  // Lists of the parts of `group` rows, to all threads of the block.
-  __device__ __forceinline__ PartList(const Entry* all, const PartSums* sums, u64 first_row, int group, int parts,
-                                      int capacity) {
-    threads = kThreads / (group * parts);
-    rank = static_cast<int>(threadIdx.x) % threads;
-    const int list = static_cast<int>(threadIdx.x) / threads, own = list < group * parts ? list : 0;
-    head = own / parts;
-    const u64 part = first_row * parts + own;
-    const u32 listed = __ldcg(&sums[part].listed);
-    entries = all + part * capacity;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {   // whether they are there is not known yet
-      const u64 entry = __ldcg(reinterpret_cast<const u64*>(entries + min(rank + i * threads, capacity - 1)));
-      held[i] = {static_cast<u32>(entry), static_cast<int>(entry >> 32)};
-    }
-    length = list < group * parts ? static_cast<int>(min(listed, static_cast<u32>(capacity))) : 0;
-  }
-  template <class Visit>
-  __device__ __forceinline__ void visit(const Visit& f) const {   // f(key, token)
-    int i = 0;
-#pragma unroll 1
-    for (int at = rank; at < length; at += threads, ++i) {
-      const Entry entry = i == 0 ? held[0] : i == 1 ? held[1] : entries[at];
-      f(entry.key, entry.token);
-    }
-  }
-};
-// Two sets of tokens for find_last, by key or by logit.
-template <int C>
-struct ListedTokens {
-  const PartList& list;
-  const SelectionArguments& arguments;
-  u64 row_id;
-  float heaviest;
-  template <class Visit>
-  __device__ __forceinline__ void visit(const Visit& f) const {
-    if (C == kShift) {
-      const Row<C> row(arguments, row_id, blockIdx.z);
-      list.visit([&](u32 key, int t) {
-        float same, weight;
-        row.candidate(t, same, weight);
-        f(list.head, rank_of(key, 0), mass_of(weight, heaviest));
-      });
-    } else {
-      list.visit([&](u32 key, int t) { f(list.head, rank_of(key, t), mass_of(from_order_key(key), heaviest)); });
-    }
-  }
-};
-template <int C, bool kByLogit>
-struct RowTokens {
-  const Row<C>& row;
-  int head;
-  float heaviest;
-  template <class Visit>
-  __device__ __forceinline__ void for_candidates(const Visit& f) const {   // f(token, key, weight)
-    constexpr int AT_ONCE = C == kPlain ? 4 : 1;   // registers are scarce
-#pragma unroll AT_ONCE
-    for (int t = row.start + static_cast<int>(threadIdx.x); t < row.stop; t += kThreads) {
-      float key, weight;
-      if (row.candidate(t, key, weight)) f(t, key, weight);
-    }
-  }
-  template <class Visit>
-  __device__ __forceinline__ void visit(const Visit& f) const {
-    for_candidates([&](int t, float key, float weight) {
-      if (kByLogit) f(head, rank_of(order_key(row.logits[t]), t), 0u);
-      else f(head, rank_of(order_key(key), C == kShift ? 0 : t), mass_of(weight, heaviest));
-    });
-  }
-};
 
 // Transposes 8x8 nibbles: lane 8 g + r gives nibbles i = 0 .. 7 and receives nibble r of the lanes 8 g + i.
 __device__ __forceinline__ u32 transpose_nibbles(u32 x) {
@@ -722,195 +543,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const u32 list_id = (blockIdx.z * gridDim.y + blockIdx.y) / static_cast<u32>(group);
   if (!is_last_block(tickets + list_id, gridDim.x * group)) return;
-
-  // ---- the last block of the list ----
-  const u64 first_row = list_id * static_cast<u64>(group);
   KVB_DYNAMIC_SHARED(u32, digits);   // (group, 3, kDigits)
-  KVB_SHARED(u32, chosen, [kChunk]);
-  KVB_SHARED(Search, searches, [kMaxGroup]);
-  KVB_SHARED(Bracket, own_brackets, [kMaxGroup]);
-  KVB_SHARED(int, rewrite, [kMaxGroup]);   // whether the bits of a query head have to be set anew
-  KVB_SHARED(int, int_sums, [kWarps]);
-  KVB_SHARED(u64, totals, [2][kMaxGroup]);   // masses: of what is always kept, of everything
-  const int words = (Row<kPlain>(arguments, row_id, blockIdx.z).stop + 31) / 32;   // of all rows of a list
-  auto load_words = [&](int from) {   // into `chosen`, the union of the query heads
-    for (int i = static_cast<int>(threadIdx.x) * 4; i < min(kChunk, words - from); i += kThreads * 4) {
-      uint4 bits = {0, 0, 0, 0};
-#pragma unroll 4
-      for (int h = 0; h < group; ++h) {
-        const uint4 more = __ldcg(reinterpret_cast<const uint4*>(masks + (first_row + h) * mask_words + from + i));
-        bits.x |= more.x, bits.y |= more.y, bits.z |= more.z, bits.w |= more.w;
-      }
-      *reinterpret_cast<uint4*>(chosen + i) = bits;
-    }
-  };
-  // What is needed from memory, asked for at once.
-  const PartList list(entries, sums, first_row, group, parts, capacity);
-  const u64 own_row = first_row + min(warp, group - 1);
-  const u32 bracket_word = lane < 8 ? __ldcg(reinterpret_cast<const u32*>(brackets + own_row) + lane) : 0;
-  PartSums own = {0, 0, 0, 0, 0};
-  if (lane < parts) {
-    const u64* from = reinterpret_cast<const u64*>(sums + own_row * parts + lane);
-    const u64 both = __ldcg(from + 3);
-    own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), static_cast<u32>(both), static_cast<u32>(both >> 32)};
-  }
-  for (int i = threadIdx.x; i < group * 3 * kDigits; i += kThreads) digits[i] = 0;
-  load_words(0);
-  if (warp < group) {
-    if (lane < 8) reinterpret_cast<u32*>(own_brackets + warp)[lane] = bracket_word;
-    __syncwarp();
-    const bool overflow = __any_sync(0xffffffffu, own.listed > static_cast<u32>(capacity));
-    const u64 outside = warp_sum(own.outside), everything = warp_sum(own.candidates) + outside;
-    const u64 mass_above = warp_sum(own.above);
-    const u32 count_above = warp_sum(own.count_above);
-    if (lane == 0) {
-      const Bracket& bracket = own_brackets[warp];
-      // ceil(share everything / 65536) without overflow
-      long long target = static_cast<long long>(share * (everything >> 16) +
-                                                ((share * (everything & 0xffff) + 0xffff) >> 16)) -
-                         static_cast<long long>(outside);
-      if (share >= kShareOne) target = 0x7fffffffffffffffll;   // what has no mass, too
-      Search& search = searches[warp];
-      search.enough = {target, min(least, bracket.candidates), min(most, bracket.candidates)};
-      search.mass = mass_above;
-      search.count = count_above;
-      search.state = kSearching;
-      // Among the listed keys; where subnormal numbers count as zero, it stands for them, too.
-      constexpr u32 SUBNORMAL = 0x00800000u;
-      const bool bounded_above = bracket.high <= kLargestFinite;
-      const u32 largest = order_key(bracket.largest_key) + (bracket.largest_key == 0.f ? SUBNORMAL : 0u);
-      search.low = rank_of(bounded_above ? order_key(bracket.high) - 1 : largest, 0);
-      search.high = rank_of(order_key(bracket.low) - (bracket.low == 0.f ? SUBNORMAL : 0u), -1);
-      search.shift = digit_shift(search.low, search.high);
-      rewrite[warp] = 0;
-      if (search.enough(0, 0)) {
-        search.state = kNothing;
-        search.mass = 0;
-        rewrite[warp] = bounded_above;
-      } else if (overflow || search.enough(mass_above, count_above) || search.low > search.high) {
-        search.state = kFailed;
-      }
-      totals[0][warp] = outside;
-      totals[1][warp] = everything;
-    }
-  }
-  __syncthreads();
-
-  constexpr LastRank LAST = C == kShift ? kEveryTie : kAnyBetween;
-  find_last<LAST>(searches, 0, group, digits,
-                  ListedTokens<C>{list, arguments, first_row + list.head, own_brackets[list.head].largest_weight});
-
-  // What is rare: a search of the whole row; and with "shift" one by the logit.
-  bool anew = false;   // whether bits were written since they were loaded
-  for (int h = 0; h < group; ++h) {
-    Search& search = searches[h];
-    if (search.state != kFailed && !rewrite[h] && !(C == kShift && bounded)) continue;
-    const Row<C> row(arguments, first_row + h, blockIdx.z);
-    const Bracket& bracket = own_brackets[h];
-    u32* row_words = masks + (first_row + h) * mask_words;
-    const RowTokens<C, false> row_tokens = {row, h, bracket.largest_weight};
-    auto whole_row = [&] {
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        search.low = rank_of(order_key(kLargestFinite), 0);
-        search.high = rank_of(order_key(-kLargestFinite), -1);
-        search.mass = 0;
-        search.count = 0;
-        search.shift = digit_shift(search.low, search.high);
-        search.state = kSearching;
-        rewrite[h] = 1;
-      }
-      __syncthreads();
-    };
-    if (search.state == kFailed) {
-      whole_row();
-      find_last<LAST>(searches, h, h + 1, digits, row_tokens);
-    }
-    if (C == kShift && bounded && search.state == kFound) {
-      // All tokens whose logit reaches the key of the crossing one; if they are too many, the first `most` by logit.
-      int passing = 0;
-      row_tokens.for_candidates([&](int t, float, float) {
-        passing += rank_of(order_key(row.logits[t]), t) <= search.high;
-      });
-      if (block_sum(passing, int_sums) > search.enough.most) {
-        whole_row();
-        if (threadIdx.x == 0) search.enough = {0, search.enough.most, search.enough.most};
-        find_last<kItsKey>(searches, h, h + 1, digits, RowTokens<C, true>{row, h, 0.f});
-        u64 reached = 0;
-        row_tokens.for_candidates([&](int, float key, float weight) {
-          if (rank_of(order_key(key), 0) <= search.high) reached += mass_of(weight, bracket.largest_weight);
-        });
-        reached = block_sum(reached, warp_sums[0]);
-        if (threadIdx.x == 0) search.mass = reached;
-      }
-    }
-    __syncthreads();
-    if (!rewrite[h]) continue;
-    anew = true;
-#pragma unroll 1
-    for (int t = static_cast<int>(threadIdx.x); t < words * 32; t += kThreads) {
-      float key, weight;
-      const bool usable = t >= row.start && t < row.stop && row.candidate(t, key, weight);
-      const u32 bits = __ballot_sync(0xffffffffu, usable && search.state == kFound &&
-                                                      rank_of(order_key(row.deciding(t, key)), t) <= search.high);
-      if (lane == 0) row_words[t / 32] = bits;
-    }
-  }
-  // ---- bits to positions ----
-  int* positions = indices + static_cast<u64>(list_id) * tokens;
-  int written = 0;
-  for (int from = 0; from < words; from += kChunk) {
-    if (from || anew) {
-      __syncthreads();
-      load_words(from);
-      __syncthreads();
-    }
-    if (searches[list.head].state == kFound && !rewrite[list.head])
-      list.visit([&](u32 key, int t) {
-        if (C == kShift) key = order_key(logits[(first_row + list.head) * tokens + t]);
-        if (rank_of(key, t) <= searches[list.head].high && t / 32 >= from && t / 32 < from + kChunk)
-          atomicOr(&chosen[t / 32 - from], 1u << (t % 32));
-      });
-    __syncthreads();
-    // Each warp takes neighbouring words, a row of 32 at a time, so that its stores are neighbours, too.
-    constexpr int ROWS = kChunk / kThreads;
-    const int size = min(kChunk, words - from), rows = (size + kThreads - 1) / kThreads;
-    u32 bits[ROWS], upto[ROWS / 2];   // upto: numbers of bits in rows 2 i and 2 i + 1, in its halves
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const int word = (warp * rows + i) * 32 + lane;
-      bits[i] = i < rows && word < size ? chosen[word] : 0u;
-    }
-    u32 count = 0;
-#pragma unroll
-    for (int i = 0; i < ROWS; i += 2) {
-      upto[i / 2] = warp_prefix(static_cast<u32>(__popc(bits[i]) | __popc(bits[i + 1]) << 16));
-      const u32 both = __shfl_sync(0xffffffffu, upto[i / 2], 31);
-      count += (both & 0xffff) + (both >> 16);
-    }
-    if (lane == 0) int_sums[warp] = static_cast<int>(count);
-    __syncthreads();   // `chosen` has been read, too
-    const int before = warp_prefix<kWarps>(lane < kWarps ? int_sums[lane] : 0);
-    int at = written + __shfl_sync(0xffffffffu, before, warp) - static_cast<int>(count);
-    written += __shfl_sync(0xffffffffu, before, kWarps - 1);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const int own_upto = static_cast<int>(i % 2 ? upto[i / 2] >> 16 : upto[i / 2] & 0xffff);
-      int* place = positions + (at + own_upto - __popc(bits[i]));
-      const int first = (from + (warp * rows + i) * 32 + lane) * 32 - 1;
-#pragma unroll 1
-      for (u32 left = bits[i]; left; left &= left - 1) *place++ = first + __ffs(static_cast<int>(left));
-      at += __shfl_sync(0xffffffffu, own_upto, 31);
-    }
-  }
-  if (threadIdx.x == 0) out_counts[list_id] = written;
-  if (static_cast<int>(threadIdx.x) < group) {
-    const u64 reached = searches[threadIdx.x].mass + totals[0][threadIdx.x], everything = totals[1][threadIdx.x];
-    mass[first_row + threadIdx.x] =
-        own_brackets[threadIdx.x].candidates && everything
-            ? __fdiv_rn(static_cast<float>(reached), static_cast<float>(everything)) : 1.f;
-  }
+  finish_lists<C>(arguments, {brackets, sums, masks, entries, indices, out_counts, mass, mask_words, capacity},
+                  {share, least, most, bounded}, list_id, group, digits, [](bool) {});
 }
+
 
 // The first k of each query head, in one launch, a list each (kvb/top_k.cuh, where other arguments are named).
 // quads : not looked at

@@ -26,7 +26,7 @@ from kvbench.reference.rabitq import BLOCK, Encoded
 from kvbench.reference.rotation import Rotation, haar, hadamard
 from kvbench.reference.self_indexing import CENTRES, CODES, SUBVECTOR
 from kvbench.scores import Scores
-from kvbench.selectors import Selection, Selector, TopK
+from kvbench.selectors import Selection, Selector, TopK, TopP
 
 __all__ = ["Index", "Quest", "QuestPages", "RaBitQ", "RaBitQTokens", "Scores", "SignVQ", "SignVQCodebook", "TurboQuant"]
 
@@ -196,6 +196,18 @@ class RaBitQ(Index):
                               scale=scale, return_sigma=self.noise, out=given.logits, sigma=given.sigma, stream=stream,
                               backend=backend)
         return scores if out is None else out
+
+    def select(self, selector, q, coded: RaBitQTokens, keys=None, *, kv_heads=None, lengths=None, scale=None,
+               scores=None, out=None, workspace=None, stream=None, backend=None) -> Selection:
+        """As `Index.select`; scores and Top-p are one launch where the GPU has room for it."""
+        plain = isinstance(selector, TopP) and selector.united and not selector.calibrated
+        if not plain or selector.sinks or selector.recent or kv_heads != coded.sign.shape[1]:
+            return super().select(selector, q, coded, keys, kv_heads=kv_heads, lengths=lengths, scale=scale,
+                                  scores=scores, out=out, workspace=workspace, stream=stream, backend=backend)
+        return rabitq.select_top_p(q, self.encoded(coded), self.turn, selector.p, query_bits=self.query_bits,
+                                   lengths=lengths, scale=scale, min_tokens=selector.minimum,
+                                   max_tokens=selector.maximum, scores=None if scores is None else scores.logits,
+                                   out=out, workspace=workspace, stream=stream, backend=backend)
 
     def encoded(self, coded: RaBitQTokens) -> Encoded:
         """The same arrays as the operators of `ops.rabitq` take them."""

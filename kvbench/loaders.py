@@ -119,9 +119,23 @@ def multiprocessors(backend: str, device: Device) -> int:
 
 
 @functools.cache
+def shared_bytes(backend: str, device: Device) -> int:
+    """Shared memory that a block may have; on the emulator as on compute capability 9.0."""
+    if backend == "cuda":
+        import cupy
+
+        return cupy.cuda.runtime.getDeviceProperties(device.index)["sharedMemPerBlockOptin"]
+    if backend == "native":
+        from kvbench.bindings import _native
+
+        return _native.properties(device.index)["shared_bytes_per_block"]
+    return 227 * 1024
+
+
+@functools.cache
 def cooperative_blocks(backend: str, device: Device, threads: int) -> int:
     """Blocks of so many threads that a cooperative launch may have: one for each multiprocessor, none on a device
-    without such launches; on the emulator as many as it has room for."""
+    without such launches; on the emulator as many as it has room for, and none without it."""
     if backend == "cuda":
         import cupy
 
@@ -132,6 +146,8 @@ def cooperative_blocks(backend: str, device: Device, threads: int) -> int:
         from kvbench.bindings import _native
 
         return multiprocessors(backend, device) if _native.properties(device.index)["cooperative_launch"] else 0
+    if availability(backend):
+        return 0
     from kvbench.bindings import _simt
 
     return _simt.cooperative_threads // threads

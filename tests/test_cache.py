@@ -1557,7 +1557,8 @@ def test_a_saved_cache_is_an_ordinary_safetensors_file(saved):
 ATTENTION = {"exact": "attention_decode", "kivi": "kivi_attention", "turboquant": "turboquant_attention",
              "block_gtq": "block_gtq_attention", "rabitq": "attention_sparse", "quest": "attention_sparse",
              "twilight": "attention_sparse", "self_indexing": "self_indexing_attention"}
-SCORE = {"rabitq": "rabitq_score", "quest": "quest_score", "twilight": "turboquant_logits"}
+SCORE = {"quest": "quest_score", "twilight": "turboquant_logits"}
+SELECT = {"rabitq": "rabitq_top_p", "self_indexing": "self_indexing_top_k"}     # scores and selection
 
 
 @pytest.mark.skipif(loaders.availability("simt") is not None, reason=str(loaders.availability("simt")))
@@ -1579,8 +1580,8 @@ def test_a_step_launches_its_parts_and_nothing_else(name, monkeypatch):
     assert sum(array.nbytes for array in allocated) < (1024 if name == "block_gtq" else 1)
     names = [launch["kernel"].removeprefix("kvb::").partition("<")[0].removesuffix("_kernel") for launch in launches]
     assert [launch["early"] for launch in launches] == [False] * (len(names) - 1) + [name == "self_indexing"]
-    if name == "self_indexing":
-        assert names == ["self_indexing_top_k", ATTENTION[name]]
+    if name in SELECT:
+        assert names == [SELECT[name], ATTENTION[name]]
     elif made.index is not None:
         assert names[0] == SCORE[name] and names[-1] == ATTENTION[name]
         assert all(inner.startswith("selection_") for inner in names[1:-1])

@@ -14,6 +14,7 @@ import pytest
 from kvbench import loaders
 from kvbench.bindings import missing
 from kvbench.bindings.toolchain import find_cuda_headers, find_cxx
+from kvbench.ops import selection
 
 nvrtc = pytest.importorskip("cupy.cuda", reason="NVRTC comes with CuPy").nvrtc   # no module that can be imported
 pytestmark = pytest.mark.skipif(missing("_simt") is not None, reason=str(missing("_simt")))
@@ -107,6 +108,12 @@ def test_rings_begin_at_a_line_of_shared_memory(stem, name, architecture):
     """Behind static variables, too: 16 bytes further on, all that arrives takes two lines, and 6 % more time."""
     static = compile_cubin(stem, [name], architecture)[name][4]
     assert static and static % 128 == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_there_is_room_beside_static_variables(head_dim):
+    name = f"kvb::rabitq_top_p_kernel<{head_dim}>"
+    assert compile_cubin("rabitq", [name], "sm_90")[name][4] <= selection.TOP_P_STATIC
 
 
 def test_a_refused_copy_is_found(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import TESTED_BACKENDS, needs
 from kvbench import arrays, loaders, registry, trees
-from kvbench.ops import rabitq, rabitq_launch, turboquant
+from kvbench.ops import rabitq, rabitq_launch, selection, turboquant
 from kvbench.reference import rabitq as reference
 from kvbench.reference.rabitq import Encoded
 from kvbench.reference.rotation import Rotation, haar, hadamard
@@ -20,6 +20,7 @@ from strategies.arrays import NUMPY_TYPE, fill, groups, head_dims, seeds
 from strategies.rabitq import index_in_a_store, random_index
 
 BACKENDS = [needs(backend) for backend in TESTED_BACKENDS]
+CUDA_BACKENDS = [needs(backend) for backend in TESTED_BACKENDS if backend not in ("reference", "cpu")]
 HOST_BACKENDS = [needs(backend) for backend in ("reference", "cpu")]
 dtypes = st.sampled_from(sorted(NUMPY_TYPE))
 
@@ -349,6 +350,122 @@ def test_blocks_of_a_score_fit_at_once_and_have_equal_work(tokens, pairs):
         assert -(-steps // blocks) - steps / blocks < 1
 
 
+# ----------------------------------------------------------------------------------------------------------- selection
+
+
+def some_index(content, tokens, head_dim):
+    """(float32 query of two KV heads with up to 4 query heads, index) whose logits are as `content` says."""
+    rng = np.random.default_rng(7)
+    encoded = random_index(rng, (1, 2, tokens), head_dim, key_mean=True, query_mean=content == "offset")
+    encoded.rescale[...] = rng.uniform(1, 1.5, encoded.rescale.shape)
+    query = 3 * normal(8, (1, 8, head_dim), "float32")
+    if content == "wide":                   # further apart than a part has bins
+        query *= 30
+    elif content == "apart":                # parts, from one another, than a row has bins
+        encoded.rescale[:, :, : tokens // 2] *= 100
+    elif content == "equal":                # more than a list has room for
+        encoded.sign[...] = encoded.sign[:, :, :1]
+        encoded.rescale[...] = 1
+    elif content == "ties":
+        encoded.sign[...] = encoded.sign[:, :, rng.integers(0, 20, tokens)]
+        encoded.rescale[...] = 1
+    elif content == "huge":                 # some overflow
+        query *= np.float32(1e37)
+    elif content == "tiny":
+        query *= np.float32(1e-39)
+        encoded.key_mean[...] *= np.float32(1e-39)
+    elif content in ("masked", "nothing"):
+        share = 0.3 if content == "masked" else 1.0
+        encoded.rescale[rng.random(encoded.rescale.shape) < share] = np.nan
+        encoded.rescale[:, :, 5] = np.inf
+    return query, encoded
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("content", ["normal", "wide", "apart", "equal", "ties", "huge", "tiny", "masked", "nothing",
+                                     "offset"])
+def test_top_p_in_one_launch(backend, content):
+    """The same bits as scores and a selection in turn: of whole parts and a short one, sequences that end in the first,
+    and lists too short for what is near the threshold."""
+    place = "cuda" if backend in ("cuda", "native") else "cpu"
+    for group, head_dim, length in ((4, 64, 1500), (3, 128, 1024), (1, 256, 700), (4, 128, 30), (2, 64, 0)):
+        tokens, rotation = 1500, hadamard(head_dim, 3)
+        query, encoded = some_index(content, tokens, head_dim)
+        query, encoded = on(backend, np.ascontiguousarray(query[:, : 2 * group])), on(backend, encoded)
+        options = dict(lengths=on(backend, np.array([length], np.int32)), backend=backend)
+        bounds = {}, dict(min_tokens=40, max_tokens=90)
+        for room, p, bound in itertools.product((16, 4096), (0.4, 0.9, 1.0), bounds):
+            with pytest.MonkeyPatch.context() as patch, loaders.simt_schedule(room, ftz=content == "tiny"):    # as GPUs
+                patch.setattr(selection, "TOP_P_LEAST", selection.TOP_P_UNIT)
+                scratch = selection.workspace(1, 2 * group, tokens, place, listed=room)
+                assert selection.together(tokens, 2, group, backend, scratch.tickets.device, scratch)[0] > 1
+                made = [to_host(rabitq.select_top_p(query, encoded, rotation, p, workspace=scratch, **bound, **options))
+                        for _ in range(2)]
+                scored = rabitq.score(query, encoded, rotation, **options)
+                in_turn = to_host(selection.select_top_p(scored, p, kv_heads=2, **bound, **options))
+            assert not scratch.together.bins.to_host().any() and not scratch.together.rendezvous.to_host().any()
+            for one in made:
+                where = group, head_dim, length, room, p, bound
+                assert one.counts.tolist() == in_turn.counts.tolist(), where
+                assert one.mass.tobytes() == in_turn.mass.tobytes(), where
+                for row, count in np.ndenumerate(in_turn.counts):
+                    assert one.indices[row][:count].tolist() == in_turn.indices[row][:count].tolist(), where
+
+
+@pytest.mark.parametrize("backend", [needs("simt")])
+def test_scores_and_top_p_are_one_launch_where_there_is_room(backend):
+    def launches(batch, heads, group, tokens, **options):
+        encoded = random_index(np.random.default_rng(0), (batch, heads, tokens), 64)
+        with loaders.record() as recorded:
+            rabitq.select_top_p(normal(1, (batch, heads * group, 64)), encoded, hadamard(64, 0), 0.9, backend=backend,
+                                **options)
+        names = [launch["kernel"].partition("_kernel")[0].removeprefix("kvb::") for launch in recorded]
+        return names, [launch["cooperative"] for launch in recorded]
+
+    in_turn = ["rabitq_score", "selection_histogram", "selection_collect"], [False] * 3
+    assert launches(1, 2, 4, 700) == launches(2, 1, 1, 700) == (["rabitq_top_p"], [True])
+    assert launches(1, 2, 5, 700) == in_turn              # query heads
+    assert launches(3, 3, 2, 70) == in_turn               # blocks: the emulator has room for eight
+    assert launches(1, 8, 4, 12000) == in_turn            # shared memory
+    assert launches(1, 2, 4, 0)[0][0] != "rabitq_top_p"
+
+
+@pytest.mark.parametrize(("blocks", "tokens", "kv_heads", "group", "expected"), [
+    (132, 131072, 8, 4, (16, 8192)), (132, 65536, 8, 4, (16, 4096)), (132, 32768, 8, 4, None),
+    (132, 140000, 8, 4, None), (132, 131072, 8, 5, None), (132, 131072, 32, 1, None), (132, 131072, 133, 1, None),
+    (132, 131072, 2, 4, (32, 4096)), (0, 131072, 8, 4, None)])
+def test_one_launch_takes_long_sequences_of_few_heads(monkeypatch, blocks, tokens, kv_heads, group, expected):
+    """On an H100."""
+    scratch = selection.workspace(1, kv_heads * group, tokens, "cpu")
+    monkeypatch.setattr(loaders, "cooperative_blocks", lambda *where: blocks)
+    monkeypatch.setattr(loaders, "shared_bytes", lambda *where: 227 * 1024)
+    assert selection.together(tokens, kv_heads, group, "cuda", arrays.Device("cpu"), scratch) == expected
+
+
+@pytest.mark.gpu
+def test_top_p_in_one_launch_runs_in_a_cuda_graph(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(selection, "TOP_P_LEAST", selection.TOP_P_UNIT)
+    query, encoded = (on("cuda", array) for array in some_index("normal", 9000, 128))
+    scratch = selection.workspace(1, 8, 9000, "cuda")
+    assert selection.together(9000, 2, 4, "cuda", scratch.tickets.device, scratch)
+
+    def select(**options):
+        return rabitq.select_top_p(query, encoded, hadamard(128, 3), 0.9, workspace=scratch, backend="cuda", **options)
+
+    expected, stream = to_host(select()), cupy.cuda.Stream(non_blocking=True)
+    made, logits = select(), cupy.zeros((1, 8, 9000), "float32")
+    with stream:
+        stream.begin_capture()
+        select(out=made, scores=logits)
+        graph = stream.end_capture()
+        for _ in range(3):
+            made.counts.fill(0)
+            graph.launch(stream)
+            stream.synchronize()
+            assert (to_host(made).counts == expected.counts).all() and expected.counts.all()
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -381,6 +498,12 @@ def test_wrong_arguments_are_named():
         (lambda: rabitq.score(query, encoded, rotation, out=np.zeros((1, 4, 8), np.float32)), ValueError,
          "out: expected shape"),
         (lambda: rabitq.score(query, encoded, rotation, sigma=np.zeros((1, 4, 9))), TypeError, "sigma: expected dtype"),
+        (lambda: rabitq.select_top_p(query, encoded, rotation, 0), ValueError, "select_top_p: p: expected 0 < p <= 1"),
+        (lambda: rabitq.select_top_p(query, encoded, rotation, 0.9, min_tokens=3, max_tokens=2), ValueError,
+         "max_tokens: expected an integer of at least 3, got 2"),
+        (lambda: rabitq.select_top_p(query, encoded, rotation, 0.9, out=query), TypeError, "out: expected a Selection"),
+        (lambda: rabitq.select_top_p(query, encoded, rotation, 0.9, scores=np.zeros((1, 2, 9), np.float32)), ValueError,
+         "scores: expected shape"),
         (lambda: rabitq.score(query, dataclasses.replace(encoded, query_mean=mean), rotation), ValueError,
          "encoded: expected both offset and query_mean, or neither"),
     ]
@@ -397,6 +520,10 @@ def test_what_kernels_do_not_take_is_named(backend):
         rabitq.score(query, encoded, rotation, query_bits=16, backend=backend)
     with pytest.raises(ValueError, match="at most 16 query heads per KV head"):
         rabitq.score(normal(1, (1, 34, 64)), encoded, rotation, backend=backend)
+    with pytest.raises(ValueError, match="at most 16 query heads per KV head"):
+        rabitq.select_top_p(normal(1, (1, 34, 64)), encoded, rotation, 0.9, backend=backend)
+    with pytest.raises(TypeError, match="workspace: expected a Workspace from selection.workspace"):
+        rabitq.select_top_p(query, encoded, rotation, 0.9, workspace="some", backend=backend)
     with pytest.raises(ValueError, match="keys: expected head_dim 64, 128 or 256 on backend 'simt', got 32"):
         rabitq.encode(normal(0, (1, 2, 9, 32)), hadamard(32, 0), backend=backend)
     with pytest.raises(ValueError, match="keys: expected rows at multiples of 16 bytes"):

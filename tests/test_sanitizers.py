@@ -22,6 +22,7 @@ SCHEDULES = ("0", "1", "2", str(2**63 + 12345))
 PROBLEMS = 6
 # What an axis of a kernel may be in these small problems, where its own values are too large.
 SMALL = {"tokens": (1, 5, 33, 70), "batch": (1, 2), "kv_heads": (1, 2), "parts": (1, 3, 5), "group": (1, 3, 8)}
+SEVERAL_PARTS = {"rabitq.select_top_p": {"tokens": (5, 300, 700)}}      # of 256 tokens, a block each
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def replay(program, launches, folder, schedules=SCHEDULES):
 def problems(kernel):
     """Small problems that between them take every value of the axes that are not sizes."""
     rng = np.random.default_rng(0)
-    axes = {axis: SMALL.get(axis, values) for axis, values in kernel.axes.items()}
+    axes = {axis: SMALL.get(axis, values) for axis, values in kernel.axes.items()} | SEVERAL_PARTS.get(kernel.name, {})
     longest = max(PROBLEMS, *map(len, axes.values()))
     columns = {axis: rng.permutation([i % len(values) for i in range(longest)]) for axis, values in axes.items()}
     return [{axis: axes[axis][columns[axis][i]] for axis in axes} for i in range(longest)]

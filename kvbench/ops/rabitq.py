@@ -12,18 +12,21 @@ import numpy as np
 from kvbench import registry
 from kvbench.arrays import FLOATS, Arguments, Array
 from kvbench.cpu import rabitq as cpu_rabitq
-from kvbench.ops import attention, rabitq_launch, rotation as rotation_operator
+from kvbench.ops import attention, rabitq_launch, rotation as rotation_operator, selection
 from kvbench.ops.dispatch import check_heads, choose, require_finite, require_writable
 from kvbench.ops.rotated import (check_cuda_size, check_host_mean, check_rotation, cpu_matrix, cpu_signs, host,
                                  in_tokens)
 from kvbench.reference import rabitq as reference
 from kvbench.reference.rabitq import QUERY_BITS, ROUNDINGS, Encoded, Query
 from kvbench.reference.rotation import Rotation
+from kvbench.reference.selection import Selection
 from kvbench.scores import Scores
 
-__all__ = ["Encoded", "Query", "Scores", "encode", "quantize_query", "score"]
+__all__ = ["Encoded", "Query", "Scores", "encode", "quantize_query", "score", "select_top_p",
+           "select_top_p_workspace"]
 
 BACKENDS = registry.BACKENDS
+HOST_BACKENDS = ("reference", "cpu")
 CODE_TYPE = {4: "uint8", 8: "int8", 16: "float32"}       # of a query, by its bits
 
 
@@ -185,19 +188,14 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
     Source: RaBitQ, arXiv 2405.12497, Theorem 3.2 and section 3.3; RaBitQCache, arXiv 2606.31519.
     """
     arguments = Arguments("rabitq.score", stream=stream)
-    query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
-    code = _take_code(arguments, encoded, rotation)
-    _check_query_options(arguments, query_bits, rounding, seed, step)
-    lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
-    group = check_heads(arguments, query.shape[2])
-    scale = attention.check_scale(arguments, scale, query.shape[2])
+    options = dict(query_bits=query_bits, rounding=rounding, seed=seed, step=step)
+    query, code, lengths, scale = _take_scored(arguments, query, encoded, rotation, lengths, scale, options)
     shape = (*query.shape[:2], code.rescale.shape[2])
     logits = arguments.result("out", out, shape, "float32")
     wants_sigma = return_sigma or sigma is not None
     sigma = arguments.result("sigma", sigma, shape, "float32") if wants_sigma else None
     backend = choose(backend, arguments, BACKENDS)
 
-    options = dict(query_bits=query_bits, rounding=rounding, seed=seed, step=step)
     if backend == "reference":
         result = scored(query.numpy(), code.on_host(), rotation, lengths=host(lengths), scale=scale, **options)
         logits.numpy()[...] = result.logits
@@ -207,9 +205,7 @@ def score(query, encoded: Encoded, rotation: Rotation, *, query_bits: int = 4, r
         _score_on_cpu(query.numpy(), code.on_host(), rotation, host(lengths), scale, logits.numpy(), host(sigma),
                       **options)
     else:
-        check_cuda_size(arguments, "encoded", query.shape[2], rotation, backend)
-        attention.check_cuda_heads(arguments, backend, query.shape[2], group)
-        _check_integers(arguments, query_bits, backend)
+        _check_scored_on_cuda(arguments, query, code, rotation, query_bits, backend)
         if logits.size:
             rabitq_launch.launch_score(query, code, rotation, lengths, scale, logits, sigma, backend, arguments,
                                        **options)
@@ -226,6 +222,58 @@ def scored(query, encoded: Encoded, rotation: Rotation, *, lengths=None, return_
         beyond = np.arange(logits.shape[2]) >= np.asarray(lengths)[:, None, None]
         logits, sigma = np.where(beyond, np.float32(-np.inf), logits), np.where(beyond, np.float32(0), sigma)
     return Scores(logits, sigma if return_sigma else None)
+
+
+def select_top_p(query, encoded: Encoded, rotation: Rotation, p: float, *, query_bits: int = 4,
+                 rounding: str = "nearest", seed: int = 0, step: int = 0, lengths=None, scale: float | None = None,
+                 min_tokens: int = 1, max_tokens: int | None = None, out: Selection | None = None, scores=None,
+                 workspace: selection.Workspace | None = None, backend: str | None = None, stream=None) -> Selection:
+    """The fewest tokens of each query head whose estimated mass reaches p, united over the query heads of a KV head:
+    `score`, and `selection.select_top_p` with kv_heads.
+
+    query, encoded, rotation, query_bits, rounding, seed, step, lengths, scale, backend : as in `score`
+    p, min_tokens, max_tokens : as in `selection.select_top_p`, without a calibration; nothing is always kept
+    out       : a Selection to write into: indices [batch, kv_heads, tokens] int32, counts [batch, kv_heads] int32, mass
+                [batch, q_heads] float32 (default: new)
+    scores    : [batch, q_heads, tokens] float32 that may be written (default: new)
+    workspace : from `select_top_p_workspace(...)`, so that nothing is allocated (default: a temporary one)
+
+    On CUDA, with up to four query heads per KV head, the scores stay in the shared memory of blocks that wait for each
+    other, and all is one cooperative launch, as far as the GPU has room for them (on an H100 up to 131072 tokens of 8
+    KV heads); what else is asked for takes three, with the same result.
+    Source: RaBitQCache, arXiv 2606.31519; Top-p: reference/selection.py.
+    """
+    arguments = Arguments("rabitq.select_top_p", stream=stream)
+    options = dict(query_bits=query_bits, rounding=rounding, seed=seed, step=step)
+    query, code, lengths, scale = _take_scored(arguments, query, encoded, rotation, lengths, scale, options)
+    selection.check_top_p(arguments, p, min_tokens, max_tokens, "middle", False)
+    (batch, q_heads, _), (_, kv_heads, tokens) = query.shape, code.rescale.shape
+    result = selection.take_result(arguments, out, batch, q_heads, kv_heads, tokens)
+    logits = arguments.result("scores", scores, (batch, q_heads, tokens), "float32")
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend not in HOST_BACKENDS:
+        _check_scored_on_cuda(arguments, query, code, rotation, query_bits, backend)
+        workspace = selection.take_workspace(arguments, workspace, batch * q_heads,
+                                             selection.parts_of(tokens, batch * q_heads, backend, query.device)[0],
+                                             tokens)
+        geometry = selection.together(tokens, batch * kv_heads, q_heads // kv_heads, backend, query.device, workspace)
+        if geometry:
+            selected = selection.top_p_arguments(p, min_tokens, max_tokens, *geometry, logits, workspace, result)
+            rabitq_launch.launch_top_p(query, code, rotation, lengths, scale, geometry[0], selected,
+                                       selection.top_p_shared_bytes(geometry[1]), backend, arguments, **options)
+            return selection.give(result)
+    made = score(query, encoded, rotation, lengths=lengths, scale=scale, out=logits, backend=backend, stream=stream,
+                 **options)
+    selection.select_top_p(made, p, kv_heads=kv_heads, lengths=lengths, min_tokens=min_tokens, max_tokens=max_tokens,
+                           out=result, workspace=workspace, backend=backend, stream=stream)
+    return selection.give(result)
+
+
+def select_top_p_workspace(batch: int, q_heads: int, tokens: int, device, *, framework: str | None = None,
+                           stream=None) -> selection.Workspace:
+    """Scratch of `select_top_p` for at most these sizes: that of a selection."""
+    return selection.workspace(batch, q_heads, tokens, device, framework=framework, stream=stream)
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
@@ -317,6 +365,22 @@ def _check_query_options(arguments, query_bits, rounding, seed, step):
     for name, value in (("seed", seed), ("step", step)):
         arguments.require(isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < 2**63,
                           name, "an integer from 0 to 2^63 - 1", repr(value))
+
+
+def _take_scored(arguments, query, encoded, rotation, lengths, scale, options):
+    """(query, code, lengths, scale), validated, of an operator that scores."""
+    query = arguments.take("query", query, "batch q_heads head_dim", FLOATS)
+    code = _take_code(arguments, encoded, rotation)
+    _check_query_options(arguments, **options)
+    lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
+    check_heads(arguments, query.shape[2])
+    return query, code, lengths, attention.check_scale(arguments, scale, query.shape[2])
+
+
+def _check_scored_on_cuda(arguments, query, code, rotation, query_bits, backend):
+    check_cuda_size(arguments, "encoded", query.shape[2], rotation, backend)
+    attention.check_cuda_heads(arguments, backend, query.shape[2], query.shape[1] // code.rescale.shape[1])
+    _check_integers(arguments, query_bits, backend)
 
 
 def _check_integers(arguments, query_bits, backend):

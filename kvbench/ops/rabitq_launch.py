@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvbench import loaders
-from kvbench.ops import rotation as rotation_operator
+from kvbench.ops import rotation as rotation_operator, selection
 from kvbench.ops.dispatch import CXX_TYPE, RUN_TIME_TYPE
 from kvbench.ops.turboquant_launch import (device_rotation, mean_stride, prepared_rows, rotated_on_device, row_blocks,
                                            tile_bytes)
@@ -45,21 +45,35 @@ def launch_quantize(query, rotation, query_mean, kv_heads, query_bits, rounding,
         low, np.int32(q_heads // kv_heads)), stream=arguments.stream)
 
 
-def launch_score(query, code, rotation, lengths, scale, logits, sigma, backend, arguments, *, query_bits, rounding,
-                 seed, step):
+def launch_score(query, code, rotation, lengths, scale, logits, sigma, backend, arguments, **options):
     batch, kv_heads, tokens = code.rescale.shape
     head_dim, group, device = query.shape[2], query.shape[1] // kv_heads, query.device
     tiles = 1 if group <= 4 else 2 if group <= 8 else 4
-    rotated, query_mean = _rotated_by_matrix(query, code.query_mean, rotation, backend, arguments)
     function = loaders.get_function("rabitq", f"kvb::rabitq_score_kernel<{head_dim}, {tiles}>", backend, device)
     blocks = score_blocks(tokens, batch * kv_heads, head_dim, tiles, loaders.multiprocessors(backend, device))
     function((blocks, kv_heads, batch), (256,), (
-        query, np.int32(RUN_TIME_TYPE[query.dtype]), rotated, code.key_mean, mean_stride(code.key_mean), query_mean,
-        mean_stride(query_mean), *device_rotation(rotation, device),
-        *_rounding(query, query_bits, rounding, seed, step), np.float32(scale),
-        np.float32((1 - alignment(head_dim)[1]) / (head_dim - 1)), code.sign, code.rescale, code.offset,
-        *map(np.uint64, code.strides), lengths, logits, sigma, np.int32(tokens), np.int32(group)),
+        *_scored(query, code, rotation, lengths, scale, backend, arguments, **options), logits, sigma),
         stream=arguments.stream)
+
+
+def launch_top_p(query, code, rotation, lengths, scale, parts, selected, shared_bytes, backend, arguments, **options):
+    """selected : what of its arguments concerns the selection"""
+    batch, kv_heads, _ = code.rescale.shape
+    function = loaders.get_function("rabitq", f"kvb::rabitq_top_p_kernel<{query.shape[2]}>", backend, query.device)
+    function((parts, kv_heads, batch), (selection.THREADS,), (
+        *_scored(query, code, rotation, lengths, scale, backend, arguments, **options), *selected),
+        shared_bytes=shared_bytes, stream=arguments.stream, cooperative=True)
+
+
+def _scored(query, code, rotation, lengths, scale, backend, arguments, *, query_bits, rounding, seed, step) -> tuple:
+    """What the kernels that score share."""
+    head_dim, (_, kv_heads, tokens) = query.shape[2], code.rescale.shape
+    rotated, query_mean = _rotated_by_matrix(query, code.query_mean, rotation, backend, arguments)
+    return (query, np.int32(RUN_TIME_TYPE[query.dtype]), rotated, code.key_mean, mean_stride(code.key_mean), query_mean,
+            mean_stride(query_mean), *device_rotation(rotation, query.device),
+            *_rounding(query, query_bits, rounding, seed, step), np.float32(scale),
+            np.float32((1 - alignment(head_dim)[1]) / (head_dim - 1)), code.sign, code.rescale, code.offset,
+            *map(np.uint64, code.strides), lengths, np.int32(tokens), np.int32(query.shape[1] // kv_heads))
 
 
 def score_blocks(tokens: int, pairs: int, head_dim: int, tiles: int, multiprocessors: int) -> int:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import numpy as np
 
 from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, random_normal, relative_error
-from kvbench.ops.rabitq import BACKENDS, encode, quantize_query, quantized, score, scored
+from kvbench.ops.rabitq import BACKENDS, encode, quantize_query, quantized, score, scored, select_top_p
+from kvbench.ops.selection_records import BENCHMARK_P, MASS_ERROR, compare_lists, list_bytes, spread
 from kvbench.ops.turboquant_records import NEGLIGIBLE_NORM, less_mean, rotated, rotation_error
-from kvbench.reference import planes as bit_planes, rabitq as reference, turboquant
+from kvbench.reference import planes as bit_planes, rabitq as reference, selection, turboquant
 from kvbench.reference.rabitq import Encoded
 from kvbench.reference.rotation import hadamard
 from kvbench.registry import Kernel, Traffic, register
@@ -19,6 +20,7 @@ ENCODE_AXES = {"tokens": (32768, 4096, 131072, 128), **_SIZES, "batch": (1, 16),
 QUERY_AXES = {**_SIZES, "group": (4, 8, 1), "batch": (1, 16), "query_bits": (4, 8), "dtype": _DTYPES}
 SCORE_AXES = {"tokens": (131072, 32768, 4096), **_SIZES, "group": (4, 8, 1), "batch": (1, 16), "query_bits": (4, 8),
               "dtype": _DTYPES}
+SELECT_AXES = {"tokens": SCORE_AXES["tokens"], "percent": (2, 10, 5), **SCORE_AXES}
 
 
 def _keys_of(problem):
@@ -71,10 +73,22 @@ def _score_inputs(problem, rng):
             "query_bits": problem["query_bits"]}
 
 
+def _select_inputs(problem, rng):
+    """Logits are spread so that about `percent` of the tokens have the mass, for each query head."""
+    inputs = _score_inputs(problem, rng)
+    query = inputs["query"].astype(np.float32) * np.float32(spread(problem["percent"]) / 1.25)
+    return {**inputs, "query": query.astype(inputs["query"].dtype), "p": BENCHMARK_P}
+
+
 def _score_traffic(problem):
     return Traffic(_queries_of(problem) * problem["head_dim"] * _size(problem)
                    + _keys_of(problem) * (problem["head_dim"] // 8 + 2),
                    _keys_of(problem) * problem["group"] * 4)
+
+
+def _select_traffic(problem):
+    """No logit is written."""
+    return Traffic(_score_traffic(problem).bytes_read, list_bytes(problem))
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
@@ -181,8 +195,10 @@ def _query_agreement(inputs, expected, actual):
     assert_close(code.low.astype(np.float64), actual.low, "float32", np.where(usable & (bits == 4), e, 0), "low")
 
 
-def _score_agreement(inputs, expected, actual):
-    """<S, codes> and <S, 1> are exact; what rounds is the query (its codes as in `quantize_query`), step and low, and
+def _score_errors(inputs, expected):
+    """How far logits, and sigma if there is one, may be from the expected ones.
+
+    <S, codes> and <S, 1> are exact; what rounds is the query (its codes as in `quantize_query`), step and low, and
     every product and sum of what follows once, relative to the absolute values that it adds."""
     query, encoded, rotation = np.asarray(inputs["query"]), inputs["encoded"], inputs["rotation"]
     bits, rounding = inputs.get("query_bits", 4), inputs.get("rounding", "nearest")
@@ -219,16 +235,82 @@ def _score_agreement(inputs, expected, actual):
         allowance = abs(scale) * (r * z + (size + 8) * _HALF * constant[..., None]
                                   + 4 * _HALF * (offset + np.where(np.isfinite(estimate), estimate, 0)))
         allowance = np.where(np.isfinite(allowance), allowance, 0) + size * SMALLEST_NORMAL * (1 + np.nan_to_num(r))
+    if expected.sigma is None:
+        return allowance, None
+    noise = np.asarray(expected.sigma).astype(np.float64)
+    with np.errstate(all="ignore"):
+        part = abs(scale) * size**0.5 * r * (2 * e / (15 if bits == 4 else 127) / 12**0.5)[..., None]
+    off = (size + 32) * _HALF * np.nan_to_num(noise, posinf=0) + np.nan_to_num(part, posinf=0)
+    return allowance, off + size * SMALLEST_NORMAL * (1 + np.nan_to_num(r))
+
+
+def _score_agreement(inputs, expected, actual):
+    allowance, off = _score_errors(inputs, expected)
     assert_close(expected.logits, actual.logits, "float32", allowance, "logits")
     if (expected.sigma is None) != (actual.sigma is None):
         raise AssertionError("sigma: expected only if it was asked for")
     if expected.sigma is not None:
-        noise = np.asarray(expected.sigma).astype(np.float64)
-        with np.errstate(all="ignore"):
-            part = abs(scale) * size**0.5 * r * (2 * e / (15 if bits == 4 else 127) / 12**0.5)[..., None]
-        allowance = (size + 32) * _HALF * np.nan_to_num(noise, posinf=0) + np.nan_to_num(part, posinf=0)
-        assert_close(noise, actual.sigma, "float32", allowance + size * SMALLEST_NORMAL * (1 + np.nan_to_num(r)),
-                     "sigma")
+        assert_close(np.asarray(expected.sigma).astype(np.float64), actual.sigma, "float32", off, "sigma")
+
+
+def _select_agreement(inputs, expected, actual):
+    """A token must be listed if logits that are off as far as they may be cannot leave it out, and may be if they can
+    let it in; what the reference made is held to the same rule.
+
+    Masses are computed as in `selection.select_top_p`, and each integer is off by half a unit of 2^-31.
+    """
+    options = {name: value for name, value in inputs.items() if name not in ("p", "min_tokens", "max_tokens")}
+    scores = _score_reference(**options)
+    errors, _ = _score_errors(options, scores)
+    batch, q_heads, tokens = scores.logits.shape
+    lists = inputs["encoded"].rescale.shape[1]
+    sure, possible = np.zeros((2, batch, lists, tokens), bool)
+    low, high = np.ones((2, batch, q_heads))
+    for b, h in np.ndindex(batch, q_heads):
+        candidates = np.flatnonzero(np.isfinite(scores.logits[b, h]))
+        if not candidates.size:
+            continue
+        i = h // (q_heads // lists)
+        certain, allowed, low[b, h], high[b, h] = _prefix_bounds(
+            scores.logits[b, h, candidates].astype(np.float64), errors[b, h, candidates],
+            selection.share(inputs["p"]) / 2**selection.SHARE_BITS, inputs.get("min_tokens", 1),
+            inputs.get("max_tokens"))
+        sure[b, i, candidates[certain]], possible[b, i, candidates[allowed]] = True, True
+    for made in (expected, actual):
+        compare_lists(made, sure, possible, low, high)
+
+
+def _prefix_bounds(y, errors, share, least, most):
+    """Of logits y +- errors: booleans, what is chosen in any case and what may be; least and largest share of mass."""
+    count = len(y)
+    most = count if most is None else min(most, count)
+    errors = np.minimum(errors, 1e30)
+    lower, upper = y - errors, y + errors
+    light, heavy = np.exp(lower - upper.max()), np.exp(upper - upper.max())
+    slack = MASS_ERROR + (count + 1) * 2.0**-31 / max(light.max(), 2.0**-31)
+
+    def before(ends, own, ahead, others, ties):
+        """How many others have `ends` above `own` (or equal, with `ties`), and what share they have if they weigh
+        `ahead` and the rest weighs `others`."""
+        order = np.argsort(-ends)
+        n = np.searchsorted(-ends[order], -own, side="right" if ties else "left")
+        sums, rests = (np.concatenate([[0.0], np.cumsum(x[order])]) for x in (ahead, others))
+        itself = ends >= own if ties else ends > own
+        inside = sums[n] - itself * ahead
+        return n - itself, inside / (inside + rests[-1] - rests[n] + itself * others)
+
+    def chosen(n, reached, goal):
+        return (n < most) & ((share >= 1) | (reached < goal) | (n < least))
+
+    with np.errstate(invalid="ignore"):          # nothing of nothing
+        certain = chosen(*before(upper, lower, heavy, light, True), share - slack)
+        allowed = chosen(*before(lower, upper, light, heavy, False), share + slack)
+
+    def share_of(listed, ahead, others):
+        inside = ahead[listed].sum()
+        return inside / max(inside + others[~listed].sum(), 2.0**-1000)
+
+    return certain, allowed, share_of(certain, light, heavy) - slack, share_of(allowed, heavy, light) + slack
 
 
 def _score_reference(query, encoded, rotation, *, query_bits=4, rounding="nearest", seed=0, step=0, lengths=None,
@@ -259,6 +341,15 @@ def _score_error(inputs, expected, actual):
     return relative_error(expected.logits, actual.logits)
 
 
+def _select_reference(query, encoded, rotation, p, *, query_bits=4, rounding="nearest", seed=0, step=0, lengths=None,
+                      scale=None, min_tokens=1, max_tokens=None):
+    """`scored`, `reference.selection.top_p` and the union over query heads."""
+    scores = _score_reference(query, encoded, rotation, query_bits=query_bits, rounding=rounding, seed=seed, step=step,
+                              lengths=lengths, scale=scale)
+    made = selection.top_p(scores, p, lengths=lengths, min_tokens=min_tokens, max_tokens=max_tokens)
+    return selection.union(made, encoded.rescale.shape[1])
+
+
 SOURCE = "arXiv 2405.12497 section 3"
 register(Kernel(
     name="rabitq.encode", reference=reference.encode, operator=encode, backends=BACKENDS, axes=ENCODE_AXES,
@@ -272,3 +363,8 @@ register(Kernel(
     name="rabitq.score", reference=_score_reference, operator=score, backends=BACKENDS, axes=SCORE_AXES,
     inputs=_score_inputs, traffic=_score_traffic, agreement=_score_agreement, error=_score_error,
     source=f"{SOURCE}.3.2; arXiv 2606.31519"))
+register(Kernel(
+    name="rabitq.select_top_p", reference=_select_reference, operator=select_top_p, backends=BACKENDS, axes=SELECT_AXES,
+    inputs=_select_inputs, traffic=_select_traffic, agreement=_select_agreement,
+    error=lambda inputs, expected, actual: relative_error(expected.mass, actual.mass),
+    source=f"{SOURCE}.3.2; arXiv 2606.31519; Top-p: reference/selection.py"))

@@ -35,9 +35,32 @@ TOP_K_BYTES = 32992    # for all else: TopKMemory
 MERGED_BYTES = 65536   # of the logits and tokens of all parts' lists, that take the place of a part's, or more
 MOMENTS = 4            # of a part, for "shrink"
 BOUNDS_WORDS = 4       # of 4 bytes, per part: PartBounds of cuda_src/selection.cu
-SUMS_WORDS = 4         # of 8 bytes, per part: PartSums
-BRACKET_WORDS = 8      # of 4 bytes, per query head: Bracket
+SUMS_WORDS = 4         # of 8 bytes, per part: PartSums of cuda_src/include/kvb/top_p.cuh
+BRACKET_WORDS = 8      # of 4 bytes, per query head: Bracket, there, too
+RENDEZVOUS_WORDS = 8   # of 4 bytes, per list: Rendezvous
+ROW_BINS = 8192        # of a query head whose parts are counted together: kRing
+TOP_P_HEADS = 4        # query heads of a list that is made by one launch, at most
+TOP_P_UNIT = 256       # tokens of a part then: a multiple of this, kTopPUnit
+TOP_P_LEAST = 4096     # and as many, on a GPU: three launches take less time for shorter parts
+TOP_P_BYTES = 66144    # of shared memory, besides the logits: TopPMemory
+TOP_P_STATIC = 30720   # and what a kernel declares itself, at most
 ENTRY_WORDS = 2        # of 4 bytes: Entry
+
+
+@dataclass(frozen=True)
+class Together:
+    """Scratch memory of blocks that run at the same time and wait for each other; rows are query heads.
+
+    bins        [rows * ROW_BINS] uint32, zero between launches: tokens that share a bin
+    rendezvous  [rows * RENDEZVOUS_WORDS] uint32, zero between launches: where they wait
+    largest     [parts * 2] uint32, of the parts of all rows: largest keys and numbers of candidates
+    sums        [parts * SUMS_WORDS] uint64: exact masses
+    """
+
+    bins: Array
+    rendezvous: Array
+    largest: Array
+    sums: Array
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,7 @@ class Workspace:
     masks     [rows * words] uint32: tokens above, a bit each        words = tokens / 32, rounded up to a multiple of 4
     entries   [parts * listed * ENTRY_WORDS] uint32: tokens inside
     moments   [parts * MOMENTS] float64
+    together  of scores and selection in one launch
     """
 
     tickets: Array
@@ -63,6 +87,7 @@ class Workspace:
     masks: Array
     entries: Array
     moments: Array
+    together: Together
 
     @property
     def listed(self) -> int:
@@ -91,11 +116,15 @@ def workspace(batch: int, q_heads: int, tokens: int, device: Device | str, *, li
     multiprocessors = loaders.multiprocessors(backend, device)
     # Fewer rows may have more parts, in all.
     parts = max((n * choose_blocks(tokens, n, multiprocessors) for n in range(1, rows + 1)), default=0)
+    at_once = TOP_P_HEADS * loaders.cooperative_blocks(backend, device, THREADS)
+    few, most = min(rows, at_once), min(rows * MAX_BLOCKS, at_once)
     return Workspace(new(zeros, rows, "uint32"), new(empty, parts * BOUNDS_WORDS, "uint32"),
                      new(empty, parts * BINS, "uint32"), new(empty, parts * BINS, "float32"),
                      new(empty, parts * SUMS_WORDS, "uint64"), new(empty, rows * BRACKET_WORDS, "uint32"),
                      new(empty, rows * words_of(tokens), "uint32"),
-                     new(empty, parts * listed * ENTRY_WORDS, "uint32"), new(empty, parts * MOMENTS, "float64"))
+                     new(empty, parts * listed * ENTRY_WORDS, "uint32"), new(empty, parts * MOMENTS, "float64"),
+                     Together(new(zeros, few * ROW_BINS, "uint32"), new(zeros, few * RENDEZVOUS_WORDS, "uint32"),
+                              new(empty, most * 2, "uint32"), new(empty, most * SUMS_WORDS, "uint64")))
 
 
 @lru_cache(maxsize=4096)
@@ -143,6 +172,47 @@ def _places(span: int) -> int:
 def _listed(parts: int, span: int, scratch: Workspace) -> int:
     """Tokens that a part lists, at most."""
     return min(scratch.listed, _places(span) // parts)
+
+
+def together(tokens: int, kv_heads: int, group: int, backend: str, device: Device,
+             scratch: Workspace) -> tuple[int, int] | None:
+    """(parts of a row, tokens of each) if the scores of so many KV heads, of all sequences, and their Top-p can be one
+    launch, whose blocks are all on the device at the same time and have the logits of their parts in shared memory."""
+    blocks = loaders.cooperative_blocks(backend, device, THREADS)
+    if group > TOP_P_HEADS or not 0 < kv_heads <= blocks:
+        return None
+    parts = min(blocks // kv_heads, MAX_BLOCKS)
+    span = -(-tokens // (TOP_P_UNIT * parts)) * TOP_P_UNIT
+    if span < (TOP_P_UNIT if backend == "simt" else TOP_P_LEAST):
+        return None
+    parts = -(-tokens // span)
+    fits = top_p_shared_bytes(span) + TOP_P_STATIC <= loaders.shared_bytes(backend, device)
+    return (parts, span) if fits and _entries(parts, kv_heads * group, scratch) else None
+
+
+def top_p_arguments(p: float, least: int, most: int | None, parts: int, span: int, logits: Array, scratch: Workspace,
+                    result: Selection) -> tuple:
+    """What choose_top_p of cuda_src/include/kvb/top_p.cuh needs, as the kernels that call it take it."""
+    _, heads, tokens = logits.shape
+    rows, shared = logits.shape[0] * heads, scratch.together
+    return (np.int32(span), logits, shared.rendezvous, shared.bins, shared.largest, scratch.brackets, shared.sums,
+            scratch.masks, scratch.entries, result.indices, result.counts, result.mass, np.uint32(reference.share(p)),
+            *map(np.int32, (*_bounds(least, most), words_of(tokens), _entries(parts, rows, scratch))))
+
+
+def top_p_shared_bytes(span: int) -> int:
+    """Dynamic shared memory of these kernels, with the logits of PartRows."""
+    return TOP_P_BYTES + 4 * TOP_P_HEADS * (span + 8)
+
+
+def _entries(parts: int, rows: int, scratch: Workspace) -> int:
+    """Tokens of a part that there is room for."""
+    return scratch.entries.size // (ENTRY_WORDS * rows * parts)
+
+
+def _bounds(least: int, most: int | None) -> tuple[int, int]:
+    """Tokens of a prefix, as kernels take them."""
+    return min(least, 2**31 - 1), 2**31 - 1 if most is None else min(most, 2**31 - 1)
 
 
 def words_of(tokens: int) -> int:
@@ -283,8 +353,7 @@ def _launch(logits, sigma, lengths, window, rule, result, workspace, backend, ar
               *(np.int32(min(window[name], 2**31 - 1)) for name in ("sinks", "recent", "block")))
     group = q_heads // result.counts.shape[1]
     total = np.int32(rule["total"])
-    bounds = (np.int32(min(rule["least"], 2**31 - 1)),
-              np.int32(2**31 - 1 if rule["most"] is None else min(rule["most"], 2**31 - 1)))
+    bounds = map(np.int32, _bounds(rule["least"], rule["most"]))
 
     def launch(name, *extra, shared_bytes=0):
         function = loaders.get_function("selection", f"kvb::selection_{name}", backend, device)

@@ -32,16 +32,18 @@ def _top_k(scores, k, *, kv_heads=None, sinks=0, recent=0, **options):
     return made if kv_heads is None else reference.union(made, kv_heads)
 
 
-def _scores(problem, rng):
-    """Normal logits, spread so that Top-p of 0.85 takes about that share of the tokens.
+def spread(percent: int) -> float:
+    """Standard deviation tau of normal logits of which Top-p of BENCHMARK_P takes about that share.
 
     Of N(0, tau^2), weights exp tilt to N(tau^2, tau^2): the mass above theta is Phi(tau - theta / tau), the share of
     tokens there Phi(-theta / tau), so tau = Phi^-1(p) - Phi^-1(share).
     """
-    share = min(problem["percent"], 80) / 100
-    tau = max(special.ndtri(BENCHMARK_P) - special.ndtri(share), 0.1)
+    return max(special.ndtri(BENCHMARK_P) - special.ndtri(min(percent, 80) / 100), 0.1)
+
+
+def _scores(problem, rng):
     shape = (problem["batch"], problem["kv_heads"] * problem["group"], problem["tokens"])
-    return Scores((tau * rng.standard_normal(shape, dtype=np.float32)).astype(np.float32))
+    return Scores((spread(problem["percent"]) * rng.standard_normal(shape, dtype=np.float32)).astype(np.float32))
 
 
 def _top_p_inputs(problem, rng):
@@ -53,12 +55,16 @@ def _top_k_inputs(problem, rng):
     return {"scores": _scores(problem, rng), "k": k, "kv_heads": problem["kv_heads"]}
 
 
-def _traffic(problem):
-    """Logits once; a list per KV head of what independent query heads would choose, and counts and masses."""
-    lists = problem["batch"] * problem["kv_heads"]
+def list_bytes(problem) -> int:
+    """A list per KV head of what independent query heads would choose, and counts and masses."""
     chosen = problem["tokens"] * (1 - (1 - min(problem["percent"], 100) / 100) ** problem["group"])
-    return Traffic(4 * lists * problem["group"] * problem["tokens"],
-                   4 * lists * (max(round(chosen), 1) + 1 + problem["group"]))
+    return 4 * problem["batch"] * problem["kv_heads"] * (max(round(chosen), 1) + 1 + problem["group"])
+
+
+def _traffic(problem):
+    """Logits once."""
+    rows = problem["batch"] * problem["kv_heads"] * problem["group"]
+    return Traffic(4 * rows * problem["tokens"], list_bytes(problem))
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------

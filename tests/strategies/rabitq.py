@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kvbench.reference.rabitq import Encoded
 from strategies.arrays import batches, dtypes, fill, groups, head_dims, kv_heads, seeds, token_counts
 from strategies.rotation import rotations
+from strategies.selection import shares
 from strategies.turboquant import SCALES, few_tokens, in_a_store, random_scales, vectors
 
 roundings = st.sampled_from(((4, "nearest"), (4, "random"), (8, "nearest")))
@@ -71,8 +72,8 @@ def index_in_a_store(rng, encoded):
 
 
 @st.composite
-def score(draw):
-    head_dim, shape = draw(head_dims), (draw(batches), draw(kv_heads), draw(token_counts))
+def score(draw, counts=token_counts):
+    head_dim, shape = draw(head_dims), (draw(batches), draw(kv_heads), draw(counts))
     rng = np.random.default_rng(draw(seeds))
     encoded = random_index(rng, shape, head_dim, scales=draw(st.sampled_from(SCALES)), key_mean=draw(st.booleans()),
                            query_mean=draw(st.booleans()))
@@ -85,3 +86,17 @@ def score(draw):
         for b, length in enumerate(lengths):                # what lies beyond a sequence must not be read into a result
             encoded.rescale[b, :, length:] = np.nan
     return {**arguments, "encoded": index_in_a_store(rng, encoded) if draw(st.booleans()) else encoded}
+
+
+@st.composite
+def select_top_p(draw):
+    """Of several parts, and of codes that often recur."""
+    arguments = draw(score(st.one_of(token_counts, st.sampled_from((257, 700, 1300)))))
+    del arguments["return_sigma"]
+    if draw(st.booleans()):
+        arguments["encoded"].sign[...] &= np.uint32(0x00010010)
+    if draw(st.booleans()):
+        arguments["min_tokens"] = draw(st.integers(0, 40))
+    if draw(st.booleans()):
+        arguments["max_tokens"] = draw(st.integers(arguments.get("min_tokens", 1), 200))
+    return {**arguments, "p": draw(shares)}

@@ -9,6 +9,7 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kBins = 2048, kRing = 8192;         // of a row, from its largest key downwards; that are counted
 constexpr float kBinsPerUnit = 64.f;              // a power of two: the bounds of a bin are exact
 constexpr int kDigits = 256;                      // of the search among listed tokens
+constexpr u32 kFew = 32;                          // that are compared with one another instead
 constexpr float kLargestFinite = 3.402823466e38f;
 
 struct alignas(8) Entry {            // a listed token
@@ -116,7 +117,7 @@ struct Search {
   int shift;             // of the digit
   int state;
 };
-enum SearchState { kSearching, kFound, kNothing, kFailed };
+enum SearchState { kSearching, kComparing, kFound, kNothing, kFailed };   // kComparing: at most kFew are left
 enum LastRank {
   kAnyBetween,   // found is a rank that separates the last token that is chosen from the next of these
   kItsKey,       // found has the last token's key
@@ -173,6 +174,7 @@ __device__ __forceinline__ void find_digit(const u32* counts, const u32* lows, c
   search.count = count - digit_count;
   search.mass = mass - digit_mass;
   search.shift = digit_shift(low, high);
+  if (digit_count <= kFew) search.state = kComparing;
   const bool one_key = low >> 32 == high >> 32, one_token = digit_count == 1 || low == high;
   if (kLast == kEveryTie ? one_key : one_token && (kLast == kAnyBetween || one_key)) {
     search.state = kFound;
@@ -181,25 +183,67 @@ __device__ __forceinline__ void find_digit(const u32* counts, const u32* lows, c
   }
 }
 
+// The tokens that are left of a search, in the place of its digits.
+struct Few {
+  u32 count, unused;
+  u64 ranks[kFew];
+  u32 masses[kFew];
+};
+static_assert(sizeof(Few) <= 3 * kDigits * sizeof(u32) && alignof(Few) <= 16, "there is room");
+
+// The end of a search: the first of the few at which sums over it and those before it are enough.  The warp calls it.
+template <LastRank kLast>
+__device__ __forceinline__ void find_among(const Few& few, Search& search) {
+  const u32 lane = threadIdx.x % 32, listed = few.count;
+  const u64 own_rank = lane < listed ? few.ranks[lane] : ~0ull;
+  u64 mass = search.mass;
+  u32 count = search.count;
+#pragma unroll 1
+  for (u32 i = 0; i < listed; ++i) {
+    if (few.ranks[i] > own_rank) continue;
+    mass += few.masses[i];
+    ++count;
+  }
+  const bool is_enough = lane < listed && search.enough(mass, count);
+  __syncwarp();   // all have read the search
+  // Both sums grow with the rank: of those that are enough, the one that counts fewest.
+  const u32 fewest = ~warp_max(is_enough ? ~count : 0u);
+  if (fewest == 0xffffffffu) {
+    if (lane == 0) search.state = kFailed;
+  } else if (is_enough && count == fewest) {   // equal ranks: the same values
+    search.high = kLast == kEveryTie ? own_rank | 0xffffffffu : own_rank;
+    search.mass = mass;
+    search.state = kFound;
+  }
+}
+
 // Ends the searches [first, last) that are kSearching.  each.visit(f) calls f(head, rank, mass) for this thread's share
 // of their tokens.  digits : shared (last - first, 3, kDigits), zero before and after
 template <LastRank kLast, class Each>
 __device__ __forceinline__ void find_last(Search* searches, int first, int last, u32* digits, const Each& each) {
   const int lane = threadIdx.x % 32, head = first + static_cast<int>(threadIdx.x / 32);
-  auto open = [&] { return head < last && searches[head].state == kSearching; };
+  auto open = [&] { return head < last && searches[head].state <= kComparing; };
   while (__syncthreads_or(open())) {
     each.visit([&](int h, u64 rank, u32 mass) {
       const Search& search = searches[h];
-      if (search.state != kSearching || rank < search.low || rank > search.high) return;
-      u32* digit = digits + (h - first) * 3 * kDigits +
-                   digit_place(static_cast<int>((rank - search.low) >> search.shift));
+      if (search.state > kComparing || rank < search.low || rank > search.high) return;
+      u32* own = digits + (h - first) * 3 * kDigits;
+      if (search.state == kComparing) {
+        Few& few = *reinterpret_cast<Few*>(own);
+        const u32 place = atomicAdd(&few.count, 1u);
+        few.ranks[place] = rank;
+        few.masses[place] = mass;
+        return;
+      }
+      u32* digit = own + digit_place(static_cast<int>((rank - search.low) >> search.shift));
       atomicAdd(digit, 1u);
       if (mass) add_mass(digit + kDigits, digit + 2 * kDigits, mass);
     });
     __syncthreads();
     if (open()) {
       u32* own = digits + (head - first) * 3 * kDigits;
-      find_digit<kLast>(own, own + kDigits, own + 2 * kDigits, searches[head]);
+      if (searches[head].state == kComparing) find_among<kLast>(*reinterpret_cast<Few*>(own), searches[head]);
+      else find_digit<kLast>(own, own + kDigits, own + 2 * kDigits, searches[head]);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 3 * kDigits; i += 128)

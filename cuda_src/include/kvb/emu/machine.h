@@ -44,11 +44,7 @@ constexpr int warpSize = 32;
 namespace kvb::emu {
 
 constexpr u32 kMaxThreads = 1024, kMaxSharedVariables = 32, kMaxCopies = 256;
-#if defined(__SANITIZE_THREAD__)
-constexpr u32 kCooperativeThreads = 4 * kMaxThreads;    // ThreadSanitizer knows no more than 8128 fibers
-#else
-constexpr u32 kCooperativeThreads = 16 * kMaxThreads;   // of all blocks of a launch
-#endif
+constexpr u32 kCooperativeThreads = 4 * kMaxThreads;    // of all blocks: ThreadSanitizer knows at most 8128 fibers
 constexpr size_t kSharedBytes = 227 * 1024, kStaticSharedBytes = 48 * 1024;   // limits of sm_90
 constexpr size_t kDynamicSlot = 256 * 1024, kStaticSlot = 64 * 1024;          // address space, with room for the guards
 constexpr size_t kSharedSpace = kDynamicSlot + kMaxSharedVariables * kStaticSlot;
