@@ -529,10 +529,10 @@ __device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first,
         const u32 token = first + u * 16 + half * 8 + g;
         if (token >= end) continue;
         const bool present = token < length;
-        const float additive =
-            source.offset && present ? source.scale * __half2float(source.offset[source.base + token]) : 0.f;
+        const float offset = source.offset && present ? __half2float(source.offset[source.base + token]) : 0.f;
 #pragma unroll
-        for (int n = 0; n < TILES; ++n) single(n, token, result[n][half] + additive, present, factor[half]);
+        for (int n = 0; n < TILES; ++n)   // the same bits in every kernel
+          single(n, token, fmaf(source.scale, offset, result[n][half]), present, factor[half]);
       }
     }
   }

@@ -255,7 +255,6 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
   KVB_SHARED(u64, totals, [2][kMaxGroup]);   // masses: of what is always kept, of everything
   const int words = (Row<kPlain>(arguments, first_row, blockIdx.z).stop + 31) / 32;   // of all rows of a list
   auto load_words = [&](int from) {   // into `chosen`, the union of the query heads
-#pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x) * 4; i < min(kChunk, words - from); i += kThreads * 4) {
       uint4 bits = {0, 0, 0, 0};
 #pragma unroll 4
@@ -412,7 +411,7 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
     const int before = warp_prefix<kWarps>(lane < kWarps ? int_sums[lane] : 0);
     int at = written + __shfl_sync(0xffffffffu, before, warp) - static_cast<int>(count);
     written += __shfl_sync(0xffffffffu, before, kWarps - 1);
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < rows; i += 2) {
       u32 bits[2] = {word_of(i), i + 1 < rows ? word_of(i + 1) : 0u};
       const u32 own = static_cast<u32>(__popc(bits[0]) | __popc(bits[1]) << 16), upto = warp_prefix(own);
