@@ -480,7 +480,7 @@ struct TopPMemory {
   u32 largest[HEADS], smallest[HEADS];   // order keys of the largest logit, and of the smallest, inverted
   u32 listed[HEADS];
   u32 whole;                         // whether logits of whole rows are wanted
-  u32 odd, unused[2];                // whether there are logits that are not finite
+  u32 odd, last, unused;             // whether there are logits that are not finite; this is the last block
 };
 static_assert(sizeof(TopPMemory<4>) == 66144, "TOP_P_BYTES of kvbench/ops/selection.py");
 
@@ -793,15 +793,17 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
         target.logits[(first_row + h) * target.arguments.tokens + part.first + at] = part.of(h)[at];
     __syncthreads();
   };
-  auto clear_bins = [&] {              // when all have read them
+  auto clear_bins = [&] {
     const int share = (group * kRing / 4 + parts - 1) / parts, from = blockIdx.x * share;
     for (int i = from + static_cast<int>(threadIdx.x); i < min(from + share, group * kRing / 4); i += kThreads)
       reinterpret_cast<uint4*>(row_bins)[i] = {0, 0, 0, 0};
   };
-  if (!is_last_block(&rendezvous.collected, parts)) {
+  if (threadIdx.x == 0) memory.last = take_ticket(&rendezvous.collected) == parts - 1;
+  __syncthreads();
+  if (!memory.last) {
     if (threadIdx.x == 0) {
-      wait_for_tickets(&rendezvous.searched, 1);
-      memory.whole = __ldcg(&rendezvous.searched) > 1;
+      wait_for_tickets(&rendezvous.collected, parts);   // all have read the bins
+      memory.whole = wait_for_tickets(&rendezvous.searched, 1) > 1;
     }
     __syncthreads();
     if (memory.whole) {
@@ -809,15 +811,17 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
       if (threadIdx.x == 0) take_ticket(&rendezvous.written);
     }
     clear_bins();
-    if (threadIdx.x == 0 && take_ticket(&rendezvous.left) == parts - 2)
-      rendezvous.counted = rendezvous.searched = rendezvous.left = 0;
+    if (threadIdx.x == 0 && take_ticket(&rendezvous.left) == parts - 2) {
+      rendezvous.counted = rendezvous.collected = rendezvous.left = 0;
+      atomicExch(&rendezvous.searched, 0u);             // which the last block has not released
+    }
     return;
   }
   finish_lists<kPlain>(target.arguments, target.lists, target.rule, list_id, group, &memory.bins[0][0],
                        [&](bool whole) {
                          clear_bins();
                          if (threadIdx.x == 0) {
-                           if (parts == 1) rendezvous.counted = 0;
+                           if (parts == 1) rendezvous.counted = rendezvous.collected = 0;
                            else atomicAdd(&rendezvous.searched, whole ? 2u : 1u);
                          }
                          if (!whole) return;

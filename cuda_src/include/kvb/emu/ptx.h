@@ -231,10 +231,11 @@ KVB_EMU_OWN inline u32 take_ticket(u32* counter) {
   KVB_EMU_TSAN(__tsan_acquire(counter));
   return taken;
 }
-KVB_EMU_OWN inline void wait_for_tickets(const u32* counter, u32 tickets, int line = __builtin_LINE()) {
+KVB_EMU_OWN inline u32 wait_for_tickets(const u32* counter, u32 tickets, int line = __builtin_LINE()) {
   emu::wait_for_blocks([=]() KVB_EMU_OWN { return *static_cast<const volatile u32*>(counter) >= tickets; },
                        "wait_for_tickets", line);
   KVB_EMU_TSAN(__tsan_acquire(const_cast<u32*>(counter)));
+  return *counter;
 }
 
 inline u32 permute_bytes(u32 x, u32 y, u32 selector) {
