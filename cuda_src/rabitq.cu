@@ -59,7 +59,7 @@
 //   Latency  On an H100, 128K tokens, 2 %, times of a block's steps in us: 3.8 until the query is rounded, 7.8 for the
 //            logits, 1.8 until bins are on their way, 1.4 until all blocks have come so far, 2.9 for brackets, 6.3 for
 //            masses and bits, 2.8 until the last block sees what the others have left, 5.4 for its search, 4.2 for
-//            positions.  At 32K tokens 3.6, 2.3, 1.7, 1.4, 3.0, 1.7, 1.8, 3.4 and 2.1: three launches are as fast there.
+//            positions.  At 32K tokens 3.6, 2.3, 1.7, 1.4, 3.0, 1.7, 1.8, 3.4 and 2.1: three launches take less.
 //            Much of what is done but once is waiting for instructions, which come at some 7 KB a microsecond.
 //   Tried    For a token near the threshold, a loop of the lane's own: 2 us for each, 59 us in all instead of 51; a
 //            branch on heads or on whole tiles in the loop of logits: 9.6 us for it instead of 7.8; every lane with
@@ -634,8 +634,7 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
   counts.reduce(memory, t, g == 0, 4);
   choose_top_p<HEADS>(memory, part, group,
                       {{logits, nullptr, lengths, nullptr, tokens, span, 0, 0, 0, 1}, logits, rendezvous, row_bins,
-                       parts, brackets, sums,
-                       {brackets, sums, masks, entries, indices, out_counts, mass, mask_words, capacity},
+                       parts, {brackets, sums, masks, entries, indices, out_counts, mass, mask_words, capacity},
                        {share, least, most, 0}});
 }
 

@@ -239,8 +239,8 @@ def select_top_p(query, encoded: Encoded, rotation: Rotation, p: float, *, query
     workspace : from `select_top_p_workspace(...)`, so that nothing is allocated (default: a temporary one)
 
     On CUDA, with up to four query heads per KV head, the scores stay in the shared memory of blocks that wait for each
-    other, and all is one cooperative launch, as far as the GPU has room for them (on an H100 up to 131072 tokens of 8
-    KV heads); what else is asked for takes three, with the same result.
+    other, and all is one cooperative launch, where that is faster and the GPU has room for it (on an H100, with 8 KV
+    heads, from 61441 to 135168 tokens); what else is asked for takes three, with the same result.
     Source: RaBitQCache, arXiv 2606.31519; Top-p: reference/selection.py.
     """
     arguments = Arguments("rabitq.select_top_p", stream=stream)

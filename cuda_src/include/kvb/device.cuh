@@ -208,8 +208,9 @@ __device__ __forceinline__ u32 take_ticket(u32* counter) {
   asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(taken) : "l"(counter) : "memory");
   return taken;
 }
-// Waits until so many tickets have been taken, and returns how many have; what their takers wrote before is seen then.  For cooperative launches
-// (kvbench/loaders.py), whose blocks are all on the GPU at the same time: those of another launch may wait forever.
+// Waits until so many tickets have been taken, and returns how many have; what their takers wrote before is seen then.
+// For cooperative launches (kvbench/loaders.py), whose blocks are all on the GPU at the same time: those of another
+// launch may wait forever.
 __device__ __forceinline__ u32 wait_for_tickets(const u32* counter, u32 tickets) {
   u32 taken;
   do {

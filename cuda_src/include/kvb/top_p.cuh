@@ -219,10 +219,10 @@ struct RowTokens {
 
 // What the parts of rows have left, and where lists go.
 struct PrefixLists {
-  const Bracket* brackets;   // (batch, q_heads)
-  const PartSums* sums;      // (batch, q_heads, parts)
+  Bracket* brackets;         // (batch, q_heads)
+  PartSums* sums;            // (batch, q_heads, parts)
   u32* masks;                // (batch, q_heads, mask_words): tokens above the bracket, a bit each
-  const Entry* entries;      // (batch, q_heads, parts, capacity)
+  Entry* entries;            // (batch, q_heads, parts, capacity)
   int* indices;              // (batch, lists, tokens), ascending
   int* counts;               // (batch, lists)
   float* mass;               // (batch, q_heads)
@@ -440,7 +440,8 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
 // A block counts the logits of its part by bins as they come, adds its bins to those of the row in global memory, and
 // waits for the others.  Each finds the brackets of all query heads in the bins of the rows, sums exact masses of its
 // part, sets bits and lists what lies in a bracket; the last block finishes the list.  The others wait until it has
-// searched: it may want logits of whole rows, which are in no memory but theirs; then they clear the bins.
+// searched, since it may want logits of whole rows, which are in no memory but theirs; then they clear the bins, which
+// all have read by that time.
 
 constexpr int kPartRing = 4096;      // bins of a part: logits further apart than 64 are counted a second time
 constexpr int kTopPUnit = 256;       // tokens that a warp takes at a time
@@ -543,8 +544,6 @@ struct TopPTarget {
   Rendezvous* rendezvous;            // (lists,)
   u32* row_bins;                     // (rows, kRing), zero before and after
   TopPPart* parts;                   // (rows, parts)
-  Bracket* brackets;                 // (rows,)
-  PartSums* sums;                    // (rows, parts)
   PrefixLists lists;
   PrefixRule rule;
 };
@@ -732,8 +731,8 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
     const Bracket bracket = memory.brackets[head];
     const float* own_logits = part.of(head);
     u32* words = target.lists.masks + (first_row + head) * target.lists.mask_words + part.first / 32;
-    Entry* entries = const_cast<Entry*>(target.lists.entries) +
-                     ((first_row + head) * parts + blockIdx.x) * target.lists.capacity;
+    Entry* entries =
+        target.lists.entries + ((first_row + head) * parts + blockIdx.x) * target.lists.capacity;
 #pragma unroll 1
     for (int unit = warp % WARPS * kTopPUnit; unit < size; unit += WARPS * kTopPUnit) {
       u32 own_word = 0, listed = 0;
@@ -782,8 +781,8 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
       sums.above += memory.above[h * WARPS + i];
       sums.count_above += memory.count_above[h * WARPS + i];
     }
-    target.sums[(first_row + h) * parts + blockIdx.x] = sums;
-    if (blockIdx.x == 0) target.brackets[first_row + h] = memory.brackets[h];
+    target.lists.sums[(first_row + h) * parts + blockIdx.x] = sums;
+    if (blockIdx.x == 0) target.lists.brackets[first_row + h] = memory.brackets[h];
   }
   __syncwarp();
 
