@@ -394,7 +394,7 @@ def test_top_p_in_one_launch(backend, content):
         query, encoded = on(backend, np.ascontiguousarray(query[:, : 2 * group])), on(backend, encoded)
         options = dict(lengths=on(backend, np.array([length], np.int32)), backend=backend)
         bounds = {}, dict(min_tokens=40, max_tokens=90)
-        for room, p, bound in itertools.product((16, 4096), (0.4, 0.9, 1.0), bounds):
+        for room, p, bound in itertools.product((16, 4096), (0.6, 1.0), bounds):
             with pytest.MonkeyPatch.context() as patch, loaders.simt_schedule(room, ftz=content == "tiny"):    # as GPUs
                 patch.setattr(selection, "TOP_P_LEAST", selection.TOP_P_UNIT)
                 scratch = selection.workspace(1, 2 * group, tokens, place, listed=room)
