@@ -153,9 +153,8 @@ def test_loader_refuses_unknown_kernels_and_arguments():
             launch((1,), (64,), (3, 4, 5, 6))
 
 
+@pytest.mark.skipif(loaders.availability("simt") is not None, reason=str(loaders.availability("simt")))
 def test_cooperative_launches_are_recorded_and_limited():
-    if loaders.availability("simt") is not None:
-        return
     device = Device("cpu")
     launch = loaders.get_function("rotation", "kvb::rotation_dense_kernel<float, 64>", "simt")
     blocks = loaders.cooperative_blocks("simt", device, 64)
