@@ -366,7 +366,8 @@ constexpr int kTokensAtOnce = D == 256 ? 32 : 64;
 //                                 8 further on, if no offset and no sigma is wanted; `more` is a constant
 //   single(n, token, value, present, factor)   of others: factor is r; not `present` from `length` on
 // kApart : whole tiles have a loop of their own, without a branch, for which there must be registers
-template <int D, int TILES, int WARPS, bool kApart, class Prepare, class Whole, class Single>
+// kFetchAhead : codes of later steps are brought to the L2 cache while the query is rounded
+template <int D, int TILES, int WARPS, bool kApart, bool kFetchAhead, class Prepare, class Whole, class Single>
 __device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first, u32 stride, u32 length, u32 end,
                                            bool wants_sigma, StagedQueries<D, TILES>& staged, const Prepare& prepare,
                                            const Whole& whole, const Single& single) {
@@ -404,6 +405,14 @@ __device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first,
   cp_async_wait<0>();
   __syncthreads();
   const Rounding& rounding = source.rounding;
+  if (kFetchAhead) {   // all other codes of this warp, while the query is rounded
+    constexpr u32 LINES = TOKENS * WORDS * 4 / kSharedLine, PER_LINE = TOKENS / LINES;   // of a step; tokens
+    const u32 own = lane % LINES * PER_LINE;
+    for (u32 at = first + (1 + lane / LINES) * stride; at < length; at += 32 / LINES * stride) {
+      if (own == 0) prefetch_l2(source.rescale + source.base + at);
+      if (at + own < length) prefetch_l2(source.sign + (source.base + at + own) * WORDS);
+    }
+  }
   for (int h = warp; h < TILES * 4; h += WARPS) {    // a warp rounds a query head, or zeros
     if (h >= WARPS) share = QueryShare<D>(source.query, source.pair * group + h, h < group, lane);
     int codes[D / 32], total[2] = {};
@@ -570,7 +579,7 @@ __device__ __forceinline__ ScoreSource score_source(QuerySource query, u64 query
 // logits, sigma : (batch, kv_heads * group, tokens); sigma may be null
 // Grid (blocks, kv_heads, batch); TILES * 4 >= group.
 template <int D, int TILES>
-__global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
+__global__ void __launch_bounds__(256, TILES == 1 ? 3 : TILES < 4 ? 2 : 1)
     rabitq_score_kernel(KVB_RABITQ_SCORE_PARAMETERS, float* logits, float* sigma) {
   using Staged = StagedQueries<D, TILES>;
   KVB_SHARED(Staged, staged);
@@ -580,7 +589,7 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
   const ScoreSource source = KVB_RABITQ_SCORE_SOURCE(D);
   const u64 row = source.pair * group + t;           // of head t of the first tile
   float* own_logits = logits + row * tokens + g;
-  for_logits<D, TILES, WARPS, false>(
+  for_logits<D, TILES, WARPS, TILES == 1, true>(
       source, (blockIdx.x * WARPS + warp) * TOKENS, gridDim.x * WARPS * TOKENS, length, tokens, sigma != nullptr,
       staged, [] {},
       [&](int n, u32 at, int more, const float (&values)[2]) {
@@ -604,9 +613,9 @@ __global__ void __launch_bounds__(256, TILES < 4 ? 2 : 1)
 template <int D>
 __global__ void __launch_bounds__(selection::kThreads, 1)
     rabitq_top_p_kernel(KVB_RABITQ_SCORE_PARAMETERS, int span, float* logits, selection::Rendezvous* rendezvous,
-                        u32* row_bins, selection::TopPPart* parts, selection::Bracket* brackets,
-                        selection::PartSums* sums, u32* masks, selection::Entry* entries, int* indices,
-                        int* out_counts, float* mass, u32 share, int least, int most, int mask_words, int capacity) {
+                        u32* row_bins, selection::TopPPart* parts, selection::PartSums* sums,
+                        selection::Entry* entries, int* indices, int* out_counts, float* mass, u32 share, int least,
+                        int most, int capacity) {
   using namespace selection;
   using Staged = StagedQueries<D, 1>;
   KVB_SHARED(Staged, staged);
@@ -619,7 +628,7 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const ScoreSource source = KVB_RABITQ_SCORE_SOURCE(D);
   TopPCounts counts;
-  for_logits<D, 1, kWarps, true>(
+  for_logits<D, 1, kWarps, true, false>(
       source, part.first + warp * TOKENS, kWarps * TOKENS, part.end(), part.end(), false, staged,
       [&] { start_top_p(memory); },
       [&](int, u32 at, int more, const float (&values)[2]) {
@@ -634,8 +643,7 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
   counts.reduce(memory, t, g == 0, 4);
   choose_top_p<HEADS>(memory, part, group,
                       {{logits, nullptr, lengths, nullptr, tokens, span, 0, 0, 0, 1}, logits, rendezvous, row_bins,
-                       parts, {brackets, sums, masks, entries, indices, out_counts, mass, mask_words, capacity},
-                       {share, least, most, 0}});
+                       parts, sums, entries, indices, out_counts, mass, {share, least, most, 0}, capacity});
 }
 
 }  // namespace kvb

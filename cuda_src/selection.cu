@@ -545,7 +545,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!is_last_block(tickets + list_id, gridDim.x * group)) return;
   KVB_DYNAMIC_SHARED(u32, digits);   // (group, 3, kDigits)
   finish_lists<C>(arguments, {brackets, sums, masks, entries, indices, out_counts, mass, mask_words, capacity},
-                  {share, least, most, bounded}, list_id, group, digits, [](bool) {});
+                  {share, least, most, bounded}, list_id, group, digits);
 }
 
 

@@ -37,13 +37,14 @@ MOMENTS = 4            # of a part, for "shrink"
 BOUNDS_WORDS = 4       # of 4 bytes, per part: PartBounds of cuda_src/selection.cu
 SUMS_WORDS = 4         # of 8 bytes, per part: PartSums of cuda_src/include/kvb/top_p.cuh
 BRACKET_WORDS = 8      # of 4 bytes, per query head: Bracket, there, too
-RENDEZVOUS_WORDS = 8   # of 4 bytes, per list: Rendezvous
+RENDEZVOUS_WORDS = 64  # of 4 bytes, per list: Rendezvous
 ROW_BINS = 8192        # of a query head whose parts are counted together: kRing
 TOP_P_HEADS = 4        # query heads of a list that is made by one launch, at most
 TOP_P_UNIT = 256       # tokens of a part then: a multiple of this, kTopPUnit
 TOP_P_LEAST = 4096     # and as many, on a GPU: three launches take less time for shorter parts
-TOP_P_BYTES = 66144    # of shared memory, besides the logits: TopPMemory
-TOP_P_STATIC = 30720   # and what a kernel declares itself, at most
+TOP_P_SPAN = 32 * THREADS     # tokens of a part, at most: kTopPSpan
+TOP_P_BYTES = 68192    # of shared memory, besides the logits: TopPMemory
+TOP_P_STATIC = 13312   # and what a kernel declares itself, at most
 ENTRY_WORDS = 2        # of 4 bytes: Entry
 
 
@@ -186,7 +187,7 @@ def together(tokens: int, kv_heads: int, group: int, backend: str, device: Devic
     if span < (TOP_P_UNIT if backend == "simt" else TOP_P_LEAST):
         return None
     parts = -(-tokens // span)
-    fits = top_p_shared_bytes(span) + TOP_P_STATIC <= loaders.shared_bytes(backend, device)
+    fits = span <= TOP_P_SPAN and top_p_shared_bytes(span) + TOP_P_STATIC <= loaders.shared_bytes(backend, device)
     return (parts, span) if fits and _entries(parts, kv_heads * group, scratch) else None
 
 
@@ -195,9 +196,9 @@ def top_p_arguments(p: float, least: int, most: int | None, parts: int, span: in
     """What choose_top_p of cuda_src/include/kvb/top_p.cuh needs, as the kernels that call it take it."""
     _, heads, tokens = logits.shape
     rows, shared = logits.shape[0] * heads, scratch.together
-    return (np.int32(span), logits, shared.rendezvous, shared.bins, shared.largest, scratch.brackets, shared.sums,
-            scratch.masks, scratch.entries, result.indices, result.counts, result.mass, np.uint32(reference.share(p)),
-            *map(np.int32, (*_bounds(least, most), words_of(tokens), _entries(parts, rows, scratch))))
+    return (np.int32(span), logits, shared.rendezvous, shared.bins, shared.largest, shared.sums, scratch.entries,
+            result.indices, result.counts, result.mass, np.uint32(reference.share(p)),
+            *map(np.int32, (*_bounds(least, most), _entries(parts, rows, scratch))))
 
 
 def top_p_shared_bytes(span: int) -> int:

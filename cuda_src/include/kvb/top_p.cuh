@@ -26,6 +26,7 @@ struct Bracket {
   int candidates;
   u32 infinite;                      // whether a logit is +infinity
   int unused[2];
+  __device__ __forceinline__ bool is_bounded_above() const { return high <= kLargestFinite; }
 };
 static_assert(sizeof(Bracket) == 32, "BRACKET_WORDS of kvbench/ops/selection.py");
 
@@ -144,7 +145,7 @@ struct PartList {
   const Entry* entries;
   static constexpr int HELD = 4;
   Entry held[HELD];   // its first ones
-  int head, length, rank, threads;
+  int head, part, length, rank, threads;
 
   // Lists of the parts of `group` rows, to all threads of the block.
   __device__ __forceinline__ PartList(const Entry* all, const PartSums* sums, u64 first_row, int group, int parts,
@@ -153,9 +154,10 @@ struct PartList {
     rank = static_cast<int>(threadIdx.x) % threads;
     const int list = static_cast<int>(threadIdx.x) / threads, own = list < group * parts ? list : 0;
     head = own / parts;
-    const u64 part = first_row * parts + own;
-    const u32 listed = __ldcg(&sums[part].listed);
-    entries = all + part * capacity;
+    part = own % parts;
+    const u64 place = first_row * parts + own;
+    const u32 listed = __ldcg(&sums[place].listed);
+    entries = all + place * capacity;
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {   // whether they are there is not known yet
       const u64 entry = __ldcg(reinterpret_cast<const u64*>(entries + min(rank + i * threads, capacity - 1)));
@@ -234,25 +236,89 @@ struct PrefixRule {
   int least, most, bounded;
 };
 
+// What a block knows of the prefixes of the query heads of a list.
+struct Prefixes {
+  Search searches[kMaxGroup];
+  u64 outside[kMaxGroup], everything[kMaxGroup];   // masses: of what is always kept, and of all
+};
+
+// Begins the search of a prefix among the listed tokens of all parts of its row; the warp calls it.
+// own : of the part of this lane, zeros if there is none        capacity : of the list of a part
+__device__ __forceinline__ void start_search(Prefixes& prefixes, int head, const Bracket& bracket, const PartSums& own,
+                                             const PrefixRule& rule, int capacity) {
+  const bool overflow = __any_sync(0xffffffffu, own.listed > static_cast<u32>(capacity));
+  const u64 outside = warp_sum(own.outside), everything = warp_sum(own.candidates) + outside;
+  const u64 mass_above = warp_sum(own.above);
+  const u32 count_above = warp_sum(own.count_above);
+  if (threadIdx.x % 32 != 0) return;
+  // ceil(share everything / 65536) without overflow
+  long long target = static_cast<long long>(rule.share * (everything >> 16) +
+                                            ((rule.share * (everything & 0xffff) + 0xffff) >> 16)) -
+                     static_cast<long long>(outside);
+  if (rule.share >= kShareOne) target = 0x7fffffffffffffffll;   // what has no mass, too
+  Search& search = prefixes.searches[head];
+  search.enough = {target, min(rule.least, bracket.candidates), min(rule.most, bracket.candidates)};
+  search.mass = mass_above;
+  search.count = count_above;
+  search.state = kSearching;
+  // Among the listed keys; where subnormal numbers count as zero, it stands for them, too.
+  constexpr u32 SUBNORMAL = 0x00800000u;
+  const u32 largest = order_key(bracket.largest_key) + (bracket.largest_key == 0.f ? SUBNORMAL : 0u);
+  search.low = rank_of(bracket.is_bounded_above() ? order_key(bracket.high) - 1 : largest, 0);
+  search.high = rank_of(order_key(bracket.low) - (bracket.low == 0.f ? SUBNORMAL : 0u), -1);
+  search.shift = digit_shift(search.low, search.high);
+  if (search.enough(0, 0)) {
+    search.state = kNothing;
+    search.mass = 0;
+  } else if (overflow || search.enough(mass_above, count_above) || search.low > search.high) {
+    search.state = kFailed;
+  }
+  prefixes.outside[head] = outside;
+  prefixes.everything[head] = everything;
+}
+// Begins it among all tokens of the row; the block calls it.
+__device__ __forceinline__ void start_search_of_row(Search& search) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    search.low = rank_of(order_key(kLargestFinite), 0);
+    search.high = rank_of(order_key(-kLargestFinite), -1);
+    search.mass = 0;
+    search.count = 0;
+    search.shift = digit_shift(search.low, search.high);
+    search.state = kSearching;
+  }
+  __syncthreads();
+}
+__device__ __forceinline__ float share_reached(const Prefixes& prefixes, int head, const Bracket& bracket) {
+  const u64 reached = prefixes.searches[head].mass + prefixes.outside[head], everything = prefixes.everything[head];
+  return bracket.candidates && everything ? __fdiv_rn(static_cast<float>(reached), static_cast<float>(everything))
+                                          : 1.f;
+}
+// Of the part of this lane, zeros if there is none.
+__device__ __forceinline__ PartSums load_sums(const PartSums* sums, u64 row, int parts) {
+  const int lane = threadIdx.x % 32;
+  if (lane >= parts) return {0, 0, 0, 0, 0};
+  const u64* from = reinterpret_cast<const u64*>(sums + row * parts + lane);
+  const u64 both = __ldcg(from + 3);
+  return {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), static_cast<u32>(both), static_cast<u32>(both >> 32)};
+}
+
 // Called by all of the block that has seen what the parts of `group` rows, at most kMaxGroup, have left.
 // digits : shared (group, 3, kDigits)
-// searched(whole) is called when the lists of parts have been searched; `whole` says whether logits of whole rows will
-// be read, and so is its return when they are there.
-template <int C, class Searched>
+template <int C>
 __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments, const PrefixLists& lists,
-                                             const PrefixRule& rule, u32 list_id, int group, u32* digits,
-                                             const Searched& searched) {
+                                             const PrefixRule& rule, u32 list_id, int group, u32* digits) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x;
   const int mask_words = lists.mask_words, capacity = lists.capacity;
   u32* const masks = lists.masks;
   const u64 first_row = list_id * static_cast<u64>(group);
   KVB_SHARED(u32, chosen, [kChunk]);
-  KVB_SHARED(Search, searches, [kMaxGroup]);
+  KVB_SHARED(Prefixes, prefixes);
   KVB_SHARED(Bracket, own_brackets, [kMaxGroup]);
   KVB_SHARED(int, rewrite, [kMaxGroup]);   // whether the bits of a query head have to be set anew
   KVB_SHARED(int, int_sums, [kWarps]);
   KVB_SHARED(u64, sums_of_warps, [kWarps]);
-  KVB_SHARED(u64, totals, [2][kMaxGroup]);   // masses: of what is always kept, of everything
+  Search* const searches = prefixes.searches;
   const int words = (Row<kPlain>(arguments, first_row, blockIdx.z).stop + 31) / 32;   // of all rows of a list
   auto load_words = [&](int from) {   // into `chosen`, the union of the query heads
     for (int i = static_cast<int>(threadIdx.x) * 4; i < min(kChunk, words - from); i += kThreads * 4) {
@@ -269,51 +335,15 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
   const PartList list(lists.entries, lists.sums, first_row, group, parts, capacity);
   const u64 own_row = first_row + min(warp, group - 1);
   const u32 bracket_word = lane < 8 ? __ldcg(reinterpret_cast<const u32*>(lists.brackets + own_row) + lane) : 0;
-  PartSums own = {0, 0, 0, 0, 0};
-  if (lane < parts) {
-    const u64* from = reinterpret_cast<const u64*>(lists.sums + own_row * parts + lane);
-    const u64 both = __ldcg(from + 3);
-    own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), static_cast<u32>(both), static_cast<u32>(both >> 32)};
-  }
+  const PartSums own = load_sums(lists.sums, own_row, parts);
   for (int i = threadIdx.x; i < group * 3 * kDigits; i += kThreads) digits[i] = 0;
   load_words(0);
   if (warp < group) {
     if (lane < 8) reinterpret_cast<u32*>(own_brackets + warp)[lane] = bracket_word;
     __syncwarp();
-    const bool overflow = __any_sync(0xffffffffu, own.listed > static_cast<u32>(capacity));
-    const u64 outside = warp_sum(own.outside), everything = warp_sum(own.candidates) + outside;
-    const u64 mass_above = warp_sum(own.above);
-    const u32 count_above = warp_sum(own.count_above);
-    if (lane == 0) {
-      const Bracket& bracket = own_brackets[warp];
-      // ceil(share everything / 65536) without overflow
-      long long target = static_cast<long long>(rule.share * (everything >> 16) +
-                                                ((rule.share * (everything & 0xffff) + 0xffff) >> 16)) -
-                         static_cast<long long>(outside);
-      if (rule.share >= kShareOne) target = 0x7fffffffffffffffll;   // what has no mass, too
-      Search& search = searches[warp];
-      search.enough = {target, min(rule.least, bracket.candidates), min(rule.most, bracket.candidates)};
-      search.mass = mass_above;
-      search.count = count_above;
-      search.state = kSearching;
-      // Among the listed keys; where subnormal numbers count as zero, it stands for them, too.
-      constexpr u32 SUBNORMAL = 0x00800000u;
-      const bool bounded_above = bracket.high <= kLargestFinite;
-      const u32 largest = order_key(bracket.largest_key) + (bracket.largest_key == 0.f ? SUBNORMAL : 0u);
-      search.low = rank_of(bounded_above ? order_key(bracket.high) - 1 : largest, 0);
-      search.high = rank_of(order_key(bracket.low) - (bracket.low == 0.f ? SUBNORMAL : 0u), -1);
-      search.shift = digit_shift(search.low, search.high);
-      rewrite[warp] = 0;
-      if (search.enough(0, 0)) {
-        search.state = kNothing;
-        search.mass = 0;
-        rewrite[warp] = bounded_above;
-      } else if (overflow || search.enough(mass_above, count_above) || search.low > search.high) {
-        search.state = kFailed;
-      }
-      totals[0][warp] = outside;
-      totals[1][warp] = everything;
-    }
+    const Bracket& bracket = own_brackets[warp];
+    start_search(prefixes, warp, bracket, own, rule, capacity);
+    if (lane == 0) rewrite[warp] = searches[warp].state == kNothing && bracket.is_bounded_above();
   }
   __syncthreads();
 
@@ -321,9 +351,6 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
   find_last<LAST>(searches, 0, group, digits,
                   ListedTokens<C>{list, arguments, first_row + list.head, own_brackets[list.head].largest_weight});
 
-  bool rare = false;
-  for (int h = 0; h < group; ++h) rare |= searches[h].state == kFailed || rewrite[h];
-  searched(rare);
   // What is rare: a search of the whole row; and with "shift" one by the logit.
   bool anew = false;   // whether bits were written since they were loaded
   for (int h = 0; h < group; ++h) {
@@ -334,17 +361,8 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
     u32* row_words = masks + (first_row + h) * mask_words;
     const RowTokens<C, false> row_tokens = {row, h, bracket.largest_weight};
     auto whole_row = [&] {
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        search.low = rank_of(order_key(kLargestFinite), 0);
-        search.high = rank_of(order_key(-kLargestFinite), -1);
-        search.mass = 0;
-        search.count = 0;
-        search.shift = digit_shift(search.low, search.high);
-        search.state = kSearching;
-        rewrite[h] = 1;
-      }
-      __syncthreads();
+      start_search_of_row(search);
+      if (threadIdx.x == 0) rewrite[h] = 1;   // before a barrier of the search
     };
     if (search.state == kFailed) {
       whole_row();
@@ -427,32 +445,29 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
     }
   }
   if (threadIdx.x == 0) lists.counts[list_id] = written;
-  if (static_cast<int>(threadIdx.x) < group) {
-    const u64 reached = searches[threadIdx.x].mass + totals[0][threadIdx.x], everything = totals[1][threadIdx.x];
-    lists.mass[first_row + threadIdx.x] =
-        own_brackets[threadIdx.x].candidates && everything
-            ? __fdiv_rn(static_cast<float>(reached), static_cast<float>(everything)) : 1.f;
-  }
+  if (static_cast<int>(threadIdx.x) < group)
+    lists.mass[first_row + threadIdx.x] = share_reached(prefixes, threadIdx.x, own_brackets[threadIdx.x]);
 }
 
 // ---- one launch, whose blocks have the logits of all query heads of a KV head in shared memory ----------------------
 //
 // A block counts the logits of its part by bins as they come, adds its bins to those of the row in global memory, and
 // waits for the others.  Each finds the brackets of all query heads in the bins of the rows, sums exact masses of its
-// part, sets bits and lists what lies in a bracket; the last block finishes the list.  The others wait until it has
-// searched, since it may want logits of whole rows, which are in no memory but theirs; then they clear the bins, which
-// all have read by that time.
+// part, lists what lies in a bracket, and waits again.  Then each finds the last token of all prefixes, which all that
+// all have listed decides; tells the blocks of later parts how many tokens of its own are chosen; and writes those.
+// Where a list does not decide, all write their logits, wait a third time, and search the whole row.
 
 constexpr int kPartRing = 4096;      // bins of a part: logits further apart than 64 are counted a second time
 constexpr int kTopPUnit = 256;       // tokens that a warp takes at a time
+constexpr int kTopPSpan = 32 * kThreads;   // of a part, at most
 
 // By which the blocks of a list wait for each other; zero before and after.
-struct Rendezvous {
+struct alignas(128) Rendezvous {
   u32 counted, collected, written, left;   // tickets of blocks that are so far
-  u32 searched;                      // 1 when the last one has searched, 2 if it wants logits of whole rows
-  u32 unused[3];
+  u32 unused[28];
+  u32 chosen[32];                    // by part: one more than the tokens that are chosen of it, when that is known
 };
-static_assert(sizeof(Rendezvous) == 32, "RENDEZVOUS_WORDS of kvbench/ops/selection.py");
+static_assert(sizeof(Rendezvous) == 256, "RENDEZVOUS_WORDS of kvbench/ops/selection.py");
 
 // Of a part of a row.
 struct alignas(8) TopPPart {
@@ -480,10 +495,11 @@ struct TopPMemory {
   int ends[HEADS][2];                // the first bin up to which the prefix may be long enough, and surely is
   u32 largest[HEADS], smallest[HEADS];   // order keys of the largest logit, and of the smallest, inverted
   u32 listed[HEADS];
-  u32 whole;                         // whether logits of whole rows are wanted
-  u32 odd, last, unused;             // whether there are logits that are not finite; this is the last block
+  u32 chosen[kTopPSpan / 32];        // tokens that are chosen, by any query head: a bit each
+  u32 odd, before;                   // whether there are logits that are not finite; tokens chosen of earlier parts
+  u32 unused[2];
 };
-static_assert(sizeof(TopPMemory<4>) == 66144, "TOP_P_BYTES of kvbench/ops/selection.py");
+static_assert(sizeof(TopPMemory<4>) == 68192, "TOP_P_BYTES of kvbench/ops/selection.py");
 
 // Makes the memory ready, after the next barrier.
 template <int HEADS>
@@ -491,6 +507,7 @@ __device__ __forceinline__ void start_top_p(TopPMemory<HEADS>& memory) {
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < sizeof(memory.bins) / 16; i += kThreads)
     reinterpret_cast<uint4*>(memory.bins)[i] = {0, 0, 0, 0};
+  memory.chosen[threadIdx.x] = 0;
   if (threadIdx.x < HEADS) {
     memory.largest[threadIdx.x] = memory.smallest[threadIdx.x] = memory.listed[threadIdx.x] = 0;
     memory.ends[threadIdx.x][0] = memory.ends[threadIdx.x][1] = kBins;
@@ -544,8 +561,13 @@ struct TopPTarget {
   Rendezvous* rendezvous;            // (lists,)
   u32* row_bins;                     // (rows, kRing), zero before and after
   TopPPart* parts;                   // (rows, parts)
-  PrefixLists lists;
+  PartSums* sums;                    // (rows, parts)
+  Entry* entries;                    // (rows, parts, capacity)
+  int* indices;                      // (lists, tokens), ascending
+  int* counts;                       // (lists,)
+  float* mass;                       // (rows,)
   PrefixRule rule;
+  int capacity;
 };
 
 // Brackets of the query heads of a list, to memory.brackets: the block calls it, and a barrier comes before they are
@@ -651,14 +673,17 @@ __device__ __forceinline__ void find_brackets(TopPMemory<HEADS>& memory, const u
 }
 
 // Ends a cooperative kernel whose blocks have the logits of parts of the rows of a list in shared memory and have added
-// them to the bins.  Grid (parts, lists of a sequence, batch), of at most 32 parts; a list is of `group` rows.
+// them to the bins.  Grid (parts, lists of a sequence, batch), of at most 32 parts of at most kTopPSpan tokens; a list
+// is of `group` rows.
 template <int HEADS>
 __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const PartRows& part, int group,
                                              const TopPTarget& target) {
   const u32 list_id = blockIdx.z * gridDim.y + blockIdx.y, parts = gridDim.x;
   const u64 first_row = static_cast<u64>(list_id) * group;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = part.size();
+  KVB_SHARED(Prefixes, prefixes);
   Rendezvous& rendezvous = target.rendezvous[list_id];
+  u32* const digits = &memory.bins[0][0];   // of no other use when bins of the rows are complete
   u32* const row_bins = target.row_bins + first_row * kRing;
   TopPPart* const row_parts = target.parts + first_row * parts;
   auto wait_for_all = [&](u32* tickets) {
@@ -720,6 +745,7 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
     if (rank == 0) row_parts[own_head * parts + blockIdx.x] = {memory.largest[own_head], candidates};
   }
   wait_for_all(&rendezvous.counted);
+  for (int i = threadIdx.x; i < group * 3 * kDigits; i += kThreads) digits[i] = 0;
   find_brackets(memory, row_bins, row_parts, group, target.rule);
   __syncthreads();
 
@@ -730,9 +756,7 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
   if (head < group) {
     const Bracket bracket = memory.brackets[head];
     const float* own_logits = part.of(head);
-    u32* words = target.lists.masks + (first_row + head) * target.lists.mask_words + part.first / 32;
-    Entry* entries =
-        target.lists.entries + ((first_row + head) * parts + blockIdx.x) * target.lists.capacity;
+    Entry* entries = target.entries + ((first_row + head) * parts + blockIdx.x) * target.capacity;
 #pragma unroll 1
     for (int unit = warp % WARPS * kTopPUnit; unit < size; unit += WARPS * kTopPUnit) {
       u32 own_word = 0, listed = 0;
@@ -756,11 +780,11 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
           u32 place = lane == 0 ? atomicAdd(&memory.listed[head], static_cast<u32>(__popc(word))) : 0u;
           place = __shfl_sync(0xffffffffu, place, 0) + __popc(word & ((1u << lane) - 1));
           const int at = unit + i * 32 + lane;
-          if ((word >> lane & 1) && place < static_cast<u32>(target.lists.capacity))
+          if ((word >> lane & 1) && place < static_cast<u32>(target.capacity))
             entries[place] = {order_key(own_logits[at]), part.first + at};
         }
       }
-      if (lane < kTopPUnit / 32 && unit + lane * 32 < size) words[unit / 32 + lane] = own_word;
+      if (own_word) atomicOr(&memory.chosen[unit / 32 + lane], own_word);
     }
   }
   inside = warp_sum(inside);
@@ -781,56 +805,86 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
       sums.above += memory.above[h * WARPS + i];
       sums.count_above += memory.count_above[h * WARPS + i];
     }
-    target.lists.sums[(first_row + h) * parts + blockIdx.x] = sums;
-    if (blockIdx.x == 0) target.lists.brackets[first_row + h] = memory.brackets[h];
+    target.sums[(first_row + h) * parts + blockIdx.x] = sums;
   }
   __syncwarp();
+  wait_for_all(&rendezvous.collected);
 
-  auto write_logits = [&] {
+  // ---- where the prefixes end: the same for every block of the list ----
+  const PartList list(target.entries, target.sums, first_row, group, parts, target.capacity);
+  const PartSums own_sums = load_sums(target.sums, first_row + min(warp, group - 1), parts);
+  const int share = (group * kRing / 4 + parts - 1) / parts, from = blockIdx.x * share;   // all have read the bins
+  for (int i = from + static_cast<int>(threadIdx.x); i < min(from + share, group * kRing / 4); i += kThreads)
+    reinterpret_cast<uint4*>(row_bins)[i] = {0, 0, 0, 0};
+  if (warp < group) start_search(prefixes, warp, memory.brackets[warp], own_sums, target.rule, target.capacity);
+  __syncthreads();
+  Search* const searches = prefixes.searches;
+  find_last<kAnyBetween>(searches, 0, group, digits,
+                         ListedTokens<kPlain>{list, target.arguments, first_row + list.head,
+                                              memory.brackets[list.head].largest_weight});
+  bool rare = false;
+  for (int h = 0; h < group; ++h)
+    rare |= searches[h].state == kFailed || (searches[h].state == kNothing && memory.brackets[h].is_bounded_above());
+  const int words = (size + 31) / 32;
+  if (!rare) {
+    if (list.part == static_cast<int>(blockIdx.x) && searches[list.head].state == kFound)
+      list.visit([&](u32 key, int t) {
+        if (rank_of(key, t) <= searches[list.head].high)
+          atomicOr(&memory.chosen[(t - part.first) / 32], 1u << (t % 32));
+      });
+  } else {
     for (int h = 0; h < group; ++h)
       for (int at = threadIdx.x; at < size; at += kThreads)
         target.logits[(first_row + h) * target.arguments.tokens + part.first + at] = part.of(h)[at];
-    __syncthreads();
-  };
-  auto clear_bins = [&] {
-    const int share = (group * kRing / 4 + parts - 1) / parts, from = blockIdx.x * share;
-    for (int i = from + static_cast<int>(threadIdx.x); i < min(from + share, group * kRing / 4); i += kThreads)
-      reinterpret_cast<uint4*>(row_bins)[i] = {0, 0, 0, 0};
-  };
-  if (threadIdx.x == 0) memory.last = take_ticket(&rendezvous.collected) == parts - 1;
-  __syncthreads();
-  if (!memory.last) {
-    if (threadIdx.x == 0) {
-      wait_for_tickets(&rendezvous.collected, parts);   // all have read the bins
-      memory.whole = wait_for_tickets(&rendezvous.searched, 1) > 1;
+    wait_for_all(&rendezvous.written);
+    for (int h = 0; h < group; ++h) {
+      if (searches[h].state != kFailed) continue;
+      const Row<kPlain> row(target.arguments, first_row + h, blockIdx.z);
+      start_search_of_row(searches[h]);
+      find_last<kAnyBetween>(searches, h, h + 1, digits,
+                             RowTokens<kPlain, false>{row, h, memory.brackets[h].largest_weight});
     }
     __syncthreads();
-    if (memory.whole) {
-      write_logits();
-      if (threadIdx.x == 0) take_ticket(&rendezvous.written);
+#pragma unroll 1
+    for (int at = threadIdx.x; at < words * 32; at += kThreads) {
+      bool is_chosen = false;
+      for (int h = 0; h < group; ++h) {
+        const float y = at < size ? part.of(h)[at] : __uint_as_float(0x7fffffffu);
+        is_chosen |= is_finite(y) && searches[h].state == kFound &&
+                     rank_of(order_key(y), part.first + at) <= searches[h].high;
+      }
+      const u32 bits = __ballot_sync(0xffffffffu, is_chosen);
+      if (lane == 0) memory.chosen[at / 32] = bits;
     }
-    clear_bins();
-    if (threadIdx.x == 0 && take_ticket(&rendezvous.left) == parts - 2) {
-      rendezvous.counted = rendezvous.collected = rendezvous.left = 0;
-      atomicExch(&rendezvous.searched, 0u);             // which the last block has not released
-    }
-    return;
   }
-  finish_lists<kPlain>(target.arguments, target.lists, target.rule, list_id, group, &memory.bins[0][0],
-                       [&](bool whole) {
-                         clear_bins();
-                         if (threadIdx.x == 0) {
-                           if (parts == 1) rendezvous.counted = rendezvous.collected = 0;
-                           else atomicAdd(&rendezvous.searched, whole ? 2u : 1u);
-                         }
-                         if (!whole) return;
-                         write_logits();
-                         if (threadIdx.x == 0) {
-                           wait_for_tickets(&rendezvous.written, parts - 1);
-                           rendezvous.written = 0;
-                         }
-                         __syncthreads();
-                       });
+  __syncthreads();
+
+  // ---- positions ----
+  u32 bits = memory.chosen[threadIdx.x];
+  const u32 own = __popc(bits), upto = warp_prefix(own);
+  if (lane == 31) memory.count_above[warp] = upto;
+  __syncthreads();
+  const u32 warps_upto = warp_prefix<kWarps>(lane < kWarps ? memory.count_above[lane] : 0u);
+  const u32 of_part = __shfl_sync(0xffffffffu, warps_upto, kWarps - 1);
+  if (threadIdx.x == 0) atomicExch(&rendezvous.chosen[blockIdx.x], of_part + 1);
+  if (warp == 0) {
+    const bool is_earlier = lane < static_cast<int>(blockIdx.x);
+    const u32 before = warp_sum(is_earlier ? wait_for_tickets(&rendezvous.chosen[lane], 1) - 1 : 0u);
+    if (lane == 0) memory.before = before;
+  }
+  __syncthreads();
+  const u32 of_warp = __shfl_sync(0xffffffffu, warps_upto, warp) - memory.count_above[warp];
+  int* next = target.indices + static_cast<u64>(list_id) * target.arguments.tokens + memory.before + of_warp + upto - own;
+  const int first = part.first + static_cast<int>(threadIdx.x) * 32 - 1;
+#pragma unroll 1
+  for (; bits; bits &= bits - 1) *next++ = first + __ffs(static_cast<int>(bits));
+  if (blockIdx.x == parts - 1 && threadIdx.x == 0) target.counts[list_id] = static_cast<int>(memory.before + of_part);
+  if (blockIdx.x == 0 && static_cast<int>(threadIdx.x) < group)
+    target.mass[first_row + threadIdx.x] = share_reached(prefixes, threadIdx.x, memory.brackets[threadIdx.x]);
+  if (threadIdx.x == 0 && take_ticket(&rendezvous.left) == parts - 1) {   // all have read what the others told
+    rendezvous.counted = rendezvous.collected = rendezvous.written = rendezvous.left = 0;
+    for (u32 i = 0; i < parts; ++i) rendezvous.chosen[i] = 0;
+  }
 }
 
 }  // namespace kvb::selection
