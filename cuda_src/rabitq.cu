@@ -222,10 +222,11 @@ struct QueryShare {
     constexpr int N = D / 32;
     const int first = lane * N;
     float raw[N] = {}, key_mean[N] = {}, mean[N] = {};
+    if (!present) return;
     if (from.key_mean) load_floats(key_mean, from.key_mean, 0, first);
     if (from.mean) load_floats(mean, from.mean, 0, first);
-    if (from.rotated && present) load_floats(v[0], from.rotated, 0, row * D + first);
-    if (present) load_floats(raw, from.query, from.type, row * D + first);   // converts, and so waits: last
+    if (from.rotated) load_floats(v[0], from.rotated, 0, row * D + first);
+    load_floats(raw, from.query, from.type, row * D + first);   // converts, and so waits: last
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       constant = fmaf(raw[e], key_mean[e], constant);
@@ -397,10 +398,10 @@ __device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first,
       for (int u = 0; u < 2 * UNITS; ++u) load_unit(u / 2, u % 2, min(static_cast<u32>(u * 8 + g), left - 1));
     }
   };
-  if (first < length) load(first);   // on its way while the query is rounded
-
+  // What does not depend on the length first: both are on their way at the same time.
   stage_signs<D>(staged_signs, source.signs, source.rounds);
-  QueryShare<D> share(source.query, source.pair * group + warp, warp < group, lane);   // while signs are under way
+  QueryShare<D> share(source.query, source.pair * group + warp, warp < group, lane);
+  if (first < length) load(first);   // on its way while the query is rounded
   prepare();
   cp_async_wait<0>();
   __syncthreads();
@@ -613,9 +614,8 @@ __global__ void __launch_bounds__(256, TILES == 1 ? 3 : TILES < 4 ? 2 : 1)
 template <int D>
 __global__ void __launch_bounds__(selection::kThreads, 1)
     rabitq_top_p_kernel(KVB_RABITQ_SCORE_PARAMETERS, int span, float* logits, selection::Rendezvous* rendezvous,
-                        u32* row_bins, selection::TopPPart* parts, selection::PartSums* sums,
-                        selection::Entry* entries, int* indices, int* out_counts, float* mass, u32 share, int least,
-                        int most, int capacity) {
+                        u32* row_bins, selection::TopPPart* parts, selection::Entry* entries, int* indices,
+                        int* out_counts, float* mass, u32 share, int least, int most, int capacity) {
   using namespace selection;
   using Staged = StagedQueries<D, 1>;
   KVB_SHARED(Staged, staged);
@@ -643,7 +643,7 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
   counts.reduce(memory, t, g == 0, 4);
   choose_top_p<HEADS>(memory, part, group,
                       {{logits, nullptr, lengths, nullptr, tokens, span, 0, 0, 0, 1}, logits, rendezvous, row_bins,
-                       parts, sums, entries, indices, out_counts, mass, {share, least, most, 0}, capacity});
+                       parts, entries, indices, out_counts, mass, {share, least, most, 0}, capacity});
 }
 
 }  // namespace kvb

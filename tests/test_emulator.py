@@ -55,7 +55,7 @@ def run(request):
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def run_cooperatively(request):
-    return functools.partial(load(request.param, "faults.cu", "share_kernel<true>"), cooperative=True)
+    return functools.partial(load(request.param, "faults.cu", "share_kernel<true>", "tell_kernel"), cooperative=True)
 
 
 def test_the_emulator_is_built():
@@ -1012,6 +1012,15 @@ def test_blocks_of_a_cooperative_launch_wait_for_each_other(run_cooperatively, b
     assert (out == expected).all() and tickets[0] == blocks
 
 
+@pytest.mark.parametrize("blocks", [1, 9])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_blocks_of_a_cooperative_launch_tell_each_other(run_cooperatively, blocks, seed):
+    x, words, pairs = np.arange(1, blocks + 1, dtype=i32), np.zeros(blocks, np.uint64), np.zeros(2 * blocks, np.uint64)
+    out = np.zeros(blocks, np.uint64)
+    run_cooperatively("tell_kernel", blocks, 64, x, words, pairs, np.zeros(64 * blocks, i32), out, i32(0), seed=seed)
+    assert (out == 3 * x.sum()).all() and (words == x).all()
+
+
 def share(faulty, blocks=3, absent=0, wait=True, **options):
     out = np.zeros((blocks, 64), i32)
     faulty(f"share_kernel<{str(wait).lower()}>", blocks, 64, np.ones(blocks, i32), np.zeros(blocks, i32),
@@ -1027,6 +1036,9 @@ def test_blocks_that_wait_in_vain_are_named(faulty):
                                                r"wait_for_tickets at line \d+, from thread \(1,0,0\) in __syncthreads"):
             share(faulty, absent=1, cooperative=True, seed=seed)
     assert (share(faulty, cooperative=True) == 3).all()   # what the failed launches left does not matter
+    with pytest.raises(RuntimeError, match=r"deadlock: blocks wait for each other, .* wait_for_published at line"):
+        faulty("tell_kernel", 3, 64, np.ones(3, i32), np.zeros(3, np.uint64), np.zeros(6, np.uint64),
+               np.zeros(192, i32), np.zeros(3, np.uint64), i32(1), cooperative=True)
 
 
 def test_a_missing_wait_for_other_blocks_changes_the_result(faulty):

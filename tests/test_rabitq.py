@@ -404,6 +404,7 @@ def test_top_p_in_one_launch(backend, content):
                 scored = rabitq.score(query, encoded, rotation, **options)
                 in_turn = to_host(selection.select_top_p(scored, p, kv_heads=2, **bound, **options))
             assert not scratch.together.bins.to_host().any() and not scratch.together.rendezvous.to_host().any()
+            assert not scratch.together.parts.to_host().any()
             for one in made:
                 where = group, head_dim, length, room, p, bound
                 assert one.counts.tolist() == in_turn.counts.tolist(), where

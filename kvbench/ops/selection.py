@@ -38,6 +38,7 @@ BOUNDS_WORDS = 4       # of 4 bytes, per part: PartBounds of cuda_src/selection.
 SUMS_WORDS = 4         # of 8 bytes, per part: PartSums of cuda_src/include/kvb/top_p.cuh
 BRACKET_WORDS = 8      # of 4 bytes, per query head: Bracket, there, too
 RENDEZVOUS_WORDS = 64  # of 4 bytes, per list: Rendezvous
+TOP_P_PART_WORDS = 4   # of 8 bytes, per part that is counted together with others: TopPPart
 ROW_BINS = 8192        # of a query head whose parts are counted together: kRing
 TOP_P_HEADS = 4        # query heads of a list that is made by one launch, at most
 TOP_P_UNIT = 256       # tokens of a part then: a multiple of this, kTopPUnit
@@ -54,14 +55,12 @@ class Together:
 
     bins        [rows * ROW_BINS] uint32, zero between launches: tokens that share a bin
     rendezvous  [rows * RENDEZVOUS_WORDS] uint32, zero between launches: where they wait
-    largest     [parts * 2] uint32, of the parts of all rows: largest keys and numbers of candidates
-    sums        [parts * SUMS_WORDS] uint64: exact masses
+    parts       [parts * TOP_P_PART_WORDS] uint64, zero between launches: what parts of all rows tell each other
     """
 
     bins: Array
     rendezvous: Array
-    largest: Array
-    sums: Array
+    parts: Array
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def workspace(batch: int, q_heads: int, tokens: int, device: Device | str, *, li
                      new(empty, rows * words_of(tokens), "uint32"),
                      new(empty, parts * listed * ENTRY_WORDS, "uint32"), new(empty, parts * MOMENTS, "float64"),
                      Together(new(zeros, few * ROW_BINS, "uint32"), new(zeros, few * RENDEZVOUS_WORDS, "uint32"),
-                              new(empty, most * 2, "uint32"), new(empty, most * SUMS_WORDS, "uint64")))
+                              new(zeros, most * TOP_P_PART_WORDS, "uint64")))
 
 
 @lru_cache(maxsize=4096)
@@ -196,7 +195,7 @@ def top_p_arguments(p: float, least: int, most: int | None, parts: int, span: in
     """What choose_top_p of cuda_src/include/kvb/top_p.cuh needs, as the kernels that call it take it."""
     _, heads, tokens = logits.shape
     rows, shared = logits.shape[0] * heads, scratch.together
-    return (np.int32(span), logits, shared.rendezvous, shared.bins, shared.largest, shared.sums, scratch.entries,
+    return (np.int32(span), logits, shared.rendezvous, shared.bins, shared.parts, scratch.entries,
             result.indices, result.counts, result.mass, np.uint32(reference.share(p)),
             *map(np.int32, (*_bounds(least, most), _entries(parts, rows, scratch))))
 

@@ -217,6 +217,26 @@ __global__ void __launch_bounds__(64) share_kernel(const int* x, int* shown, u32
   out[b * 64 + t] = sum + own[(t + 1) % 64];
 }
 
+// out[b] = the sum of x and of twice x, which block b has told the others: a word, and a pair with what it wrote before.
+// Blocks below `absent` tell nothing.
+__global__ void __launch_bounds__(64)
+    tell_kernel(const int* x, u64* words, WordPair* pairs, int* written, u64* out, int absent) {
+  const int t = threadIdx.x, b = blockIdx.x, blocks = gridDim.x;
+  written[b * 64 + t] = x[b] + t;
+  __syncthreads();
+  if (t == 0 && b >= absent) {
+    publish(words + b, x[b]);
+    publish(pairs + b, {static_cast<u64>(2 * x[b]), 1});
+  }
+  u64 sum = 0;
+  for (int i = t; i < blocks; i += 64) {
+    sum += wait_for_published(words + i);
+    const WordPair pair = wait_for_published(pairs + i);
+    sum += pair.first * pair.second + written[i * 64 + t] - x[i] - t;
+  }
+  atomicAdd(out + b, sum);
+}
+
 }  // namespace kvb
 
 KVB_EXPORT(32, kvb::rotate_kernel<false>)
@@ -255,3 +275,4 @@ KVB_EXPORT(32, kvb::unwritten_shared_kernel<__nv_bfloat16>)
 KVB_EXPORT(32, kvb::unwritten_shared_kernel<int>)
 KVB_EXPORT(64, kvb::share_kernel<false>)
 KVB_EXPORT(64, kvb::share_kernel<true>)
+KVB_EXPORT(64, kvb::tell_kernel)

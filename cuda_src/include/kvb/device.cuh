@@ -219,6 +219,34 @@ __device__ __forceinline__ u32 wait_for_tickets(const u32* counter, u32 tickets)
   return taken;
 }
 
+// Stores words other than 0 for those who wait for them: they see what this thread has written before (and, through a
+// barrier before, its block).
+struct alignas(16) WordPair {
+  u64 first, second;
+};
+__device__ __forceinline__ void publish(u64* place, u64 word) {
+  asm volatile("st.release.gpu.u64 [%0], %1;" ::"l"(place), "l"(word) : "memory");
+}
+__device__ __forceinline__ void publish(WordPair* place, WordPair words) {
+  asm volatile("st.release.gpu.v2.u64 [%0], {%1, %2};" ::"l"(place), "l"(words.first), "l"(words.second) : "memory");
+}
+// Waits until they have been published, and returns them.  For cooperative launches, too.
+__device__ __forceinline__ u64 wait_for_published(const u64* place) {
+  u64 word;
+  do {
+    asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
+  } while (word == 0);
+  return word;
+}
+__device__ __forceinline__ WordPair wait_for_published(const WordPair* place) {
+  WordPair words;
+  do {   // one of them may be seen first
+    asm volatile("ld.acquire.gpu.v2.u64 {%0, %1}, [%2];" : "=l"(words.first), "=l"(words.second) : "l"(place)
+                 : "memory");
+  } while (words.first == 0 || words.second == 0);
+  return words;
+}
+
 // 2^x within 2 ulp; subnormal arguments and results count as zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -147,31 +147,40 @@ struct PartList {
   Entry held[HELD];   // its first ones
   int head, part, length, rank, threads;
 
-  // Lists of the parts of `group` rows, to all threads of the block.
-  __device__ __forceinline__ PartList(const Entry* all, const PartSums* sums, u64 first_row, int group, int parts,
-                                      int capacity) {
+  // Lists of the parts of `group` rows, to all threads of the block; listed(i) is how many tokens part i of all has.
+  template <class Listed>
+  __device__ __forceinline__ PartList(const Entry* all, u64 first_row, int group, int parts, int capacity,
+                                      const Listed& listed) {
     threads = kThreads / (group * parts);
     rank = static_cast<int>(threadIdx.x) % threads;
     const int list = static_cast<int>(threadIdx.x) / threads, own = list < group * parts ? list : 0;
     head = own / parts;
     part = own % parts;
     const u64 place = first_row * parts + own;
-    const u32 listed = __ldcg(&sums[place].listed);
+    const u32 known = listed(place);
     entries = all + place * capacity;
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) {   // whether they are there is not known yet
-      const u64 entry = __ldcg(reinterpret_cast<const u64*>(entries + min(rank + i * threads, capacity - 1)));
-      held[i] = {static_cast<u32>(entry), static_cast<int>(entry >> 32)};
-    }
-    length = list < group * parts ? static_cast<int>(min(listed, static_cast<u32>(capacity))) : 0;
+    for (int i = 0; i < HELD; ++i)     // whether they are there is not known yet
+      held[i] = load(min(rank + i * threads, capacity - 1));
+    length = list < group * parts ? static_cast<int>(min(known, static_cast<u32>(capacity))) : 0;
+  }
+  __device__ __forceinline__ Entry load(int at) const {
+    const u64 entry = __ldcg(reinterpret_cast<const u64*>(entries + at));
+    return {static_cast<u32>(entry), static_cast<int>(entry >> 32)};
   }
   template <class Visit>
   __device__ __forceinline__ void visit(const Visit& f) const {   // f(key, token)
-    int i = 0;
+    Entry some[HELD] = {held[0], held[1], held[2], held[3]};
 #pragma unroll 1
-    for (int at = rank; at < length; at += threads, ++i) {
-      const Entry entry = i == 0 ? held[0] : i == 1 ? held[1] : i == 2 ? held[2] : i == 3 ? held[3] : entries[at];
-      f(entry.key, entry.token);
+    for (int at = rank; at < length;) {
+#pragma unroll 1
+      for (int i = 0; i < HELD && at < length; ++i, at += threads) {
+        const Entry entry = i == 0 ? some[0] : i == 1 ? some[1] : i == 2 ? some[2] : some[3];
+        f(entry.key, entry.token);
+      }
+      if (at < length)
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) some[i] = load(min(at + i * threads, length - 1));
     }
   }
 };
@@ -294,11 +303,9 @@ __device__ __forceinline__ float share_reached(const Prefixes& prefixes, int hea
   return bracket.candidates && everything ? __fdiv_rn(static_cast<float>(reached), static_cast<float>(everything))
                                           : 1.f;
 }
-// Of the part of this lane, zeros if there is none.
-__device__ __forceinline__ PartSums load_sums(const PartSums* sums, u64 row, int parts) {
-  const int lane = threadIdx.x % 32;
-  if (lane >= parts) return {0, 0, 0, 0, 0};
-  const u64* from = reinterpret_cast<const u64*>(sums + row * parts + lane);
+// Of part `part` of all.
+__device__ __forceinline__ PartSums load_sums(const PartSums* sums, u64 part) {
+  const u64* from = reinterpret_cast<const u64*>(sums + part);
   const u64 both = __ldcg(from + 3);
   return {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), static_cast<u32>(both), static_cast<u32>(both >> 32)};
 }
@@ -332,10 +339,12 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
     }
   };
   // What is needed from memory, asked for at once.
-  const PartList list(lists.entries, lists.sums, first_row, group, parts, capacity);
+  const PartList list(lists.entries, first_row, group, parts, capacity,
+                      [&](u64 part) { return __ldcg(&lists.sums[part].listed); });
   const u64 own_row = first_row + min(warp, group - 1);
   const u32 bracket_word = lane < 8 ? __ldcg(reinterpret_cast<const u32*>(lists.brackets + own_row) + lane) : 0;
-  const PartSums own = load_sums(lists.sums, own_row, parts);
+  PartSums own = {0, 0, 0, 0, 0};
+  if (lane < parts) own = load_sums(lists.sums, own_row * parts + lane);
   for (int i = threadIdx.x; i < group * 3 * kDigits; i += kThreads) digits[i] = 0;
   load_words(0);
   if (warp < group) {
@@ -463,16 +472,25 @@ constexpr int kTopPSpan = 32 * kThreads;   // of a part, at most
 
 // By which the blocks of a list wait for each other; zero before and after.
 struct alignas(128) Rendezvous {
-  u32 counted, collected, written, left;   // tickets of blocks that are so far
-  u32 unused[28];
+  u32 written, left;                 // tickets of blocks that are so far
+  u32 unused[30];
   u32 chosen[32];                    // by part: one more than the tokens that are chosen of it, when that is known
 };
 static_assert(sizeof(Rendezvous) == 256, "RENDEZVOUS_WORDS of kvbench/ops/selection.py");
 
-// Of a part of a row.
-struct alignas(8) TopPPart {
-  u32 largest, candidates;           // an order key
+// What a block tells the others of its part of a row; zero before and after.
+// bins  : published when those of the row have its logits: its largest one, as an order key, and one more than its
+//         candidates
+// lists : published when its list is complete: the mass of its candidates and one more than are listed, and the mass
+//         and one more than the number of those above
+struct alignas(32) TopPPart {
+  u64 bins, unused;
+  WordPair lists;
 };
+constexpr int kMassBits = 46;
+constexpr u64 kMassMask = (1ull << kMassBits) - 1;
+static_assert(kTopPSpan <= 1 << 14, "whose masses of at most 2^31 each fit");
+static_assert(sizeof(TopPPart) == 32, "TOP_P_PART_WORDS of kvbench/ops/selection.py");
 
 // The logits of a part of each row, in shared memory; what is not finite becomes NaN.
 struct PartRows {
@@ -561,7 +579,6 @@ struct TopPTarget {
   Rendezvous* rendezvous;            // (lists,)
   u32* row_bins;                     // (rows, kRing), zero before and after
   TopPPart* parts;                   // (rows, parts)
-  PartSums* sums;                    // (rows, parts)
   Entry* entries;                    // (rows, parts, capacity)
   int* indices;                      // (lists, tokens), ascending
   int* counts;                       // (lists,)
@@ -570,19 +587,21 @@ struct TopPTarget {
   int capacity;
 };
 
-// Brackets of the query heads of a list, to memory.brackets: the block calls it, and a barrier comes before they are
-// read.  HEADS divide its threads.
+// Waits until the bins of all rows of a list are complete, and finds the brackets of its query heads, to memory.brackets:
+// the block calls it, and a barrier comes before they are read.  HEADS divide its threads.
+// spare : shared (HEADS, kBins)
 template <int HEADS>
 __device__ __forceinline__ void find_brackets(TopPMemory<HEADS>& memory, const u32* row_bins, const TopPPart* parts,
-                                              int group, const PrefixRule& rule) {
+                                              int group, const PrefixRule& rule, u32* spare) {
   constexpr int THREADS = kThreads / HEADS, PER_THREAD = kBins / THREADS, QUADS = PER_THREAD / 4, WARPS = THREADS / 32;
   static_assert(THREADS % 32 == 0 && PER_THREAD % 4 == 0 && PER_THREAD <= 32, "whole warps have a head");
   const int head = threadIdx.x / THREADS, rank = threadIdx.x % THREADS, lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32, count_of_parts = gridDim.x;
   u64 own_part = 0;
-  if (head < group && lane < count_of_parts)
-    own_part = __ldcg(reinterpret_cast<const u64*>(parts + head * count_of_parts + lane));
-  const u32 part_largest = static_cast<u32>(own_part), part_candidates = static_cast<u32>(own_part >> 32);
+  if (head < group && lane < count_of_parts) own_part = wait_for_published(&parts[head * count_of_parts + lane].bins);
+  __syncwarp();
+  const u32 part_largest = static_cast<u32>(own_part);
+  const u32 part_candidates = own_part ? static_cast<u32>(own_part >> 32) - 1 : 0;
   const int candidates = static_cast<int>(warp_sum(part_candidates));
   const u32 largest_order = warp_max(part_candidates ? part_largest : 0u);
   const float largest = candidates ? from_order_key(largest_order) : 0.f;
@@ -643,11 +662,15 @@ __device__ __forceinline__ void find_brackets(TopPMemory<HEADS>& memory, const u
   }
   if (votes[0] | votes[1]) {           // its bins are those of the lanes of half a warp
     static_assert(PER_THREAD == 16, "half a warp");
+    if ((votes[0] | votes[1]) >> lane & 1)
+#pragma unroll
+      for (int i = 0; i < QUADS; ++i)
+        reinterpret_cast<uint4*>(spare)[threadIdx.x * QUADS + i] = {loaded[i].w, loaded[i].z, loaded[i].y, loaded[i].x};
+    __syncwarp();
     const bool surely = lane >= 16;
     const int place = lane % 16, source = max(__ffs(static_cast<int>(surely ? votes[1] : votes[0])) - 1, 0);
     const int below = __shfl_sync(0xffffffffu, first_below, source) + place;
-    const u32 at = (top - static_cast<u32>(below)) % kRing;
-    u32 size = below >= 0 ? __ldcg(row_bins + static_cast<u64>(head) * kRing + at) : 0;
+    u32 size = below >= 0 ? spare[(warp * 32 + source) * PER_THREAD + place] : 0;
     u64 prefix = PrefixEstimate<kPlain>::mass_of_bin(size, lower_end(below));
 #pragma unroll
     for (int distance = 1; distance < 16; distance *= 2) {
@@ -683,17 +706,11 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = part.size();
   KVB_SHARED(Prefixes, prefixes);
   Rendezvous& rendezvous = target.rendezvous[list_id];
-  u32* const digits = &memory.bins[0][0];   // of no other use when bins of the rows are complete
   u32* const row_bins = target.row_bins + first_row * kRing;
   TopPPart* const row_parts = target.parts + first_row * parts;
-  auto wait_for_all = [&](u32* tickets) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      take_ticket(tickets);
-      wait_for_tickets(tickets, parts);
-    }
-    __syncthreads();
-  };
+  u32* const spare = &memory.bins[0][0];     // when those of the rows have them
+  u32* const digits = spare + HEADS * kBins;
+  static_assert(HEADS * (kBins + 3 * kDigits) <= sizeof(memory.bins) / sizeof(u32), "there is room for both");
   for (int h = 0; h < group; ++h)      // up to a whole unit
     for (int at = size + static_cast<int>(threadIdx.x); at < (size + kTopPUnit - 1) / kTopPUnit * kTopPUnit;
          at += kThreads)
@@ -734,19 +751,23 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
     }
     __syncthreads();
   }
+  u64 told = 0;
   if (own_head < group) {
     const u32 candidates = candidates_of(own_head), top = top_of(own_head);
+    const u32 lowest = static_cast<u32>(bin_of(from_order_key(~memory.smallest[own_head])));
+    const u32 used = candidates ? min(top - lowest + 1, static_cast<u32>(kBins)) : 0;
     u32* const own_bins = row_bins + static_cast<u64>(own_head) * kRing;
 #pragma unroll 4
-    for (u32 i = 0; i < (candidates ? kBins : 0u); i += THREADS) {
-      const u32 bin = top - i - rank, count = memory.bins[own_head][bin % kPartRing];
+    for (u32 i = rank; i < used; i += THREADS) {
+      const u32 bin = top - i, count = memory.bins[own_head][bin % kPartRing];
       if (count) atomicAdd(own_bins + bin % kRing, count);
     }
-    if (rank == 0) row_parts[own_head * parts + blockIdx.x] = {memory.largest[own_head], candidates};
+    told = static_cast<u64>(candidates + 1) << 32 | memory.largest[own_head];
   }
-  wait_for_all(&rendezvous.counted);
+  __syncthreads();
+  if (told && rank == 0) publish(&row_parts[own_head * parts + blockIdx.x].bins, told);
   for (int i = threadIdx.x; i < group * 3 * kDigits; i += kThreads) digits[i] = 0;
-  find_brackets(memory, row_bins, row_parts, group, target.rule);
+  find_brackets(memory, row_bins, row_parts, group, target.rule, spare);
   __syncthreads();
 
   constexpr int WARPS = kWarps / HEADS;   // that have a query head
@@ -755,36 +776,47 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
   u32 count_above = 0;
   if (head < group) {
     const Bracket bracket = memory.brackets[head];
-    const float* own_logits = part.of(head);
     Entry* entries = target.entries + ((first_row + head) * parts + blockIdx.x) * target.capacity;
 #pragma unroll 1
     for (int unit = warp % WARPS * kTopPUnit; unit < size; unit += WARPS * kTopPUnit) {
-      u32 own_word = 0, listed = 0;
+      constexpr int EACH = kTopPUnit / 32;
+      const float* own_logits = part.of(head) + unit + lane;
+      float y[EACH];
+      u32 listed = 0, own_word = 0;
 #pragma unroll
-      for (int i = 0; i < kTopPUnit / 32; ++i) {
-        const float y = own_logits[unit + i * 32 + lane];
-        const u32 own = mass_of(y, bracket.largest_weight);
-        const bool is_above = y >= bracket.high;   // what is no number passes no comparison
+      for (int i = 0; i < EACH; ++i) y[i] = own_logits[i * 32];
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const u32 own = mass_of(y[i], bracket.largest_weight);
+        const bool is_above = y[i] >= bracket.high;   // what is no number passes no comparison
         inside += own;
         above += is_above ? own : 0;
-        listed |= y >= bracket.low && !is_above ? 1u << i : 0;
-        const u32 word = __ballot_sync(0xffffffffu, is_above);
+        listed |= y[i] >= bracket.low && !is_above ? 1u << i : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const u32 word = __ballot_sync(0xffffffffu, y[i] >= bracket.high);
         own_word = lane == i ? word : own_word;
       }
       count_above += __popc(own_word);
-      if (__any_sync(0xffffffffu, listed)) {   // a loop of each lane's own takes 2 us per token
-#pragma unroll 1
-        for (int i = 0; i < kTopPUnit / 32; ++i) {
-          const u32 word = __ballot_sync(0xffffffffu, listed >> i & 1);
-          if (!word) continue;
-          u32 place = lane == 0 ? atomicAdd(&memory.listed[head], static_cast<u32>(__popc(word))) : 0u;
-          place = __shfl_sync(0xffffffffu, place, 0) + __popc(word & ((1u << lane) - 1));
-          const int at = unit + i * 32 + lane;
-          if ((word >> lane & 1) && place < static_cast<u32>(target.capacity))
-            entries[place] = {order_key(own_logits[at]), part.first + at};
-        }
-      }
       if (own_word) atomicOr(&memory.chosen[unit / 32 + lane], own_word);
+      u32 lanes = __ballot_sync(0xffffffffu, listed);
+      if (!lanes) continue;
+      // Few have any: one after the other, and of each the first lanes take a token; a loop of each lane's own takes
+      // 2 us per token.
+      const u32 all = warp_sum(static_cast<u32>(__popc(listed)));
+      u32 place = lane == 0 ? atomicAdd(&memory.listed[head], all) : 0u;
+      place = __shfl_sync(0xffffffffu, place, 0);
+#pragma unroll 1
+      for (; lanes; lanes &= lanes - 1) {
+        const int source = __ffs(static_cast<int>(lanes)) - 1;
+        const u32 bits = __shfl_sync(0xffffffffu, listed, source);
+        const u32 own_place = place + __popc(bits & ((1u << lane) - 1));
+        place += __popc(bits);
+        if (!(bits >> lane & 1) || own_place >= static_cast<u32>(target.capacity)) continue;
+        const int at = unit + lane * 32 + source;
+        entries[own_place] = {order_key(part.of(head)[at]), part.first + at};
+      }
     }
   }
   inside = warp_sum(inside);
@@ -798,26 +830,33 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < group) {
     const int h = threadIdx.x;
-    PartSums sums = {0, 0, 0, 0, memory.listed[h]};
+    WordPair told = {static_cast<u64>(memory.listed[h] + 1) << kMassBits, 1ull << kMassBits};
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) {
-      sums.candidates += memory.inside[h * WARPS + i];
-      sums.above += memory.above[h * WARPS + i];
-      sums.count_above += memory.count_above[h * WARPS + i];
+      told.first += memory.inside[h * WARPS + i];
+      told.second += memory.above[h * WARPS + i] + (static_cast<u64>(memory.count_above[h * WARPS + i]) << kMassBits);
     }
-    target.sums[(first_row + h) * parts + blockIdx.x] = sums;
+    publish(&row_parts[h * parts + blockIdx.x].lists, told);
   }
   __syncwarp();
-  wait_for_all(&rendezvous.collected);
 
   // ---- where the prefixes end: the same for every block of the list ----
-  const PartList list(target.entries, target.sums, first_row, group, parts, target.capacity);
-  const PartSums own_sums = load_sums(target.sums, first_row + min(warp, group - 1), parts);
+  const PartList list(target.entries, first_row, group, parts, target.capacity, [&](u64 i) {
+    return static_cast<u32>(wait_for_published(&target.parts[i].lists.first) >> kMassBits) - 1;
+  });
+  if (warp < group) {
+    PartSums sums = {0, 0, 0, 0, 0};
+    if (lane < static_cast<int>(parts)) {
+      const WordPair told = wait_for_published(&row_parts[warp * parts + lane].lists);
+      sums = {told.first & kMassMask, told.second & kMassMask, 0, static_cast<u32>(told.second >> kMassBits) - 1,
+              static_cast<u32>(told.first >> kMassBits) - 1};
+    }
+    start_search(prefixes, warp, memory.brackets[warp], sums, target.rule, target.capacity);
+  }
+  __syncthreads();
   const int share = (group * kRing / 4 + parts - 1) / parts, from = blockIdx.x * share;   // all have read the bins
   for (int i = from + static_cast<int>(threadIdx.x); i < min(from + share, group * kRing / 4); i += kThreads)
     reinterpret_cast<uint4*>(row_bins)[i] = {0, 0, 0, 0};
-  if (warp < group) start_search(prefixes, warp, memory.brackets[warp], own_sums, target.rule, target.capacity);
-  __syncthreads();
   Search* const searches = prefixes.searches;
   find_last<kAnyBetween>(searches, 0, group, digits,
                          ListedTokens<kPlain>{list, target.arguments, first_row + list.head,
@@ -836,7 +875,9 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
     for (int h = 0; h < group; ++h)
       for (int at = threadIdx.x; at < size; at += kThreads)
         target.logits[(first_row + h) * target.arguments.tokens + part.first + at] = part.of(h)[at];
-    wait_for_all(&rendezvous.written);
+    __syncthreads();
+    if (threadIdx.x == 0 && take_ticket(&rendezvous.written) != parts - 1) wait_for_tickets(&rendezvous.written, parts);
+    __syncthreads();
     for (int h = 0; h < group; ++h) {
       if (searches[h].state != kFailed) continue;
       const Row<kPlain> row(target.arguments, first_row + h, blockIdx.z);
@@ -881,10 +922,12 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
   if (blockIdx.x == parts - 1 && threadIdx.x == 0) target.counts[list_id] = static_cast<int>(memory.before + of_part);
   if (blockIdx.x == 0 && static_cast<int>(threadIdx.x) < group)
     target.mass[first_row + threadIdx.x] = share_reached(prefixes, threadIdx.x, memory.brackets[threadIdx.x]);
-  if (threadIdx.x == 0 && take_ticket(&rendezvous.left) == parts - 1) {   // all have read what the others told
-    rendezvous.counted = rendezvous.collected = rendezvous.written = rendezvous.left = 0;
-    for (u32 i = 0; i < parts; ++i) rendezvous.chosen[i] = 0;
-  }
+  if (warp > 0) return;
+  const u32 left = __shfl_sync(0xffffffffu, lane == 0 ? take_ticket(&rendezvous.left) : 0u, 0);
+  if (left != parts - 1) return;       // all have read what the others told
+  for (u32 i = lane; i < group * parts; i += 32) row_parts[i] = {0, 0, {0, 0}};
+  if (lane < static_cast<int>(parts)) rendezvous.chosen[lane] = 0;
+  if (lane == 0) rendezvous.written = rendezvous.left = 0;
 }
 
 }  // namespace kvb::selection

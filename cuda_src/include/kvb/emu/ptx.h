@@ -238,6 +238,28 @@ KVB_EMU_OWN inline u32 wait_for_tickets(const u32* counter, u32 tickets, int lin
   return *counter;
 }
 
+struct alignas(16) WordPair {
+  u64 first, second;
+};
+KVB_EMU_OWN inline void publish(u64* place, u64 word) {
+  KVB_EMU_TSAN(__tsan_release(place));
+  *static_cast<volatile u64*>(place) = word;
+}
+KVB_EMU_OWN inline void publish(WordPair* place, WordPair words) {
+  publish(&place->first, words.first);
+  publish(&place->second, words.second);
+}
+KVB_EMU_OWN inline u64 wait_for_published(const u64* place, int line = __builtin_LINE()) {
+  emu::wait_for_blocks([=]() KVB_EMU_OWN { return *static_cast<const volatile u64*>(place) != 0; },
+                       "wait_for_published", line);
+  KVB_EMU_TSAN(__tsan_acquire(const_cast<u64*>(place)));
+  return *place;
+}
+KVB_EMU_OWN inline WordPair wait_for_published(const WordPair* place, int line = __builtin_LINE()) {
+  const u64 first = wait_for_published(&place->first, line);
+  return {first, wait_for_published(&place->second, line)};
+}
+
 inline u32 permute_bytes(u32 x, u32 y, u32 selector) {
   const u64 bytes = static_cast<u64>(y) << 32 | x;
   u32 result = 0;
