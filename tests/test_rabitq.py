@@ -432,9 +432,9 @@ def test_scores_and_top_p_are_one_launch_where_there_is_room(backend):
 
 
 @pytest.mark.parametrize(("blocks", "tokens", "kv_heads", "group", "expected"), [
-    (132, 131072, 8, 4, (16, 8192)), (132, 65536, 8, 4, (16, 4096)), (132, 32768, 8, 4, None),
-    (132, 140000, 8, 4, None), (132, 131072, 8, 5, None), (132, 131072, 32, 1, None), (132, 131072, 133, 1, None),
-    (132, 131072, 2, 4, (32, 4096)), (0, 131072, 8, 4, None)])
+    (132, 131072, 8, 4, (16, 8192)), (132, 32768, 8, 4, (16, 2048)), (132, 16384, 8, 4, None),
+    (132, 140000, 8, 4, (16, 8960)), (132, 150000, 8, 4, None), (132, 131072, 8, 5, None), (132, 131072, 32, 1, None),
+    (132, 131072, 133, 1, None), (132, 131072, 2, 4, (32, 4096)), (0, 131072, 8, 4, None)])
 def test_one_launch_takes_long_sequences_of_few_heads(monkeypatch, blocks, tokens, kv_heads, group, expected):
     """On an H100."""
     scratch = selection.workspace(1, kv_heads * group, tokens, "cpu")
@@ -448,13 +448,15 @@ def test_top_p_in_one_launch_runs_in_a_cuda_graph(monkeypatch):
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(selection, "TOP_P_LEAST", selection.TOP_P_UNIT)
     query, encoded = (on("cuda", array) for array in some_index("normal", 9000, 128))
-    scratch = selection.workspace(1, 8, 9000, "cuda")
-    assert selection.together(9000, 2, 4, "cuda", scratch.tickets.device, scratch)
+    rotation, scratch = hadamard(128, 3), selection.workspace(1, 8, 9000, "cuda")
+    assert selection.together(9000, 2, 4, "cuda", scratch.tickets.device, scratch) == (18, 512)
 
     def select(**options):
-        return rabitq.select_top_p(query, encoded, hadamard(128, 3), 0.9, workspace=scratch, backend="cuda", **options)
+        return rabitq.select_top_p(query, encoded, rotation, 0.9, workspace=scratch, backend="cuda", **options)
 
-    expected, stream = to_host(select()), cupy.cuda.Stream(non_blocking=True)
+    scored = rabitq.score(query, encoded, rotation, backend="cuda")
+    expected, stream = to_host(selection.select_top_p(scored, 0.9, kv_heads=2, backend="cuda")), cupy.cuda.Stream(
+        non_blocking=True)
     made, logits = select(), cupy.zeros((1, 8, 9000), "float32")
     with stream:
         stream.begin_capture()
@@ -462,9 +464,13 @@ def test_top_p_in_one_launch_runs_in_a_cuda_graph(monkeypatch):
         graph = stream.end_capture()
         for _ in range(3):
             made.counts.fill(0)
+            made.indices.fill(-1)
             graph.launch(stream)
             stream.synchronize()
-            assert (to_host(made).counts == expected.counts).all() and expected.counts.all()
+            host = to_host(made)
+            assert (host.counts == expected.counts).all() and expected.counts.all()
+            for row, count in np.ndenumerate(expected.counts):
+                assert host.indices[row][:count].tolist() == expected.indices[row][:count].tolist()
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
