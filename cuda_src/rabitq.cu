@@ -41,30 +41,40 @@
 //   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads, in the machine code for sm_90: 72 for
 //            operands, 16 products, 16 loads, 8 * 8 for results, 16 to store, 40 for addresses and what is carried
 //            over: 224. There are 124 times 64 tokens per SM: 28000 instructions, 7000 issue cycles, 4.1 us at 1.7 GHz.
-//            Rounding the query comes before that, 770 instructions once per block, a warp per query head, while the
-//            first codes are on their way.  Of 10.8 us that a multiprocessor is busy (15.6 us from launch to end, by
-//            ncu) it takes 3.4, most of it waiting for memory; 3.7 of 11.4 (and 17.0) before signs, query and means
-//            were asked for at once.  With a cold cache the kernel takes 21.5 us, 16.5 where the flush reads: 5 us are
-//            lines of the flush on their way to memory; with a warm one 12.8.
-//   Tried    Codes as the first to leave the L2 cache: 21.5 us, too.  Three steps under way in shared memory: 21.9, and
-//            13.9 with a warm cache; as the first to leave 20.8 and 14.4, of a decode step 56.7 us instead of 57.2.
+//            Rounding the query comes before that, 770 instructions once per block, a warp per query head.
+//   Latency  Signs, query and means are asked for at once, and before anything that depends on a length: 1.4 us until
+//            they are there instead of 2.4.  While the query is rounded the codes of all steps come to the L2 cache.
+//            With a cold cache the kernel takes 20.5 us, 21.4 without that (a decode step of 32K tokens in three
+//            launches 37.1 and 38.6); some 5 of them are lines of the flush on their way to memory.  With a warm one
+//            11.2.
+//   Tried    Codes as the first to leave the L2 cache: no less.  Three steps under way in shared memory: 0.4 us more,
+//            and 1.1 with a warm cache; as the first to leave 0.7 less, and 1.6 more, with a warm one.  Fetching ahead
+//            before the query is asked for: 22.0 us.
 //   Paths    Tiles that are whole and need neither offset nor sigma are loaded from addresses that differ by constants,
 //            and stored without questions; the others take the long way.
 //
 // rabitq_top_p_kernel: the same, but logits stay in shared memory, and Top-p of each query head follows in the same
 //   launch (kvb/top_p.cuh), for up to four query heads a KV head.
 //   Bytes    The 18.9 MB of codes, 8 MB of bins of the rows at most, in the L2 cache, and what is listed.
-//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads: 300 for logits and bins, 250 for exact masses
-//            and bits.  128 multiprocessors, of 8192 tokens each, 70000: 17600 issue cycles, 10 us at 1.7 GHz.
-//   Latency  On an H100, 128K tokens, 2 %, times of a block's steps in us: 3.8 until the query is rounded, 7.8 for the
-//            logits, 1.8 until bins are on their way, 1.4 until all blocks have come so far, 2.9 for brackets, 6.3 for
-//            masses and bits, 2.8 until the last block sees what the others have left, 5.4 for its search, 4.2 for
-//            positions.  At 32K tokens 3.6, 2.3, 1.7, 1.4, 3.0, 1.7, 1.8, 3.4 and 2.1: three launches take less.
-//            Much of what is done but once is waiting for instructions, which come at some 7 KB a microsecond.
-//   Tried    For a token near the threshold, a loop of the lane's own: 2 us for each, 59 us in all instead of 51; a
-//            branch on heads or on whole tiles in the loop of logits: 9.6 us for it instead of 7.8; every lane with
-//            votes looking for the bin of a bracket among its own: 4.2 us for brackets.  Attention that begins early
-//            changes nothing, with and without let_next_start: 52.4 us a decode step.
+//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads: 300 for logits and bins, 220 for exact masses
+//            and bits.  128 multiprocessors, of 8192 tokens each, 67000: 16600 issue cycles, 9.5 us at 1.7 GHz.
+//   Latency  On an H100, times of a block's steps in us, of 128K tokens (and 32K): until the query is there 1.4, and
+//            rounded 1.2; for the logits 8.0 (2.3), which memory bounds; until bins are on their way 2.1 (1.8), and
+//            those of all blocks have come 2.0 (1.8); for brackets 2.9; masses and lists 5.8 (1.7), their sums 1.1
+//            (1.0); until those of all blocks have come 0.8, and are ready for the search 1.6, half a us less since
+//            they are published in two words; for it 3.2 (2.3); bits 0.5, until it is known how many tokens earlier
+//            parts have 1.2, positions 0.4: 32 (20.7).  Much of what is done but once is waiting for instructions,
+//            which come at some 7 KB a microsecond.  A decode step takes 45.7 us (34.3), 61.8 with 10 % of the tokens;
+//            three launches 57.6 (36.1) and 77.7.
+//   Tried    For all, a decode step of 128K tokens, 2 %.  A last block that searches and writes all positions, tickets
+//            instead of published words: 52.4 us, 72.6 with 10 %.  For a token near the threshold, a loop of the lane's
+//            own: 2 us for each; a ballot and an addition to shared memory for every 32 tokens with one: 0.5 us more.
+//            A branch on heads or on whole tiles in the loop of logits: 1.8 more.  Every lane with votes looking for
+//            the bin of a bracket among its own: 1.3 more.  Codes to the L2 cache while the query is rounded: 0.9 more;
+//            two steps ahead in the loop: 1.0 more.  Bins of a part no further than its smallest logit: 0.4 more, for
+//            the longer code.  Attention that begins early: no less, at 32K tokens 0.6.  Eight query heads, and up to
+//            64 parts: 47.3 us at 16:2 heads where three launches take 42.4, 43.7 at 64:8 and 32K tokens instead of
+//            40.7.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/hadamard.cuh"

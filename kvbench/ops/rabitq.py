@@ -240,7 +240,7 @@ def select_top_p(query, encoded: Encoded, rotation: Rotation, p: float, *, query
 
     On CUDA, with up to four query heads per KV head, the scores stay in the shared memory of blocks that wait for each
     other, and all is one cooperative launch, where that is faster and the GPU has room for it (on an H100, with 8 KV
-    heads, from 61441 to 135168 tokens); what else is asked for takes three, with the same result.
+    heads, from 28673 to 147456 tokens); what else is asked for takes three, with the same result.
     Source: RaBitQCache, arXiv 2606.31519; Top-p: reference/selection.py.
     """
     arguments = Arguments("rabitq.select_top_p", stream=stream)
