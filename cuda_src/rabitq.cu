@@ -671,6 +671,6 @@ KVB_EXPORT_TYPE(__nv_bfloat16)
   KVB_EXPORT(ONE, kvb::rabitq_score_kernel<D, 1>)         \
   KVB_EXPORT(TWO, kvb::rabitq_score_kernel<D, 2>)         \
   KVB_EXPORT(FOUR, kvb::rabitq_score_kernel<D, 4>)
-KVB_EXPORT_SIZE(64, 96, 128, 168)
-KVB_EXPORT_SIZE(128, 96, 128, 184)
-KVB_EXPORT_SIZE(256, 96, 128, 216)
+KVB_EXPORT_SIZE(64, 80, 128, 168)
+KVB_EXPORT_SIZE(128, 80, 128, 184)
+KVB_EXPORT_SIZE(256, 80, 128, 216)
