@@ -62,7 +62,7 @@ $(DEMO_DONE): $(SOURCES) | $(BIN)/pip
 
 $(TEST_DONE): $(SOURCES) | $(BIN)/pip
 	@echo "installing kvbench $(TEST_EXTRAS) $(INTEROP)"
-	@$(BIN)/pip install --quiet --editable '.[$(TEST_EXTRAS)]' $(INTEROP)
+	@$(BIN)/pip install --quiet --no-compile --editable '.[$(TEST_EXTRAS)]' $(INTEROP)
 	@touch '$@'
 
 $(EVAL_DONE): $(SOURCES) | $(BIN)/pip
