@@ -77,6 +77,7 @@
 //            40.7.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
+#include "kvb/exact_attention.cuh"
 #include "kvb/hadamard.cuh"
 #include "kvb/row_tiles.cuh"
 #include "kvb/top_p.cuh"
@@ -621,22 +622,31 @@ __global__ void __launch_bounds__(256, TILES == 1 ? 3 : TILES < 4 ? 2 : 1)
 // head: scores and Top-p (kvb/top_p.cuh, where other arguments are named) in one launch, whose blocks wait for others.
 // span : tokens of a block, a multiple of kTopPUnit        logits : (batch, q_heads, tokens), written if all are needed
 // Grid (parts, kv_heads, batch), cooperative; 4 >= group.
-template <int D>
-__global__ void __launch_bounds__(selection::kThreads, 1)
-    rabitq_top_p_kernel(KVB_RABITQ_SCORE_PARAMETERS, int span, float* logits, selection::Rendezvous* rendezvous,
-                        u32* row_bins, selection::TopPPart* parts, selection::Entry* entries, int* indices,
-                        int* out_counts, float* mass, u32 share, int least, int most, int capacity) {
+#define KVB_RABITQ_TOP_P_PARAMETERS                                                                                  \
+  KVB_RABITQ_SCORE_PARAMETERS, int span, float *logits, selection::Rendezvous *rendezvous, u32 *row_bins,           \
+      selection::TopPPart *parts, selection::Entry *entries, int *indices, int *out_counts, float *mass, u32 share, \
+      int least, int most, int capacity
+#define KVB_RABITQ_TOP_P_TARGET                                                                                     \
+  {{logits, nullptr, lengths, nullptr, tokens, span, 0, 0, 0, 1}, logits, rendezvous, row_bins, parts, entries,      \
+   indices, out_counts, mass, {share, least, most, 0}, capacity}
+constexpr int kTopPHeads = 4;
+
+// The block's part of a sequence.        shared : the dynamic memory of choose_by_logits
+__device__ __forceinline__ selection::PartRows part_of_block(char* shared, int span, const int* lengths, int tokens) {
+  return {reinterpret_cast<float*>(shared + sizeof(selection::TopPMemory<kTopPHeads>)), span,
+          static_cast<int>(blockIdx.x) * span, lengths ? min(max(lengths[blockIdx.z], 0), tokens) : tokens};
+}
+template <int D, class Fetch>
+__device__ __forceinline__ selection::PartChoice choose_by_logits(const ScoreSource& source, char* shared,
+                                                                  const selection::PartRows& part,
+                                                                  const selection::TopPTarget& target,
+                                                                  const Fetch& fetch) {
   using namespace selection;
   using Staged = StagedQueries<D, 1>;
   KVB_SHARED(Staged, staged);
-  KVB_DYNAMIC_SHARED(char, shared);
-  constexpr int HEADS = 4, TOKENS = kTokensAtOnce<D>;
-  using Memory = TopPMemory<HEADS>;
-  Memory& memory = *reinterpret_cast<Memory*>(shared);
-  const PartRows part = {reinterpret_cast<float*>(shared + sizeof(Memory)), span, static_cast<int>(blockIdx.x) * span,
-                         lengths ? min(max(lengths[blockIdx.z], 0), tokens) : tokens};
+  constexpr int TOKENS = kTokensAtOnce<D>;
+  auto& memory = *reinterpret_cast<TopPMemory<kTopPHeads>*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const ScoreSource source = KVB_RABITQ_SCORE_SOURCE(D);
   TopPCounts counts;
   for_logits<D, 1, kWarps, true, false>(
       source, part.first + warp * TOKENS, kWarps * TOKENS, part.end(), part.end(), false, staged,
@@ -651,9 +661,98 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
       });
   // Of the eight lanes that have the logits of a head.
   counts.reduce(memory, t, g == 0, 4);
-  choose_top_p<HEADS>(memory, part, group,
-                      {{logits, nullptr, lengths, nullptr, tokens, span, 0, 0, 0, 1}, logits, rendezvous, row_bins,
-                       parts, entries, indices, out_counts, mass, {share, least, most, 0}, capacity});
+  return choose_top_p<kTopPHeads>(memory, part, source.group, target, fetch);
+}
+
+template <int D>
+__global__ void __launch_bounds__(selection::kThreads, 1) rabitq_top_p_kernel(KVB_RABITQ_TOP_P_PARAMETERS) {
+  KVB_DYNAMIC_SHARED(char, shared);
+  const selection::PartRows part = part_of_block(shared, span, lengths, tokens);
+  const selection::TopPTarget target = KVB_RABITQ_TOP_P_TARGET;
+  const selection::PartChoice choice =
+      choose_by_logits<D>(KVB_RABITQ_SCORE_SOURCE(D), shared, part, target, [](u32) {});
+  write_positions(target, part, choice);
+  leave_top_p(target, group);
+}
+
+// The same, and attention to the tokens that are chosen (kvb/exact_attention.cuh) and to the first `leading` slots.
+// keys, values : (batch, kv_heads, slots, D) T, as the query; token 0 of the index is slot `first`
+// leading : (batch), or null        the others : DecodeArguments; scale_log2 is scale log2(e), output_float32: not T
+template <class T, int D>
+__global__ void __launch_bounds__(selection::kThreads, 1)
+    rabitq_attention_kernel(KVB_RABITQ_TOP_P_PARAMETERS, const T* __restrict__ keys, const T* __restrict__ values,
+                            u64 key_batch_stride, u64 key_head_stride, u64 key_token_stride, u64 value_batch_stride,
+                            u64 value_head_stride, u64 value_token_stride, const int* __restrict__ leading, int first,
+                            void* output, float* lse, float* partial_output, float2* partial_statistics, u32* tickets,
+                            float scale_log2, int output_float32) {
+  using namespace selection;
+  using Queries = QueryOperands<T, D, 8, kWarps>;
+  static_assert(kTopPHeads <= 8, "query heads of an operand");
+  static_assert(kRingBytes<T, D, kWarps> >= sizeof(TopPMemory<kTopPHeads>), "the list lies where logits were");
+  KVB_DYNAMIC_SHARED(char, queries);
+  char* const shared = queries + Queries::BYTES;   // of the selection, then of attention, and then its list
+  int* const listed = reinterpret_cast<int*>(shared + kRingBytes<T, D, kWarps>);
+  const PartRows part = part_of_block(shared, span, lengths, tokens);
+  const TopPTarget target = KVB_RABITQ_TOP_P_TARGET;
+  const ScoreSource source = KVB_RABITQ_SCORE_SOURCE(D);
+  const T* const typed_query = static_cast<const T*>(query);
+  Queries::stage(reinterpret_cast<uint4*>(queries), typed_query + source.pair * group * D, group);
+  auto fetch = [&](const T* rows, u64 batch_stride, u64 head_stride, u64 token_stride, int position) {
+    const T* row = rows + blockIdx.z * batch_stride + blockIdx.y * head_stride + (first + position) * token_stride;
+#pragma unroll
+    for (int i = 0; i < D; i += kSharedLine / static_cast<int>(sizeof(T))) prefetch_l2(row + i);
+  };
+  const PartChoice choice = choose_by_logits<D>(source, shared, part, target, [&](u32 bits) {
+    for_bits(bits, part, [&](int position) {
+      fetch(keys, key_batch_stride, key_head_stride, key_token_stride, position);
+    });
+  });
+
+  // ---- the tokens of this block ----
+  const int parts_of_list = gridDim.x, in_front = leading ? min(max(leading[blockIdx.z], 0), first) : 0;
+  auto share_of = [&](u64 all, int part) { return static_cast<int>(all * part / parts_of_list); };
+  const u32 told = choice.even ? ask_chosen(target) : 0u;
+  int* next = listed + choice.rank;
+  for_bits(choice.bits, part, [&](int position) {
+    if (choice.even) *next++ = position;
+    fetch(values, value_batch_stride, value_head_stride, value_token_stride, position);
+  });
+  OwnTokens own;
+  if (choice.even) {                 // those of its part, and a share of the leading ones
+    const int slot = share_of(in_front, blockIdx.x), of_part = static_cast<int>(choice.of_part);
+    own = {listed, first, of_part, slot, of_part + share_of(in_front, blockIdx.x + 1) - slot};
+    __syncthreads();
+    write_positions(target, told, of_part, [&](int* positions) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < of_part; i += kThreads) positions[i] = listed[i];
+    });
+  } else {                           // a share of all, which other blocks may have written
+    const u32 list_id = blockIdx.z * gridDim.y + blockIdx.y;
+    u32* const placed = &rendezvous[list_id].placed;
+    write_positions(target, part, choice);
+    __syncthreads();
+    if (threadIdx.x == 0 && take_ticket(placed) != gridDim.x - 1) wait_for_tickets(placed, gridDim.x);
+    __syncthreads();
+    const int chosen = static_cast<int>(warp_sum(wait_for_chosen(target, ask_chosen(target))));
+    const u64 all = static_cast<u64>(chosen) + in_front;
+    const int from = share_of(all, blockIdx.x), share_size = share_of(all, blockIdx.x + 1) - from;
+    const int of_list = min(max(chosen - from, 0), share_size);
+    const int* positions = indices + static_cast<u64>(list_id) * tokens + from;
+    own = {positions, first, of_list, max(from - chosen, 0), share_size};
+    if (of_list <= static_cast<int>(kEvenMost)) {
+      for (int i = threadIdx.x; i < of_list; i += kThreads) listed[i] = __ldcg(positions + i);
+      own.list = listed;
+      __syncthreads();
+    }
+  }
+  // What indices were read before is read again: registers are scarce from here on.
+  const ThreadPlace place = thread_place_again();
+  const bool is_last = attend<T, D, 8, kWarps>(
+      {typed_query, keys, values, output, lse, partial_output, partial_statistics, tickets, nullptr, nullptr,
+       key_batch_stride, key_head_stride, key_token_stride, value_batch_stride, value_head_stride, value_token_stride,
+       group, scale_log2, output_float32},
+      own, place.y, reinterpret_cast<uint4*>(shared), reinterpret_cast<const uint4*>(queries), place);
+  if (is_last && place.thread < 32) clear_top_p(target, group, place);
 }
 
 }  // namespace kvb
@@ -665,6 +764,11 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
 KVB_EXPORT_TYPE(float)
 KVB_EXPORT_TYPE(__half)
 KVB_EXPORT_TYPE(__nv_bfloat16)
+#define KVB_EXPORT_ATTENTION(T)                           \
+  KVB_EXPORT(128, kvb::rabitq_attention_kernel<T, 64>)    \
+  KVB_EXPORT(128, kvb::rabitq_attention_kernel<T, 128>)
+KVB_EXPORT_ATTENTION(__half)
+KVB_EXPORT_ATTENTION(__nv_bfloat16)
 #define KVB_EXPORT_SIZE(D, ONE, TWO, FOUR)                \
   KVB_EXPORT(128, kvb::rabitq_top_p_kernel<D>)            \
   KVB_EXPORT(64, kvb::rabitq_quantize_kernel<D>)          \

@@ -99,9 +99,8 @@ class KVCache:
     batch, kv_heads, q_heads, head_dim, capacity : sizes; q_heads is 1 to 16 times kv_heads
     keys, values : codecs; a pair without an operator is refused
     index, selector : rank the tokens of the store and choose those to attend to (default: all).  An index is a
-        `codecs.Store` of keys with `allocate_scores` and `select(selector, query, storage, keys, kv_heads=, lengths=,
-        scale=, scores=, out=, workspace=, stream=, backend=)`, see `indexes.Index`, which makes the latter of a method
-        `score`; `keys` is the packed store of keys, for an index that reads the codec's own planes.  A selector is a
+        `codecs.Store` of keys with `allocate_scores` and `attend`, see `indexes.Index`, which makes the latter of a
+        method `score`; it is given the packed stores, for an index that reads the codec's own planes.  A selector is a
         `selectors.Selector`.  Sinks and recent tokens are the cache's own, here and in `tail`: they lie outside the
         store, are attended in any case, and the selector, which sees the slots of the store alone, must have none
     sinks : the first tokens, kept exact forever and always attended
@@ -508,15 +507,16 @@ class KVCache:
                       lengths: arrays.Array, exact: codecs.Exact | None, options: dict) -> None:
         """Attention to the store, and to `exact` tokens if there are any, in one launch after those that select."""
         (key_codec, keys), (value_codec, values) = self._stores["store.keys"], self._stores["store.values"]
-        selection = None
-        if self.index is not None:
-            chosen, scratch = self._scratch["selection"]
-            selection = self.index.select(self.selector, query, self._stores["store.index"][1], keys,
-                                          kv_heads=self.kv_heads, lengths=lengths, scale=scale,
-                                          scores=self._scratch["scores"], out=chosen, workspace=scratch, **options)
-            self.last_selection = selection
-        codecs.attend(query, key_codec, keys, value_codec, values, lengths=lengths, scale=scale, out=out, lse=lse,
-                      workspace=self._workspace, selection=selection, exact=exact, **options)
+        sides = key_codec, keys, value_codec, values
+        if self.index is None:
+            codecs.attend(query, *sides, lengths=lengths, scale=scale, out=out, lse=lse, workspace=self._workspace,
+                          **options)
+            return
+        chosen, scratch = self._scratch["selection"]
+        self.last_selection = self.index.attend(
+            self.selector, query, self._stores["store.index"][1], sides, exact=exact, kv_heads=self.kv_heads,
+            lengths=lengths, scale=scale, scores=self._scratch["scores"], selection=chosen, select_workspace=scratch,
+            out=out, lse=lse, workspace=self._workspace, **options)
 
     def _require_device(self, arguments: arrays.Arguments, name: str) -> None:
         arguments.require(arguments.device == self.device, name, f"an array on the cache's device {self.device}",

@@ -17,6 +17,7 @@ import numpy as np
 
 from kvbench import arrays, codecs
 from kvbench.codecs.base import Packed, Store, part
+from kvbench.codecs.exact import joined
 from kvbench.codecs.self_indexing import SignVQTokens, freeze
 from kvbench.ops import quest, rabitq, self_indexing, turboquant
 from kvbench.ops.attention import check_scale
@@ -89,6 +90,22 @@ class Index(Store):
         made = self.score(q, coded, keys, lengths=lengths, scale=scale, out=scores, stream=stream, backend=backend)
         return selector(made, kv_heads=kv_heads, lengths=lengths, out=out, workspace=workspace, stream=stream,
                         backend=backend)
+
+    def attend(self, selector: Selector, q, coded: Packed, sides, *, exact: codecs.Exact | None = None, kv_heads: int,
+               lengths=None, scale: float | None = None, scores: Scores | None = None,
+               selection: Selection | None = None, select_workspace=None, out=None, lse=None, workspace=None,
+               stream=None, backend=None) -> Selection:
+        """Attention to what `select` chooses, and to `exact` tokens if there are any; returns what was chosen.
+
+        sides : (key_codec, keys, value_codec, values) of the cache
+        exact, out, lse, workspace          : of `codecs.attend`
+        scores, selection, select_workspace : `scores`, `out` and `workspace` of `select`, as are all others
+        """
+        chosen = self.select(selector, q, coded, sides[1], kv_heads=kv_heads, lengths=lengths, scale=scale,
+                             scores=scores, out=selection, workspace=select_workspace, stream=stream, backend=backend)
+        codecs.attend(q, *sides, lengths=lengths, scale=scale, out=out, lse=lse, workspace=workspace, selection=chosen,
+                      exact=exact, stream=stream, backend=backend)
+        return chosen
 
 
 # --- RaBitQ ----------------------------------------------------------------------------------------------------------
@@ -200,14 +217,34 @@ class RaBitQ(Index):
     def select(self, selector, q, coded: RaBitQTokens, keys=None, *, kv_heads=None, lengths=None, scale=None,
                scores=None, out=None, workspace=None, stream=None, backend=None) -> Selection:
         """As `Index.select`; scores and Top-p are one launch where the GPU has room for it."""
-        plain = isinstance(selector, TopP) and selector.united and not selector.calibrated
-        if not plain or selector.sinks or selector.recent or kv_heads != coded.sign.shape[1]:
+        if not _is_plain(selector) or kv_heads != coded.sign.shape[1]:
             return super().select(selector, q, coded, keys, kv_heads=kv_heads, lengths=lengths, scale=scale,
                                   scores=scores, out=out, workspace=workspace, stream=stream, backend=backend)
         return rabitq.select_top_p(q, self.encoded(coded), self.turn, selector.p, query_bits=self.query_bits,
                                    lengths=lengths, scale=scale, min_tokens=selector.minimum,
                                    max_tokens=selector.maximum, scores=None if scores is None else scores.logits,
                                    out=out, workspace=workspace, stream=stream, backend=backend)
+
+    def attend(self, selector, q, coded: RaBitQTokens, sides, *, exact=None, kv_heads, lengths=None, scale=None,
+               scores=None, selection=None, select_workspace=None, out=None, lse=None, workspace=None, stream=None,
+               backend=None) -> Selection:
+        """As `Index.attend`; of exact tokens all is one launch where the GPU has room for it."""
+        key_codec, keys, value_codec, values = sides
+        exactly = all(isinstance(codec, codecs.Float16) for codec in (key_codec, value_codec))
+        if not exactly or not _is_plain(selector) or kv_heads != coded.sign.shape[1]:
+            return super().attend(selector, q, coded, sides, exact=exact, kv_heads=kv_heads, lengths=lengths,
+                                  scale=scale, scores=scores, selection=selection, select_workspace=select_workspace,
+                                  out=out, lse=lse, workspace=workspace, stream=stream, backend=backend)
+        rows, front = (keys.tokens, values.tokens), {}
+        if exact is not None:
+            rows = joined(keys, values, exact)
+            front = dict(first=exact.keys.tokens.shape[2], leading=exact.lengths)
+        return rabitq.sparse_attention(q, self.encoded(coded), self.turn, selector.p, *rows, **front,
+                                       query_bits=self.query_bits, lengths=lengths, scale=scale,
+                                       min_tokens=selector.minimum, max_tokens=selector.maximum, out=out, lse=lse,
+                                       chosen=selection, scores=None if scores is None else scores.logits,
+                                       select_workspace=select_workspace, workspace=workspace, stream=stream,
+                                       backend=backend)[2]
 
     def encoded(self, coded: RaBitQTokens) -> Encoded:
         """The same arrays as the operators of `ops.rabitq` take them."""
@@ -245,6 +282,12 @@ class RaBitQ(Index):
         return (_mean(keys, keys.shape[1]) if self.centred else None,
                 None if not self.query_centred else _mean(queries, keys.shape[1]) if queries is not None
                 else np.zeros((*keys.shape[:2], 1, self.head_dim), np.float32))
+
+
+def _is_plain(selector: Selector) -> bool:
+    """Whether it is the Top-p that the operators of `ops.rabitq` have."""
+    return (isinstance(selector, TopP) and selector.united and not selector.calibrated and not selector.sinks
+            and not selector.recent)
 
 
 @functools.lru_cache(maxsize=256)

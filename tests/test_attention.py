@@ -278,7 +278,7 @@ def test_the_bytes_of_sparse_attention_are_those_of_the_listed_rows():
     (dict(indices=np.zeros((1, 2, 4), np.int64)), TypeError, "indices: expected dtype int32, got int64"),
     (dict(counts=np.zeros((1, 6), np.int32)), ValueError, "counts: expected shape .* with lists = 2 as in indices"),
     (dict(counts=None), TypeError, "counts: expected an array"),
-    (dict(first=5), ValueError, "first: expected an integer from 0 to the 4 tokens, got 5"),
+    (dict(first=5), ValueError, "first: expected an integer from 0 to 4, got 5"),
     (dict(leading=np.zeros(2, np.int32)), ValueError, "leading: expected shape .* with batch = 1"),
     (dict(splits=0), ValueError, "splits: expected an integer from 1 to 256, got 0"),
 ])

@@ -90,6 +90,8 @@ def parts(result):
     if isinstance(result, Selection):       # what lies beyond a list is undefined
         unlisted = np.arange(result.indices.shape[2]) >= result.counts[:, :, None]
         return np.where(unlisted, -1, result.indices), result.counts, result.mass
+    if isinstance(result, tuple):
+        return [part for one in result for part in parts(one)]
     return trees.arrays_of(result).values()
 
 

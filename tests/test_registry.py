@@ -21,7 +21,7 @@ STEMS = sorted({kernel.stem for kernel in registry.KERNELS.values()} - {COMPOSED
 KERNELS = list(registry.KERNELS.values())
 # How much of some arrays these move hangs on a list: tests/test_<stem>.py count it.
 LISTS = ("attention.sparse_attention", "selection.select_top_p", "selection.select_top_k", "self_indexing.select_top_k",
-         "rabitq.select_top_p", "cache.decode_step")
+         "rabitq.select_top_p", "rabitq.sparse_attention", "cache.decode_step")
 
 
 @pytest.mark.parametrize("stem", STEMS)

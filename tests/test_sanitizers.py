@@ -22,7 +22,7 @@ SCHEDULES = ("0", "1", "2", str(2**63 + 12345))
 PROBLEMS = 6
 # What an axis of a kernel may be in these small problems, where its own values are too large.
 SMALL = {"tokens": (1, 5, 33, 70), "batch": (1, 2), "kv_heads": (1, 2), "parts": (1, 3, 5), "group": (1, 3, 8)}
-SEVERAL_PARTS = {"rabitq.select_top_p": {"tokens": (5, 300)}}      # of 256 tokens, a block each
+SEVERAL_PARTS = dict.fromkeys(("rabitq.select_top_p", "rabitq.sparse_attention"), {"tokens": (5, 300)})  # of 256
 
 
 @pytest.fixture(scope="module")

@@ -95,10 +95,14 @@ def _attend_selected(query, key_codec: Float16, keys: Float16Tokens, value_codec
 
 def _attend_jointly(query, key_codec: Float16, keys: Float16Tokens, value_codec: Float16, values: Float16Tokens, *,
                     selection, exact: Exact, lengths, scale, out, lse, workspace, stream, backend) -> None:
-    whole = (front.tokens.joined(store.tokens, 2) for front, store in ((exact.keys, keys), (exact.values, values)))
-    attention.sparse_attention(query, *whole, selection.indices, selection.counts, lengths=lengths,
-                               first=exact.keys.tokens.shape[2], leading=exact.lengths, scale=scale, out=out, lse=lse,
-                               workspace=workspace, stream=stream, backend=backend)
+    attention.sparse_attention(query, *joined(keys, values, exact), selection.indices, selection.counts,
+                               lengths=lengths, first=exact.keys.tokens.shape[2], leading=exact.lengths, scale=scale,
+                               out=out, lse=lse, workspace=workspace, stream=stream, backend=backend)
+
+
+def joined(keys: Float16Tokens, values: Float16Tokens, exact: Exact) -> tuple[arrays.Array, arrays.Array]:
+    """(keys, values) [batch, kv_heads, slots, head_dim]: views of exact slots and those of the store behind them."""
+    return tuple(front.tokens.joined(store.tokens, 2) for front, store in ((exact.keys, keys), (exact.values, values)))
 
 
 FUSED[Float16, Float16] = Fused(_attend_exact, _attend_selected, _attend_jointly)

@@ -113,7 +113,7 @@ def decode(query, keys, values, *, lengths=None, scale: float | None = None, spl
         cpu_attention.decode(query.numpy(), keys.numpy(), values.numpy(), host_lengths, scale, host_earlier,
                              out.numpy(), None if lse is None else lse.numpy())
     else:
-        _check_cuda(arguments, backend, query, keys, values, out)
+        check_cuda(arguments, backend, query, keys, values, out)
         if query.shape[0]:
             _launch_decode(query, keys, values, lengths, None, earlier or (None, None), scale, splits, out, lse,
                            workspace, backend, arguments)
@@ -149,9 +149,7 @@ def sparse_attention(query, keys, values, indices, counts, *, lengths=None, firs
     arguments.require(lists in (kv_heads, q_heads), "indices",
                       f"lists for the {kv_heads} KV heads or the {q_heads} query heads", lists)
     tokens = keys.shape[2]
-    arguments.require(isinstance(first, int) and not isinstance(first, bool) and 0 <= first <= tokens, "first",
-                      f"an integer from 0 to the {tokens} tokens", repr(first))
-    leading = arguments.take("leading", leading, "batch", ("int32",), optional=True)
+    first, leading = take_leading(arguments, first, leading, tokens)
     out, lse = take_results(arguments, query, splits, out, lse, return_lse)
     backend = choose(backend, arguments, BACKENDS)
 
@@ -169,7 +167,7 @@ def sparse_attention(query, keys, values, indices, counts, *, lengths=None, firs
                                        host_lengths, first, before, scale, out.numpy(),
                                        None if lse is None else lse.numpy())
     else:
-        _check_cuda(arguments, backend, query, keys, values, out)
+        check_cuda(arguments, backend, query, keys, values, out)
         if batch:
             _launch_decode(query, keys, values, lengths, (indices, counts, leading, first), (None, None), scale, splits,
                            out, lse, workspace, backend, arguments)
@@ -183,6 +181,13 @@ def _take_inputs(arguments, query, keys, values, lengths, scale):
     lengths = arguments.take("lengths", lengths, "batch", ("int32",), optional=True)
     check_heads(arguments, query.shape[2])
     return query, keys, values, lengths, check_scale(arguments, scale, query.shape[2])
+
+
+def take_leading(arguments: Arguments, first: int, leading, most: int) -> tuple[int, Array | None]:
+    """(first, leading) of `sparse_attention`, validated: `most` is what `first` may be."""
+    arguments.require(isinstance(first, int) and not isinstance(first, bool) and 0 <= first <= most, "first",
+                      f"an integer from 0 to {most}", repr(first))
+    return first, arguments.take("leading", leading, "batch", ("int32",), optional=True)
 
 
 def take_results(arguments: Arguments, query: Array, splits, out, lse, return_lse: bool) -> tuple[Array, Array | None]:
@@ -201,7 +206,7 @@ def _store_reference(out, lse, result):
         lse.numpy()[...] = result[1]
 
 
-def _check_cuda(arguments, backend, query, keys, values, out):
+def check_cuda(arguments, backend, query, keys, values, out):
     check_cuda_heads(arguments, backend, query.shape[2], query.shape[1] // keys.shape[1])
     for name, array in (("query", query), ("keys", keys), ("values", values), ("out", out)):
         arguments.require(array.aligned(16), name, "rows at multiples of 16 bytes",
@@ -454,7 +459,7 @@ def _sparse_traffic(problem):
     return Traffic(outputs * row_bytes + lists * (count * (2 * row_bytes + 4) + 4), outputs * (row_bytes + 4))
 
 
-def _sparse_agreement(inputs, expected, actual):
+def sparse_agreement(inputs, expected, actual):
     """The tolerance of `decode` over the listed rows of each list."""
     query, keys, values, indices, counts = (inputs[n] for n in ("query", "keys", "values", "indices", "counts"))
     (batch, lists), dtype = counts.shape, query.dtype.name
@@ -505,7 +510,7 @@ register(Kernel(
     source="arXiv 2205.14135; arXiv 1805.02867 section 3.1"))
 register(Kernel(
     name="attention.sparse_attention", reference=reference.sparse_attention, operator=sparse_attention,
-    backends=BACKENDS, axes=SPARSE_AXES, inputs=_sparse_inputs, traffic=_sparse_traffic, agreement=_sparse_agreement,
+    backends=BACKENDS, axes=SPARSE_AXES, inputs=_sparse_inputs, traffic=_sparse_traffic, agreement=sparse_agreement,
     error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
     source="arXiv 2606.31519; arXiv 2406.10774; arXiv 1805.02867 section 3.1"))
 register(Kernel(

@@ -6,6 +6,7 @@ rabitq_launch.py, problems and agreement: rabitq_records.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,10 +24,11 @@ from kvbench.reference.selection import Selection
 from kvbench.scores import Scores
 
 __all__ = ["Encoded", "Query", "Scores", "encode", "quantize_query", "score", "select_top_p",
-           "select_top_p_workspace"]
+           "select_top_p_workspace", "sparse_attention"]
 
 BACKENDS = registry.BACKENDS
 HOST_BACKENDS = ("reference", "cpu")
+ATTENTION_SIZES = (64, 128)      # head_dim of rabitq_attention_kernel
 CODE_TYPE = {4: "uint8", 8: "int8", 16: "float32"}       # of a query, by its bits
 
 
@@ -274,6 +276,69 @@ def select_top_p_workspace(batch: int, q_heads: int, tokens: int, device, *, fra
                            stream=None) -> selection.Workspace:
     """Scratch of `select_top_p` for at most these sizes: that of a selection."""
     return selection.workspace(batch, q_heads, tokens, device, framework=framework, stream=stream)
+
+
+def sparse_attention(query, encoded: Encoded, rotation: Rotation, p: float, keys, values, *, query_bits: int = 4,
+                     rounding: str = "nearest", seed: int = 0, step: int = 0, lengths=None, first: int = 0,
+                     leading=None, scale: float | None = None, min_tokens: int = 1, max_tokens: int | None = None,
+                     return_lse: bool = False, out=None, lse=None, chosen: Selection | None = None, scores=None,
+                     select_workspace: selection.Workspace | None = None,
+                     workspace: attention.Workspace | None = None, backend: str | None = None, stream=None):
+    """Attention to the fewest tokens whose estimated mass reaches p: `select_top_p`, and `attention.sparse_attention`
+    to the tokens that it chooses.
+
+    query, encoded, rotation, p, query_bits, rounding, seed, step, lengths, min_tokens, max_tokens : of `select_top_p`
+    keys, values : [batch, kv_heads, slots, head_dim] in query's dtype, outer dimensions may be strided; slot
+                   first + t is token t of the index, for all its tokens
+    first, leading, return_lse, out, lse, workspace : as in `attention.sparse_attention`
+    scale        : of the estimated and of the exact logits (default head_dim ** -0.5)
+    chosen, scores, select_workspace : `out`, `scores` and `workspace` of `select_top_p`
+
+    Returns (output, lse, Selection); lse is None unless it is wanted.  Where `select_top_p` is one launch, the cache
+    has 16 bits and head_dim is 64 or 128, all of it is: rows that are chosen in any case are on their way to the L2
+    cache while the others are found, and a block attends to those of its own part, or if one has many more than others,
+    to an equal share.
+    Source: RaBitQCache, arXiv 2606.31519.
+    """
+    arguments = Arguments("rabitq.sparse_attention", stream=stream)
+    options = dict(query_bits=query_bits, rounding=rounding, seed=seed, step=step)
+    query, code, lengths, scale = _take_scored(arguments, query, encoded, rotation, lengths, scale, options)
+    selection.check_top_p(arguments, p, min_tokens, max_tokens, "middle", False)
+    keys, values = (arguments.take(name, array, "batch kv_heads slots head_dim", (query.dtype,), strided=True)
+                    for name, array in (("keys", keys), ("values", values)))
+    (batch, q_heads, head_dim), (_, kv_heads, tokens), slots = query.shape, code.rescale.shape, keys.shape[2]
+    arguments.require(slots >= tokens, "keys", f"slots for the {tokens} tokens of the index", slots)
+    first, leading = attention.take_leading(arguments, first, leading, slots - tokens)
+    out, lse = attention.take_results(arguments, query, None, out, lse, return_lse)
+    result = selection.take_result(arguments, chosen, batch, q_heads, kv_heads, tokens)
+    logits = arguments.result("scores", scores, (batch, q_heads, tokens), "float32")
+    backend = choose(backend, arguments, BACKENDS)
+
+    if backend not in HOST_BACKENDS:
+        _check_scored_on_cuda(arguments, query, code, rotation, query_bits, backend)
+        attention.check_cuda(arguments, backend, query, keys, values, out)
+        select_workspace = selection.take_workspace(
+            arguments, select_workspace, batch * q_heads,
+            selection.parts_of(tokens, batch * q_heads, backend, query.device)[0], tokens, "select_workspace")
+        shared_bytes = partial(rabitq_launch.attention_shared_bytes, head_dim)
+        geometry = None
+        if query.dtype != "float32" and head_dim in ATTENTION_SIZES:
+            geometry = selection.together(tokens, batch * kv_heads, q_heads // kv_heads, backend, query.device,
+                                          select_workspace, shared_bytes)
+        if geometry:
+            scratch = attention.take_workspace(arguments, workspace, geometry[0], query.device, out.framework)
+            selected = selection.top_p_arguments(p, min_tokens, max_tokens, *geometry, logits, select_workspace, result)
+            rabitq_launch.launch_attention(query, code, rotation, lengths, scale, keys, values, first, leading, out,
+                                           lse, geometry[0], selected, shared_bytes(geometry[1]), scratch, backend,
+                                           arguments, **options)
+            return out.give(), lse and lse.give(), selection.give(result)
+    made = select_top_p(query, encoded, rotation, p, lengths=lengths, scale=scale, min_tokens=min_tokens,
+                        max_tokens=max_tokens, out=result, scores=logits, workspace=select_workspace, backend=backend,
+                        stream=stream, **options)
+    attention.sparse_attention(query, keys, values, made.indices, made.counts, lengths=lengths, first=first,
+                               leading=leading, scale=scale, out=out, lse=lse, workspace=workspace, backend=backend,
+                               stream=stream)
+    return out.give(), lse and lse.give(), selection.give(result)
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

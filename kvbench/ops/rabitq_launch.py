@@ -4,6 +4,8 @@ Everything here has been validated by kvbench/ops/rabitq.py.  Kernels: cuda_src/
 """
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from kvbench import loaders
@@ -62,6 +64,27 @@ def launch_top_p(query, code, rotation, lengths, scale, parts, selected, shared_
     function = loaders.get_function("rabitq", f"kvb::rabitq_top_p_kernel<{query.shape[2]}>", backend, query.device)
     function((parts, kv_heads, batch), (selection.THREADS,), (
         *_scored(query, code, rotation, lengths, scale, backend, arguments, **options), *selected),
+        shared_bytes=shared_bytes, stream=arguments.stream, cooperative=True)
+
+
+def attention_shared_bytes(head_dim: int, span: int) -> int:
+    """Dynamic shared memory of rabitq_attention_kernel: an operand of 8 query heads, and what a selection takes, whose
+    place rings (of 16 warps, three units of 16 rows of 16-bit numbers each) and a list take afterwards."""
+    rings = 16 * 3 * 16 * head_dim * 2
+    return 8 * head_dim * 2 + max(selection.top_p_shared_bytes(span), rings + 4 * selection.EVEN_MOST)
+
+
+def launch_attention(query, code, rotation, lengths, scale, keys, values, first, leading, out, lse, parts, selected,
+                     shared_bytes, workspace, backend, arguments, **options):
+    """selected : as of `launch_top_p`        workspace : of attention, checked"""
+    batch, kv_heads, _ = code.rescale.shape
+    function = loaders.get_function(
+        "rabitq", f"kvb::rabitq_attention_kernel<{CXX_TYPE[keys.dtype]}, {query.shape[2]}>", backend, query.device)
+    function((parts, kv_heads, batch), (selection.THREADS,), (
+        *_scored(query, code, rotation, lengths, scale, backend, arguments, **options), *selected, keys, values,
+        *map(np.uint64, keys.strides[:3]), *map(np.uint64, values.strides[:3]), leading, np.int32(first), out, lse,
+        workspace.partial_output, workspace.partial_statistics, workspace.tickets,
+        np.float32(scale * math.log2(math.e)), np.int32(out.dtype == "float32")),
         shared_bytes=shared_bytes, stream=arguments.stream, cooperative=True)
 
 

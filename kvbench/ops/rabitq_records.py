@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvbench.ops.attention import sparse_agreement
 from kvbench.ops.dispatch import EPSILON, SMALLEST_NORMAL, assert_close, random_normal, relative_error
-from kvbench.ops.rabitq import BACKENDS, encode, quantize_query, quantized, score, scored, select_top_p
-from kvbench.ops.selection_records import BENCHMARK_P, MASS_ERROR, compare_lists, list_bytes, spread
+from kvbench.ops.rabitq import (BACKENDS, encode, quantize_query, quantized, score, scored, select_top_p,
+                                sparse_attention)
+from kvbench.ops.selection_records import BENCHMARK_P, MASS_ERROR, compare_lists, list_bytes, listed, spread
 from kvbench.ops.turboquant_records import NEGLIGIBLE_NORM, less_mean, rotated, rotation_error
-from kvbench.reference import planes as bit_planes, rabitq as reference, selection, turboquant
+from kvbench.reference import attention as exact, planes as bit_planes, rabitq as reference, selection, turboquant
 from kvbench.reference.rabitq import Encoded
 from kvbench.reference.rotation import hadamard
 from kvbench.registry import Kernel, Traffic, register
@@ -80,6 +82,14 @@ def _select_inputs(problem, rng):
     return {**inputs, "query": query.astype(inputs["query"].dtype), "p": BENCHMARK_P}
 
 
+def _attention_inputs(problem, rng):
+    """The rows of the cache have nothing to do with the codes: what is selected does not hang on them."""
+    inputs = _select_inputs(problem, rng)
+    shape = (*inputs["encoded"].rescale.shape, problem["head_dim"])
+    return {**inputs, **{name: random_normal(rng, shape, problem["dtype"]) for name in ("keys", "values")},
+            "return_lse": True}
+
+
 def _score_traffic(problem):
     return Traffic(_queries_of(problem) * problem["head_dim"] * _size(problem)
                    + _keys_of(problem) * (problem["head_dim"] // 8 + 2),
@@ -89,6 +99,13 @@ def _score_traffic(problem):
 def _select_traffic(problem):
     """No logit is written."""
     return Traffic(_score_traffic(problem).bytes_read, list_bytes(problem))
+
+
+def _attention_traffic(problem):
+    """No logit is written, and of the cache as many rows are read as are listed."""
+    select, outputs = _select_traffic(problem), _queries_of(problem)
+    return Traffic(select.bytes_read + listed(problem) * 2 * problem["head_dim"] * _size(problem),
+                   select.bytes_written + outputs * (problem["head_dim"] * _size(problem) + 4))
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
@@ -350,6 +367,30 @@ def _select_reference(query, encoded, rotation, p, *, query_bits=4, rounding="ne
     return selection.union(made, encoded.rescale.shape[1])
 
 
+def _attention_reference(query, encoded, rotation, p, keys, values, *, query_bits=4, rounding="nearest", seed=0, step=0,
+                         lengths=None, first=0, leading=None, scale=None, min_tokens=1, max_tokens=None,
+                         return_lse=True):
+    """`_select_reference`, and `reference.attention.sparse_attention` to what it chooses."""
+    made = _select_reference(query, encoded, rotation, p, query_bits=query_bits, rounding=rounding, seed=seed,
+                             step=step, lengths=lengths, scale=scale, min_tokens=min_tokens, max_tokens=max_tokens)
+    return (*_attended(made, query, keys, values, lengths, first, leading, scale), made)
+
+
+def _attended(made, query, keys, values, lengths, first, leading, scale):
+    return exact.sparse_attention(query, keys, values, made.indices, made.counts, lengths=lengths, first=first,
+                                  leading=leading, scale=scale)
+
+
+def _attention_agreement(inputs, expected, actual):
+    """What is listed agrees as a selection does, and what is made of it with attention to just that list."""
+    rows = {name: inputs.get(name) for name in ("query", "keys", "values", "lengths", "leading", "scale")}
+    rows["first"] = inputs.get("first", 0)
+    others = ("keys", "values", "first", "leading", "return_lse")
+    _select_agreement({name: value for name, value in inputs.items() if name not in others}, expected[2], actual[2])
+    output, lse, made = actual
+    sparse_agreement({**rows, "indices": made.indices, "counts": made.counts}, _attended(made, **rows), (output, lse))
+
+
 SOURCE = "arXiv 2405.12497 section 3"
 register(Kernel(
     name="rabitq.encode", reference=reference.encode, operator=encode, backends=BACKENDS, axes=ENCODE_AXES,
@@ -368,3 +409,8 @@ register(Kernel(
     inputs=_select_inputs, traffic=_select_traffic, agreement=_select_agreement,
     error=lambda inputs, expected, actual: relative_error(expected.mass, actual.mass),
     source=f"{SOURCE}.3.2; arXiv 2606.31519; Top-p: reference/selection.py"))
+register(Kernel(
+    name="rabitq.sparse_attention", reference=_attention_reference, operator=sparse_attention, backends=BACKENDS,
+    axes=SELECT_AXES, inputs=_attention_inputs, traffic=_attention_traffic, agreement=_attention_agreement,
+    error=lambda inputs, expected, actual: relative_error(expected[0], actual[0]),
+    source="arXiv 2606.31519; Top-p: reference/selection.py; attention: reference/attention.py"))

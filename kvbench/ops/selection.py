@@ -46,6 +46,7 @@ TOP_P_LEAST = 2048     # and as many, on a GPU: three launches take less time fo
 TOP_P_SPAN = 32 * THREADS     # tokens of a part, at most: kTopPSpan
 TOP_P_BYTES = 68192    # of shared memory, besides the logits: TopPMemory
 TOP_P_STATIC = 13312   # and what a kernel declares itself, at most
+EVEN_MOST = 4096       # tokens that are chosen of a part whose block attends to its own alone, at most: kEvenMost
 ENTRY_WORDS = 2        # of 4 bytes: Entry
 
 
@@ -174,10 +175,14 @@ def _listed(parts: int, span: int, scratch: Workspace) -> int:
     return min(scratch.listed, _places(span) // parts)
 
 
-def together(tokens: int, kv_heads: int, group: int, backend: str, device: Device,
-             scratch: Workspace) -> tuple[int, int] | None:
+def together(tokens: int, kv_heads: int, group: int, backend: str, device: Device, scratch: Workspace,
+             shared_bytes=None) -> tuple[int, int] | None:
     """(parts of a row, tokens of each) if the scores of so many KV heads, of all sequences, and their Top-p can be one
-    launch, whose blocks are all on the device at the same time and have the logits of their parts in shared memory."""
+    launch, whose blocks are all on the device at the same time and have the logits of their parts in shared memory.
+
+    shared_bytes : a function: of the tokens of a part, the dynamic shared memory (default: top_p_shared_bytes)
+    """
+    shared_bytes = shared_bytes or top_p_shared_bytes
     blocks = loaders.cooperative_blocks(backend, device, THREADS)
     if group > TOP_P_HEADS or not 0 < kv_heads <= blocks:
         return None
@@ -186,7 +191,7 @@ def together(tokens: int, kv_heads: int, group: int, backend: str, device: Devic
     if span < (TOP_P_UNIT if backend == "simt" else TOP_P_LEAST):
         return None
     parts = -(-tokens // span)
-    fits = span <= TOP_P_SPAN and top_p_shared_bytes(span) + TOP_P_STATIC <= loaders.shared_bytes(backend, device)
+    fits = span <= TOP_P_SPAN and shared_bytes(span) + TOP_P_STATIC <= loaders.shared_bytes(backend, device)
     return (parts, span) if fits and _entries(parts, kv_heads * group, scratch) else None
 
 
@@ -375,18 +380,19 @@ def _launch(logits, sigma, lengths, window, rule, result, workspace, backend, ar
            np.int32(group), np.int32(rule["most"] is not None), shared_bytes=group * 3 * DIGITS * 4)
 
 
-def take_workspace(arguments: Arguments, given: Workspace | None, rows: int, parts: int, tokens: int) -> Workspace:
+def take_workspace(arguments: Arguments, given: Workspace | None, rows: int, parts: int, tokens: int,
+                   name: str = "workspace") -> Workspace:
     """The caller's workspace, checked for size and device, or a new one."""
     if given is None:
         stream = arguments.stream if arguments.device.kind == "cuda" else None
         return workspace(rows, 1, tokens, arguments.device, framework=arguments.framework, stream=stream)
     if not isinstance(given, Workspace):
-        raise TypeError(f"{arguments.operator}: workspace: expected a Workspace from selection.workspace(), "
+        raise TypeError(f"{arguments.operator}: {name}: expected a Workspace from selection.workspace(), "
                         f"got {type(given).__name__}")
-    arguments.require(given.tickets.device == arguments.device, "workspace", f"memory on {arguments.device}",
+    arguments.require(given.tickets.device == arguments.device, name, f"memory on {arguments.device}",
                       given.tickets.device)
     arguments.require(given.tickets.size >= rows and given.masks.size >= rows * words_of(tokens)
-                      and given.sums.size >= rows * parts * SUMS_WORDS, "workspace",
+                      and given.sums.size >= rows * parts * SUMS_WORDS, name,
                       f"room for {rows} query heads of {tokens} tokens",
                       f"{given.tickets.size} query heads, {given.masks.size * 32} tokens in all")
     return given

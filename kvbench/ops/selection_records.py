@@ -55,10 +55,15 @@ def _top_k_inputs(problem, rng):
     return {"scores": _scores(problem, rng), "k": k, "kv_heads": problem["kv_heads"]}
 
 
-def list_bytes(problem) -> int:
-    """A list per KV head of what independent query heads would choose, and counts and masses."""
+def listed(problem) -> int:
+    """Tokens on the lists of all KV heads, of what independent query heads would choose."""
     chosen = problem["tokens"] * (1 - (1 - min(problem["percent"], 100) / 100) ** problem["group"])
-    return 4 * problem["batch"] * problem["kv_heads"] * (max(round(chosen), 1) + 1 + problem["group"])
+    return problem["batch"] * problem["kv_heads"] * max(round(chosen), 1)
+
+
+def list_bytes(problem) -> int:
+    """A list per KV head, and counts and masses."""
+    return 4 * (listed(problem) + problem["batch"] * problem["kv_heads"] * (1 + problem["group"]))
 
 
 def _traffic(problem):

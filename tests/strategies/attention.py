@@ -57,14 +57,21 @@ def sparse_attention(draw):
         unread[b, i // (lists // kv_heads), listed[listed < lengths[b]]] = False
     for name in ("keys", "values"):
         arguments[name][unread] = np.nan
-    first = draw(st.sampled_from((0, 0, 1, 20)))
-    if first:                   # slots in front of the tokens, of which some are attended in any case
-        leading = arguments["leading"] = rng.integers(0, first + 1, batch).astype(np.int32)
-        for name in ("keys", "values"):
-            front = fill(rng, (batch, kv_heads, first, arguments[name].shape[3]), arguments[name].dtype.name, "normal")
-            front[np.broadcast_to((np.arange(first) >= leading[:, None])[:, None], front.shape[:3])] = np.nan
-            arguments[name] = np.concatenate([front, arguments[name]], axis=2)
-    return {**arguments, "first": first, "indices": indices, "counts": counts.astype(np.int32)}
+    slots_in_front(draw, rng, arguments)
+    return {**arguments, "indices": indices, "counts": counts.astype(np.int32)}
+
+
+def slots_in_front(draw, rng, arguments):
+    """Adds slots in front of the tokens, of which some are attended in any case, or none."""
+    first = arguments["first"] = draw(st.sampled_from((0, 0, 1, 20)))
+    if not first:
+        return
+    batch, kv_heads, _, head_dim = arguments["keys"].shape
+    leading = arguments["leading"] = rng.integers(0, first + 1, batch).astype(np.int32)
+    for name in ("keys", "values"):
+        front = fill(rng, (batch, kv_heads, first, head_dim), arguments[name].dtype.name, "normal")
+        front[np.broadcast_to((np.arange(first) >= leading[:, None])[:, None], front.shape[:3])] = np.nan
+        arguments[name] = np.concatenate([front, arguments[name]], axis=2)
 
 
 @st.composite

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kvbench.reference.rabitq import Encoded
 from strategies.arrays import batches, dtypes, fill, groups, head_dims, kv_heads, seeds, token_counts
+from strategies.attention import slots_in_front
 from strategies.rotation import rotations
 from strategies.selection import shares
 from strategies.turboquant import SCALES, few_tokens, in_a_store, random_scales, vectors
@@ -100,3 +101,21 @@ def select_top_p(draw):
     if draw(st.booleans()):
         arguments["max_tokens"] = draw(st.integers(arguments.get("min_tokens", 1), 200))
     return {**arguments, "p": draw(shares)}
+
+
+@st.composite
+def sparse_attention(draw):
+    """Rows beyond the sequences are NaN, and there may be more slots than tokens of the index."""
+    arguments = draw(select_top_p())
+    query, (batch, kv_heads, tokens) = arguments["query"], arguments["encoded"].rescale.shape
+    rng = np.random.default_rng(draw(seeds))
+    if np.abs(query.astype(np.float32)).max(initial=0) > 10:    # else no float32 sum says anything about exact logits
+        arguments["scale"] = 2.0**-24
+    slots = tokens + draw(st.sampled_from((0, 3)))
+    for name in ("keys", "values"):
+        rows = fill(rng, (batch, kv_heads, slots, query.shape[2]), query.dtype.name, "normal")
+        for b, length in enumerate(arguments.get("lengths", np.full(batch, tokens))):
+            rows[b, :, length:] = np.nan
+        arguments[name] = rows
+    slots_in_front(draw, rng, arguments)
+    return {**arguments, "return_lse": True}

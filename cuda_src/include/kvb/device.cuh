@@ -70,6 +70,23 @@ template <class T>
 __device__ __forceinline__ T pinned(T x) {
   return __shfl_sync(0xffffffffu, x, threadIdx.x % 32);
 }
+
+// threadIdx.x and blockIdx.
+struct ThreadPlace {
+  u32 thread, x, y, z;
+};
+__device__ __forceinline__ ThreadPlace thread_place() { return {threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z}; }
+// The same, read again: what was computed from them before need not be kept in registers for it.
+__device__ __forceinline__ ThreadPlace thread_place_again() {
+  ThreadPlace place = thread_place();
+#if !defined(KVB_EMULATE)
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(place.thread));
+  asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(place.x));
+  asm volatile("mov.u32 %0, %ctaid.y;" : "=r"(place.y));
+  asm volatile("mov.u32 %0, %ctaid.z;" : "=r"(place.z));
+#endif
+  return place;
+}
 }  // namespace kvb
 
 // ---- the list of kernel instances -----------------------------------------------------------------------------------
@@ -217,6 +234,13 @@ __device__ __forceinline__ u32 wait_for_tickets(const u32* counter, u32 tickets)
     asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(taken) : "l"(counter) : "memory");
   } while (taken < tickets);
   return taken;
+}
+
+// What others may have stored, without waiting for it: neither it nor what they wrote before need be seen.
+__device__ __forceinline__ u32 load_relaxed(const u32* place) {
+  u32 word;
+  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(word) : "l"(place) : "memory");
+  return word;
 }
 
 // Stores words other than 0 for those who wait for them: they see what this thread has written before (and, through a

@@ -472,8 +472,8 @@ constexpr int kTopPSpan = 32 * kThreads;   // of a part, at most
 
 // By which the blocks of a list wait for each other; zero before and after.
 struct alignas(128) Rendezvous {
-  u32 written, left;                 // tickets of blocks that are so far
-  u32 unused[30];
+  u32 written, placed, left;         // tickets of blocks that are so far
+  u32 unused[29];
   u32 chosen[32];                    // by part: one more than the tokens that are chosen of it, when that is known
 };
 static_assert(sizeof(Rendezvous) == 256, "RENDEZVOUS_WORDS of kvbench/ops/selection.py");
@@ -514,8 +514,8 @@ struct TopPMemory {
   u32 largest[HEADS], smallest[HEADS];   // order keys of the largest logit, and of the smallest, inverted
   u32 listed[HEADS];
   u32 chosen[kTopPSpan / 32];        // tokens that are chosen, by any query head: a bit each
-  u32 odd, before;                   // whether there are logits that are not finite; tokens chosen of earlier parts
-  u32 unused[2];
+  u32 odd;                           // whether there are logits that are not finite
+  u32 unused[3];
 };
 static_assert(sizeof(TopPMemory<4>) == 68192, "TOP_P_BYTES of kvbench/ops/selection.py");
 
@@ -695,16 +695,34 @@ __device__ __forceinline__ void find_brackets(TopPMemory<HEADS>& memory, const u
   }
 }
 
-// Ends a cooperative kernel whose blocks have the logits of parts of the rows of a list in shared memory and have added
-// them to the bins.  Grid (parts, lists of a sequence, batch), of at most 32 parts of at most kTopPSpan tokens; a list
-// is of `group` rows.
-template <int HEADS>
-__device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const PartRows& part, int group,
-                                             const TopPTarget& target) {
+// Of the tokens of a part, which are chosen.
+struct PartChoice {
+  u32 bits;                          // of the 32 from part.first + 32 threadIdx.x on
+  u32 rank;                          // of the first of these among those of the part
+  u32 of_part;                       // how many are chosen of it
+  bool even;                         // whether no part has many more than others, nor more than kEvenMost
+};
+constexpr u32 kEvenMost = 4096;
+// Calls f(position) for tokens whose bits these are.
+template <class Visit>
+__device__ __forceinline__ void for_bits(u32 bits, const PartRows& part, const Visit& f) {
+  const int before = part.first + static_cast<int>(threadIdx.x) * 32 - 1;
+#pragma unroll 1
+  for (; bits; bits &= bits - 1) f(before + __ffs(static_cast<int>(bits)));
+}
+
+// What a cooperative kernel does whose blocks have the logits of parts of the rows of a list in shared memory and have
+// added them to the bins.  Grid (parts, lists of a sequence, batch), of at most 32 parts of at most kTopPSpan tokens; a
+// list is of `group` rows.  The memory may be used for other things behind the next barrier.
+// fetch(bits) : what a thread may do while others list tokens, with those that are chosen in any case
+template <int HEADS, class Fetch>
+__device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, const PartRows& part, int group,
+                                                   const TopPTarget& target, const Fetch& fetch) {
   const u32 list_id = blockIdx.z * gridDim.y + blockIdx.y, parts = gridDim.x;
   const u64 first_row = static_cast<u64>(list_id) * group;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = part.size();
   KVB_SHARED(Prefixes, prefixes);
+  KVB_SHARED(u32, part_most, [HEADS][32]);
   Rendezvous& rendezvous = target.rendezvous[list_id];
   u32* const row_bins = target.row_bins + first_row * kRing;
   TopPPart* const row_parts = target.parts + first_row * parts;
@@ -836,6 +854,7 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
     }
     publish(&row_parts[h * parts + blockIdx.x].lists, told);
   }
+  fetch(memory.chosen[threadIdx.x]);
   __syncwarp();
 
   // ---- where the prefixes end: the same for every block of the list ----
@@ -849,6 +868,7 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
       sums = {told.first & kMassMask, told.second & kMassMask, 0, static_cast<u32>(told.second >> kMassBits) - 1,
               static_cast<u32>(told.first >> kMassBits) - 1};
     }
+    part_most[warp][lane] = sums.count_above + sums.listed;
     start_search(prefixes, warp, memory.brackets[warp], sums, target.rule, target.capacity);
   }
   __syncthreads();
@@ -898,35 +918,65 @@ __device__ __forceinline__ void choose_top_p(TopPMemory<HEADS>& memory, const Pa
   }
   __syncthreads();
 
-  // ---- positions ----
-  u32 bits = memory.chosen[threadIdx.x];
-  const u32 own = __popc(bits), upto = warp_prefix(own);
+  // ---- how many are chosen ----
+  u32 most = 0;                        // tokens of part `lane` that may be, counted for each query head
+  for (int h = 0; h < group; ++h) most += part_most[h][lane];
+  const u32 largest = warp_max(most), all = warp_sum(most);
+  const u32 bits = memory.chosen[threadIdx.x], own = __popc(bits), upto = warp_prefix(own);
   if (lane == 31) memory.count_above[warp] = upto;
+  if (blockIdx.x == 0 && static_cast<int>(threadIdx.x) < group)
+    target.mass[first_row + threadIdx.x] = share_reached(prefixes, threadIdx.x, memory.brackets[threadIdx.x]);
   __syncthreads();
   const u32 warps_upto = warp_prefix<kWarps>(lane < kWarps ? memory.count_above[lane] : 0u);
   const u32 of_part = __shfl_sync(0xffffffffu, warps_upto, kWarps - 1);
-  if (threadIdx.x == 0) atomicExch(&rendezvous.chosen[blockIdx.x], of_part + 1);
-  if (warp == 0) {
-    const bool is_earlier = lane < static_cast<int>(blockIdx.x);
-    const u32 before = warp_sum(is_earlier ? wait_for_tickets(&rendezvous.chosen[lane], 1) - 1 : 0u);
-    if (lane == 0) memory.before = before;
-  }
-  __syncthreads();
   const u32 of_warp = __shfl_sync(0xffffffffu, warps_upto, warp) - memory.count_above[warp];
-  int* const positions = target.indices + static_cast<u64>(list_id) * target.arguments.tokens;
-  int* next = positions + memory.before + of_warp + upto - own;
-  const int first = part.first + static_cast<int>(threadIdx.x) * 32 - 1;
-#pragma unroll 1
-  for (; bits; bits &= bits - 1) *next++ = first + __ffs(static_cast<int>(bits));
-  if (blockIdx.x == parts - 1 && threadIdx.x == 0) target.counts[list_id] = static_cast<int>(memory.before + of_part);
-  if (blockIdx.x == 0 && static_cast<int>(threadIdx.x) < group)
-    target.mass[first_row + threadIdx.x] = share_reached(prefixes, threadIdx.x, memory.brackets[threadIdx.x]);
-  if (warp > 0) return;
-  const u32 left = __shfl_sync(0xffffffffu, lane == 0 ? take_ticket(&rendezvous.left) : 0u, 0);
-  if (left != parts - 1) return;       // all have read what the others told
+  if (threadIdx.x == 0) atomicExch(&rendezvous.chosen[blockIdx.x], of_part + 1);
+  return {bits, of_warp + upto - own, of_part, !rare && largest <= kEvenMost && largest <= 64 + all / parts * 3 / 2};
+}
+
+// One more than the tokens that are chosen of part `lane`; 0: that is not known yet.
+__device__ __forceinline__ u32 ask_chosen(const TopPTarget& target) {
+  const u32 lane = threadIdx.x % 32;
+  return lane < gridDim.x ? load_relaxed(&target.rendezvous[blockIdx.z * gridDim.y + blockIdx.y].chosen[lane]) : 1;
+}
+// The tokens, after ask_chosen.
+__device__ __forceinline__ u32 wait_for_chosen(const TopPTarget& target, u32 told) {
+  const Rendezvous& rendezvous = target.rendezvous[blockIdx.z * gridDim.y + blockIdx.y];
+  return (told ? told : wait_for_tickets(&rendezvous.chosen[threadIdx.x % 32], 1)) - 1;
+}
+// Writes the positions of the part, by write(where those begin), and those at the end the count of the list.
+// told : of ask_chosen
+template <class Write>
+__device__ __forceinline__ void write_positions(const TopPTarget& target, u32 told, u32 of_part, const Write& write) {
+  const u32 list_id = blockIdx.z * gridDim.y + blockIdx.y, lane = threadIdx.x % 32;
+  const u32 before = warp_sum(lane < blockIdx.x ? wait_for_chosen(target, told) : 0u);
+  write(target.indices + static_cast<u64>(list_id) * target.arguments.tokens + before);
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) target.counts[list_id] = static_cast<int>(before + of_part);
+}
+__device__ __forceinline__ void write_positions(const TopPTarget& target, const PartRows& part,
+                                                const PartChoice& choice) {
+  write_positions(target, ask_chosen(target), choice.of_part, [&](int* positions) {
+    int* next = positions + choice.rank;
+    for_bits(choice.bits, part, [&](int position) { *next++ = position; });
+  });
+}
+
+// A warp makes what blocks have told each other zero again, when all of a list have read it.
+__device__ __forceinline__ void clear_top_p(const TopPTarget& target, int group, const ThreadPlace& place) {
+  const u32 list_id = place.z * gridDim.y + place.y, lane = place.thread % 32, parts = gridDim.x;
+  Rendezvous& rendezvous = target.rendezvous[list_id];
+  TopPPart* const row_parts = target.parts + static_cast<u64>(list_id) * group * parts;
   for (u32 i = lane; i < group * parts; i += 32) row_parts[i] = {0, 0, {0, 0}};
-  if (lane < static_cast<int>(parts)) rendezvous.chosen[lane] = 0;
-  if (lane == 0) rendezvous.written = rendezvous.left = 0;
+  if (lane < parts) rendezvous.chosen[lane] = 0;
+  if (lane == 0) rendezvous.written = rendezvous.placed = rendezvous.left = 0;
+}
+// The last block of a list that calls it does so.
+__device__ __forceinline__ void leave_top_p(const TopPTarget& target, int group) {
+  u32* const left = &target.rendezvous[blockIdx.z * gridDim.y + blockIdx.y].left;
+  __syncthreads();                     // all of the block have read it
+  if (threadIdx.x >= 32) return;
+  const u32 taken = __shfl_sync(0xffffffffu, threadIdx.x == 0 ? take_ticket(left) : 0u, 0);
+  if (taken == gridDim.x - 1) clear_top_p(target, group, thread_place());
 }
 
 }  // namespace kvb::selection

@@ -238,6 +238,8 @@ KVB_EMU_OWN inline u32 wait_for_tickets(const u32* counter, u32 tickets, int lin
   return *counter;
 }
 
+KVB_EMU_OWN inline u32 load_relaxed(const u32* place) { return *static_cast<const volatile u32*>(place); }
+
 struct alignas(16) WordPair {
   u64 first, second;
 };
