@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from conftest import TESTED_BACKENDS, needs
 from kvbench import arrays, loaders, registry, trees
-from kvbench.ops import rabitq, rabitq_launch, selection, turboquant
-from kvbench.reference import rabitq as reference
+from kvbench.ops import attention, rabitq, rabitq_launch, selection, turboquant
+from kvbench.reference import attention as exact, rabitq as reference
 from kvbench.reference.rabitq import Encoded
 from kvbench.reference.rotation import Rotation, haar, hadamard
 from kvbench.scores import Scores
@@ -473,6 +473,106 @@ def test_top_p_in_one_launch_runs_in_a_cuda_graph(monkeypatch):
                 assert host.indices[row][:count].tolist() == expected.indices[row][:count].tolist()
 
 
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def chosen_alike(made, in_turn):
+    assert made.counts.tolist() == in_turn.counts.tolist() and made.mass.tobytes() == in_turn.mass.tobytes()
+    for row, count in np.ndenumerate(in_turn.counts):
+        assert made.indices[row][:count].tolist() == in_turn.indices[row][:count].tolist()
+
+
+def attended_alike(backend, query, encoded, rotation, p, rows, *, lengths=None, first=0, leading=None, room=4096,
+                   **bounds):
+    """One launch chooses what scores and a selection in turn choose, attends to just that, says so when it is asked
+    again, and leaves its workspaces as they were."""
+    query, encoded, rows = (on(backend, x) for x in (query, encoded, rows))
+    options = dict(lengths=on(backend, lengths), backend=backend)
+    place, (_, kv_heads, tokens) = "cuda" if backend in ("cuda", "native") else "cpu", encoded.rescale.shape
+    select_workspace = selection.workspace(1, query.shape[1], tokens, place, listed=room)
+    workspace = attention.workspace(1, query.shape[1], query.shape[2], place)
+    with loaders.record() as launches:
+        first_time, again = (to_host(rabitq.sparse_attention(
+            query, encoded, rotation, p, *rows, first=first, leading=on(backend, leading), return_lse=True,
+            select_workspace=select_workspace, workspace=workspace, **bounds, **options)) for _ in range(2))
+    assert [launch["kernel"].partition("<")[0] for launch in launches] == 2 * ["kvb::rabitq_attention_kernel"]
+    for one, other in zip(first_time[:2], again[:2], strict=True):
+        assert one.tobytes() == other.tobytes()
+    for words in (*trees.arrays_of(select_workspace.together).values(), workspace.tickets):
+        assert not words.to_host().any()
+    scored = rabitq.score(query, encoded, rotation, **options)
+    in_turn = to_host(selection.select_top_p(scored, p, kv_heads=kv_heads, **bounds, **options))
+    chosen_alike(first_time[2], in_turn)
+    inputs = dict(query=query, keys=rows[0], values=rows[1], lengths=lengths, first=first, leading=leading,
+                  indices=in_turn.indices, counts=in_turn.counts)
+    inputs = to_host(inputs)
+    attention.sparse_agreement(inputs, exact.sparse_attention(**inputs), first_time[:2])
+    return in_turn
+
+
+def some_rows(kv_heads, slots, head_dim, dtype="float16"):
+    return tuple(normal(seed, (1, kv_heads, slots, head_dim), dtype) for seed in (3, 4))
+
+
+@pytest.fixture
+def as_on_large_gpus(monkeypatch):
+    monkeypatch.setattr(selection, "TOP_P_LEAST", selection.TOP_P_UNIT)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("content", ["normal", "apart", "equal", "masked", "nothing", "offset"])
+def test_attention_in_one_launch(backend, content, as_on_large_gpus):
+    """Parts with about as many tokens, and ("apart") with far more than others; lists that are too short; short
+    sequences; exact slots in front of few, many or no tokens; a cache that is a part of a larger one."""
+    for group, head_dim, length, first in ((4, 64, 1500, 20), (3, 128, 1030, 0), (1, 64, 30, 300), (2, 128, 0, 7)):
+        query, encoded = some_index(content, 1500, head_dim)
+        query = query[:, : 2 * group].astype(np.float16)
+        rows = tuple(array[:, :, :-4] for array in some_rows(2, first + 1507, head_dim))
+        for room, p in ((16, 0.6), (4096, 0.97), (4096, 1.0)):
+            attended_alike(backend, query, encoded, hadamard(head_dim, 3), p, rows, room=room, first=first,
+                           lengths=np.array([length], np.int32), leading=np.array([first * 2 // 3], np.int32))
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("share", [0.002, 0.04, 0.9])
+def test_attention_to_tokens_of_one_part(backend, share, as_on_large_gpus):
+    """All that is chosen lies in one part, or most of it: blocks take equal shares then, some of exact slots alone."""
+    tokens, rng = 1500, np.random.default_rng(0)
+    encoded = random_index(rng, (1, 2, tokens), 64)
+    encoded.rescale[...] = 0.01
+    encoded.rescale[:, :, 600 : 600 + int(share * tokens)] = 4
+    made = attended_alike(backend, normal(1, (1, 8, 64)), encoded, hadamard(64, 0), 0.95,
+                          some_rows(2, tokens + 60, 64, "float16"), first=60, leading=np.array([50], np.int32))
+    assert (made.counts > 0).all()
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_attention_to_more_tokens_of_a_part_than_its_list_has_room_for(backend):
+    """All of 40000 and more, in bfloat16."""
+    tokens = 33 * selection.EVEN_MOST if backend in ("cuda", "native") else 8 * selection.EVEN_MOST + 2000
+    encoded = random_index(np.random.default_rng(0), (1, 1, tokens), 64)
+    assert selection.together(tokens, 1, 1, backend, arrays.borrow(on(backend, encoded.sign), "sign").device,
+                              selection.workspace(1, 1, tokens, "cuda" if backend in ("cuda", "native") else "cpu"))
+    attended_alike(backend, normal(1, (1, 1, 64), "bfloat16"), encoded, hadamard(64, 0), 1.0,
+                   some_rows(1, tokens, 64, "bfloat16"))
+
+
+@pytest.mark.parametrize("backend", [needs("simt")])
+def test_attention_is_one_launch_where_there_is_room(backend):
+    def launches(heads, group, tokens, head_dim=64, dtype="float16", **options):
+        encoded = random_index(np.random.default_rng(0), (1, heads, tokens), head_dim)
+        with loaders.record() as recorded:
+            rabitq.sparse_attention(normal(1, (1, heads * group, head_dim), dtype), encoded, hadamard(head_dim, 0), 0.9,
+                                    *some_rows(heads, tokens, head_dim, dtype), backend=backend, **options)
+        assert [launch["cooperative"] for launch in recorded] == [len(recorded) < 4] + [False] * (len(recorded) - 1)
+        return [launch["kernel"].partition("_kernel")[0].removeprefix("kvb::") for launch in recorded]
+
+    assert launches(2, 4, 700) == launches(2, 4, 700, 128, "bfloat16") == ["rabitq_attention"]
+    assert launches(2, 4, 700, 64, "float32") == ["rabitq_top_p", "attention_sparse_simple"]
+    assert launches(2, 4, 700, 256) == ["rabitq_top_p", "attention_sparse"]
+    assert launches(2, 5, 700) == ["rabitq_score", "selection_histogram", "selection_collect", "attention_sparse"]
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -480,6 +580,10 @@ def test_wrong_arguments_are_named():
     keys, query, rotation = normal(0, (1, 2, 9, 64)), normal(1, (1, 4, 64)), hadamard(64, 0)
     encoded = rabitq.encode(keys, rotation)
     mean = normal(2, (2, 64), "float32")
+
+    def attend(keys=keys, values=None, p=0.9, **options):
+        return rabitq.sparse_attention(query, encoded, rotation, p, keys, keys if values is None else values, **options)
+
     cases = [
         (lambda: rabitq.encode(keys, hadamard(32, 0)), ValueError, "rotation: expected a size that is a multiple"),
         (lambda: rabitq.encode(keys, "hadamard"), TypeError, "rotation: expected a Rotation"),
@@ -513,6 +617,12 @@ def test_wrong_arguments_are_named():
          "scores: expected shape"),
         (lambda: rabitq.score(query, dataclasses.replace(encoded, query_mean=mean), rotation), ValueError,
          "encoded: expected both offset and query_mean, or neither"),
+        (lambda: attend(keys[:, :, :8]), ValueError, "keys: expected slots for the 9 tokens of the index, got 8"),
+        (lambda: attend(first=1), ValueError, "first: expected an integer from 0 to 0, got 1"),
+        (lambda: attend(keys.astype(np.float32)), TypeError, "keys: expected dtype float16"),
+        (lambda: attend(values=keys[:, :1]), ValueError, "values: expected shape"),
+        (lambda: attend(chosen=query), TypeError, "chosen: expected a Selection"),
+        (lambda: attend(p=2), ValueError, "sparse_attention: p: expected 0 < p <= 1"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):
@@ -531,6 +641,14 @@ def test_what_kernels_do_not_take_is_named(backend):
         rabitq.select_top_p(normal(1, (1, 34, 64)), encoded, rotation, 0.9, backend=backend)
     with pytest.raises(TypeError, match="workspace: expected a Workspace from selection.workspace"):
         rabitq.select_top_p(query, encoded, rotation, 0.9, workspace="some", backend=backend)
+    rows = some_rows(2, 9, 64)
+    with pytest.raises(TypeError, match="select_workspace: expected a Workspace from selection.workspace"):
+        rabitq.sparse_attention(query, encoded, rotation, 0.9, *rows, select_workspace="some", backend=backend)
+    with pytest.raises(TypeError, match="workspace: expected a Workspace from attention.workspace"):
+        rabitq.sparse_attention(query, encoded, rotation, 0.9, *rows, workspace="some", backend=backend)
+    with pytest.raises(ValueError, match="values: expected rows at multiples of 16 bytes"):
+        rabitq.sparse_attention(query, encoded, rotation, 0.9, rows[0], normal(0, (1, 2, 9, 72))[..., 4:68],
+                                backend=backend)
     with pytest.raises(ValueError, match="keys: expected head_dim 64, 128 or 256 on backend 'simt', got 32"):
         rabitq.encode(normal(0, (1, 2, 9, 32)), hadamard(32, 0), backend=backend)
     with pytest.raises(ValueError, match="keys: expected rows at multiples of 16 bytes"):

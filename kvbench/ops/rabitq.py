@@ -310,7 +310,7 @@ def sparse_attention(query, encoded: Encoded, rotation: Rotation, p: float, keys
     arguments.require(slots >= tokens, "keys", f"slots for the {tokens} tokens of the index", slots)
     first, leading = attention.take_leading(arguments, first, leading, slots - tokens)
     out, lse = attention.take_results(arguments, query, None, out, lse, return_lse)
-    result = selection.take_result(arguments, chosen, batch, q_heads, kv_heads, tokens)
+    result = selection.take_result(arguments, chosen, batch, q_heads, kv_heads, tokens, "chosen")
     logits = arguments.result("scores", scores, (batch, q_heads, tokens), "float32")
     backend = choose(backend, arguments, BACKENDS)
 
@@ -320,6 +320,8 @@ def sparse_attention(query, encoded: Encoded, rotation: Rotation, p: float, keys
         select_workspace = selection.take_workspace(
             arguments, select_workspace, batch * q_heads,
             selection.parts_of(tokens, batch * q_heads, backend, query.device)[0], tokens, "select_workspace")
+        if workspace is not None:
+            attention.take_workspace(arguments, workspace, 1, query.device, out.framework)
         shared_bytes = partial(rabitq_launch.attention_shared_bytes, head_dim)
         geometry = None
         if query.dtype != "float32" and head_dim in ATTENTION_SIZES:

@@ -331,15 +331,15 @@ def _select(arguments, scores, lengths, window, rule, kv_heads, out, workspace, 
     return give(result)
 
 
-def take_result(arguments: Arguments, out: Selection | None, batch: int, q_heads: int, lists: int,
-                tokens: int) -> Selection:
+def take_result(arguments: Arguments, out: Selection | None, batch: int, q_heads: int, lists: int, tokens: int,
+                name: str = "out") -> Selection:
     """The caller's Selection, or a new one, as Arrays."""
     if out is not None and not isinstance(out, Selection):
-        raise TypeError(f"{arguments.operator}: out: expected a Selection, got {type(out).__name__}")
+        raise TypeError(f"{arguments.operator}: {name}: expected a Selection, got {type(out).__name__}")
     given = (None, None, None) if out is None else (out.indices, out.counts, out.mass)
-    return Selection(arguments.result("out.indices", given[0], (batch, lists, tokens), "int32"),
-                     arguments.result("out.counts", given[1], (batch, lists), "int32"),
-                     arguments.result("out.mass", given[2], (batch, q_heads), "float32"))
+    return Selection(arguments.result(f"{name}.indices", given[0], (batch, lists, tokens), "int32"),
+                     arguments.result(f"{name}.counts", given[1], (batch, lists), "int32"),
+                     arguments.result(f"{name}.mass", given[2], (batch, q_heads), "float32"))
 
 
 def give(result: Selection) -> Selection:
