@@ -1,5 +1,5 @@
 // Exact decode attention over fp16, bf16 and fp32 caches, one query token per sequence, grouped query heads.
-// Reference: reference/attention.py.
+// Reference: reference/attention.py.  What a block does: kvb/exact_attention.cuh.
 //
 // attention_decode_kernel (fp16, bf16; tensor cores)
 //   Computes  output_h = sum_t softmax_t(scale <q_h, k_t>) v_t  for all query heads h of a KV head
@@ -179,8 +179,8 @@ template <class T, int D, int HEADS>
 __global__ void __launch_bounds__(32 * kDecodeWarps, kResidentBlocks<D, HEADS>)
     attention_sparse_kernel(KVB_DECODE_PARAMETERS(T), KVB_LIST_PARAMETERS) {
   KVB_DYNAMIC_SHARED(uint4, shared);
-  attend<T, D, HEADS, kDecodeWarps>({KVB_DECODE_ARGUMENTS}, KVB_LISTED_TOKENS, blockIdx.y / lists_per_head, shared, nullptr,
-                                   thread_place());
+  attend<T, D, HEADS, kDecodeWarps>({KVB_DECODE_ARGUMENTS}, KVB_LISTED_TOKENS, blockIdx.y / lists_per_head, shared,
+                                   nullptr, thread_place());
 }
 template <int D>
 __global__ void __launch_bounds__(256, 2) attention_decode_simple_kernel(KVB_DECODE_PARAMETERS(float)) {

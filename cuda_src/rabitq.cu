@@ -64,17 +64,35 @@
 //            (1.0); until those of all blocks have come 0.8, and are ready for the search 1.6, half a us less since
 //            they are published in two words; for it 3.2 (2.3); bits 0.5, until it is known how many tokens earlier
 //            parts have 1.2, positions 0.4: 32 (20.7).  Much of what is done but once is waiting for instructions,
-//            which come at some 7 KB a microsecond.  A decode step takes 45.7 us (34.3), 61.8 with 10 % of the tokens;
-//            three launches 57.6 (36.1) and 77.7.
+//            which come at some 7 KB a microsecond.  A decode step with attention in a launch of its own takes 45.7 us
+//            (34.3), 61.8 with 10 % of the tokens; three launches and that 57.6 (36.1) and 77.7.
 //   Tried    For all, a decode step of 128K tokens, 2 %.  A last block that searches and writes all positions, tickets
 //            instead of published words: 52.4 us, 72.6 with 10 %.  For a token near the threshold, a loop of the lane's
 //            own: 2 us for each; a ballot and an addition to shared memory for every 32 tokens with one: 0.5 us more.
 //            A branch on heads or on whole tiles in the loop of logits: 1.8 more.  Every lane with votes looking for
 //            the bin of a bracket among its own: 1.3 more.  Codes to the L2 cache while the query is rounded: 0.9 more;
 //            two steps ahead in the loop: 1.0 more.  Bins of a part no further than its smallest logit: 0.4 more, for
-//            the longer code.  Attention that begins early: no less, at 32K tokens 0.6.  Eight query heads, and up to
-//            64 parts: 47.3 us at 16:2 heads where three launches take 42.4, 43.7 at 64:8 and 32K tokens instead of
-//            40.7.
+//            the longer code.  Attention in a launch that begins early: no less, at 32K tokens 0.6.  Eight query heads,
+//            and up to 64 parts: 47.3 us at 16:2 heads where three launches take 42.4, 43.7 at 64:8 and 32K tokens
+//            instead of 40.7.
+//
+// rabitq_attention_kernel: the same, and attention to what is chosen (kvb/exact_attention.cuh), for fp16 and bf16.
+//   Work     A block attends to the tokens that are chosen of its own part, which it lists in shared memory, and to a
+//            share of the exact slots in front; the blocks of a list merge as splits do.  It writes the positions, for
+//            the caller, when it has asked for the counts of other parts.  Where a part may have half as many again as
+//            the mean, and 64, which all know from what was published for the search, blocks wait until all positions
+//            are written and take equal shares.
+//   Rows     Keys of tokens above the brackets come to the L2 cache while the last ones are searched, values of all
+//            that are chosen while they are listed.  The rings of 16 warps take the place of the logits.
+//   Latency  On an H100, of 128K tokens, in us: from the end of the search until the part's tokens are listed 2.2,
+//            until all first copies have begun 1.4, for the tiles 4.3 (2.5 TB/s, besides dirty lines), to merge warps
+//            1.4, until the last block knows that it is 0.7, and for it 2.3.  A decode step takes 2.5 us less than with
+//            two launches, and 1.2 less where blocks take equal shares.
+//   Tried    For a decode step of 128K tokens, 2 %, and (32K, 5 %).  No rows fetched ahead: 1.2 us (1.1) more; values
+//            with the keys: 1.7 (1.9); both while tokens are listed: 0.6 (1.0).  Rows copied without the hint that they
+//            are read once: 0.9, and 5 with 10 %.  Positions written when the copies are on their way: the counts of
+//            other parts come 3.8 us later.  Registers spilled, 48 bytes: 1.3.  Rows fetched before a part's sums are
+//            published: 0.5 (0.9).
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/exact_attention.cuh"

@@ -505,7 +505,7 @@ class KVCache:
 
     def _attend_store(self, query: arrays.Array, scale: float, out: arrays.Array, lse: arrays.Array | None,
                       lengths: arrays.Array, exact: codecs.Exact | None, options: dict) -> None:
-        """Attention to the store, and to `exact` tokens if there are any, in one launch after those that select."""
+        """Attention to the store, and to `exact` tokens if there are any, in the last launch."""
         (key_codec, keys), (value_codec, values) = self._stores["store.keys"], self._stores["store.values"]
         sides = key_codec, keys, value_codec, values
         if self.index is None:

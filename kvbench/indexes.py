@@ -228,7 +228,7 @@ class RaBitQ(Index):
     def attend(self, selector, q, coded: RaBitQTokens, sides, *, exact=None, kv_heads, lengths=None, scale=None,
                scores=None, selection=None, select_workspace=None, out=None, lse=None, workspace=None, stream=None,
                backend=None) -> Selection:
-        """As `Index.attend`; of exact tokens all is one launch where the GPU has room for it."""
+        """As `Index.attend`; all is one launch where the tokens are exact and the GPU has room for it."""
         key_codec, keys, value_codec, values = sides
         exactly = all(isinstance(codec, codecs.Float16) for codec in (key_codec, value_codec))
         if not exactly or not _is_plain(selector) or kv_heads != coded.sign.shape[1]:

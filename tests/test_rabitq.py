@@ -516,7 +516,7 @@ def some_rows(kv_heads, slots, head_dim, dtype="float16"):
 
 @pytest.fixture
 def as_on_large_gpus(monkeypatch):
-    monkeypatch.setattr(selection, "TOP_P_LEAST", selection.TOP_P_UNIT)
+    monkeypatch.setattr(rabitq, "ATTENTION_LEAST", selection.TOP_P_UNIT)
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)

@@ -176,19 +176,21 @@ def _listed(parts: int, span: int, scratch: Workspace) -> int:
 
 
 def together(tokens: int, kv_heads: int, group: int, backend: str, device: Device, scratch: Workspace,
-             shared_bytes=None) -> tuple[int, int] | None:
+             shared_bytes=None, least: int | None = None) -> tuple[int, int] | None:
     """(parts of a row, tokens of each) if the scores of so many KV heads, of all sequences, and their Top-p can be one
     launch, whose blocks are all on the device at the same time and have the logits of their parts in shared memory.
 
     shared_bytes : a function: of the tokens of a part, the dynamic shared memory (default: top_p_shared_bytes)
+    least        : tokens of a part for which it is worth while (default: TOP_P_LEAST)
     """
+    least = TOP_P_LEAST if least is None else least
     shared_bytes = shared_bytes or top_p_shared_bytes
     blocks = loaders.cooperative_blocks(backend, device, THREADS)
     if group > TOP_P_HEADS or not 0 < kv_heads <= blocks:
         return None
     parts = min(blocks // kv_heads, MAX_BLOCKS)
     span = -(-tokens // (TOP_P_UNIT * parts)) * TOP_P_UNIT
-    if span < (TOP_P_UNIT if backend == "simt" else TOP_P_LEAST):
+    if span < (TOP_P_UNIT if backend == "simt" else least):
         return None
     parts = -(-tokens // span)
     fits = span <= TOP_P_SPAN and shared_bytes(span) + TOP_P_STATIC <= loaders.shared_bytes(backend, device)

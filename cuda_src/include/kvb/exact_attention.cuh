@@ -108,7 +108,7 @@ __device__ __forceinline__ DecodeTarget target_of(const DecodeArguments<T>& argu
 }
 
 // Query heads as operands of S: head g (and g + 8) as rows, in fragment order; chunk s holds two k-steps of 16.  They
-// stay in shared memory, (D / 32, HEADS / 8, 32), read again for every tile, so that the accumulators have the registers.
+// stay in shared memory, (D / 32, HEADS / 8, 32), and are read again for every tile: accumulators have the registers.
 // query : (group, D), of a list
 template <class T, int D, int HEADS, int WARPS>
 struct QueryOperands {
@@ -279,7 +279,7 @@ __device__ __forceinline__ bool attend(const DecodeArguments<T>& arguments, cons
           float& logit = logits[j][2 * half + e];
           logit *= scale_log2;
           const int position = row_of(t, e, j);
-          if (Tokens::kListed && !Tokens::kOwn ? !(present >> position & 1) : first + position >= length)
+          if (Tokens::kListed ? !(present >> position & 1) : first + position >= length)
             logit = -infinity();
           largest[half] = fmaxf(largest[half], logit);
         }

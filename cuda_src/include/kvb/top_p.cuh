@@ -854,6 +854,7 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
     }
     publish(&row_parts[h * parts + blockIdx.x].lists, told);
   }
+  __syncwarp();                        // what is published goes first
   fetch(memory.chosen[threadIdx.x]);
   __syncwarp();
 
