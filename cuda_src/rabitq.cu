@@ -78,10 +78,10 @@
 //
 // rabitq_attention_kernel: the same, and attention to what is chosen (kvb/exact_attention.cuh), for fp16 and bf16.
 //   Work     A block attends to the tokens that are chosen of its own part, which it lists in shared memory, and to a
-//            share of the exact slots in front; the blocks of a list merge as splits do.  It writes the positions, for
-//            the caller, when it has asked for the counts of other parts.  Where a part may have half as many again as
-//            the mean, and 64, which all know from what was published for the search, blocks wait until all positions
-//            are written and take equal shares.
+//            share of the exact slots in front; the blocks of a list merge as splits do.  Its last
+//            warps, the first to have no tile, write the positions for the caller.  Where a part may have half as many
+//            again as the mean, and 64, which all know from what was published for the search, blocks wait until all
+//            positions are written and take equal shares.
 //   Rows     Keys of tokens above the brackets come to the L2 cache while the last ones are searched, values of all
 //            that are chosen while they are listed.  The rings of 16 warps take the place of the logits.
 //   Latency  On an H100, of 128K tokens, in us: from the end of the search until the part's tokens are listed 2.2,
@@ -729,6 +729,7 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
   // ---- the tokens of this block ----
   const int parts_of_list = gridDim.x, in_front = leading ? min(max(leading[blockIdx.z], 0), first) : 0;
   auto share_of = [&](u64 all, int part) { return static_cast<int>(all * part / parts_of_list); };
+  constexpr int PLACING = 4;         // warps that write positions: the first to have no tile
   const u32 told = choice.even ? ask_chosen(target) : 0u;
   int* next = listed + choice.rank;
   for_bits(choice.bits, part, [&](int position) {
@@ -740,10 +741,11 @@ __global__ void __launch_bounds__(selection::kThreads, 1)
     const int slot = share_of(in_front, blockIdx.x), of_part = static_cast<int>(choice.of_part);
     own = {listed, first, of_part, slot, of_part + share_of(in_front, blockIdx.x + 1) - slot};
     __syncthreads();
-    write_positions(target, told, of_part, [&](int* positions) {
+    if (threadIdx.x >= kThreads - 32 * PLACING)
+      write_positions(target, told, of_part, [&](int* positions) {
 #pragma unroll 1
-      for (int i = threadIdx.x; i < of_part; i += kThreads) positions[i] = listed[i];
-    });
+        for (int i = threadIdx.x - (kThreads - 32 * PLACING); i < of_part; i += 32 * PLACING) positions[i] = listed[i];
+      });
   } else {                           // a share of all, which other blocks may have written
     const u32 list_id = blockIdx.z * gridDim.y + blockIdx.y;
     u32* const placed = &rendezvous[list_id].placed;

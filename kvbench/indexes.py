@@ -239,12 +239,12 @@ class RaBitQ(Index):
         if exact is not None:
             rows = joined(keys, values, exact)
             front = dict(first=exact.keys.tokens.shape[2], leading=exact.lengths)
+        scratch = rabitq.AttentionWorkspace(select_workspace, workspace)
         return rabitq.sparse_attention(q, self.encoded(coded), self.turn, selector.p, *rows, **front,
                                        query_bits=self.query_bits, lengths=lengths, scale=scale,
                                        min_tokens=selector.minimum, max_tokens=selector.maximum, out=out, lse=lse,
                                        chosen=selection, scores=None if scores is None else scores.logits,
-                                       select_workspace=select_workspace, workspace=workspace, stream=stream,
-                                       backend=backend)[2]
+                                       workspace=scratch, stream=stream, backend=backend)[2]
 
     def encoded(self, coded: RaBitQTokens) -> Encoded:
         """The same arrays as the operators of `ops.rabitq` take them."""

@@ -489,16 +489,19 @@ def attended_alike(backend, query, encoded, rotation, p, rows, *, lengths=None, 
     query, encoded, rows = (on(backend, x) for x in (query, encoded, rows))
     options = dict(lengths=on(backend, lengths), backend=backend)
     place, (_, kv_heads, tokens) = "cuda" if backend in ("cuda", "native") else "cpu", encoded.rescale.shape
-    select_workspace = selection.workspace(1, query.shape[1], tokens, place, listed=room)
-    workspace = attention.workspace(1, query.shape[1], query.shape[2], place)
+    workspace = rabitq.AttentionWorkspace(selection.workspace(1, query.shape[1], tokens, place, listed=room),
+                                          attention.workspace(1, query.shape[1], query.shape[2], place))
+    assert selection.together(tokens, kv_heads, query.shape[1] // kv_heads, backend, workspace.select.tickets.device,
+                              workspace.select, least=rabitq.ATTENTION_LEAST)
     with loaders.record() as launches:
         first_time, again = (to_host(rabitq.sparse_attention(
             query, encoded, rotation, p, *rows, first=first, leading=on(backend, leading), return_lse=True,
-            select_workspace=select_workspace, workspace=workspace, **bounds, **options)) for _ in range(2))
-    assert [launch["kernel"].partition("<")[0] for launch in launches] == 2 * ["kvb::rabitq_attention_kernel"]
+            workspace=workspace, **bounds, **options)) for _ in range(2))
+    if backend == "simt":               # whose launches alone are recorded
+        assert [launch["kernel"].partition("<")[0] for launch in launches] == 2 * ["kvb::rabitq_attention_kernel"]
     for one, other in zip(first_time[:2], again[:2], strict=True):
         assert one.tobytes() == other.tobytes()
-    for words in (*trees.arrays_of(select_workspace.together).values(), workspace.tickets):
+    for words in (*trees.arrays_of(workspace.select.together).values(), workspace.attend.tickets):
         assert not words.to_host().any()
     scored = rabitq.score(query, encoded, rotation, **options)
     in_turn = to_host(selection.select_top_p(scored, p, kv_heads=kv_heads, **bounds, **options))
@@ -551,8 +554,6 @@ def test_attention_to_more_tokens_of_a_part_than_its_list_has_room_for(backend):
     """All of 40000 and more, in bfloat16."""
     tokens = 33 * selection.EVEN_MOST if backend in ("cuda", "native") else 8 * selection.EVEN_MOST + 2000
     encoded = random_index(np.random.default_rng(0), (1, 1, tokens), 64)
-    assert selection.together(tokens, 1, 1, backend, arrays.borrow(on(backend, encoded.sign), "sign").device,
-                              selection.workspace(1, 1, tokens, "cuda" if backend in ("cuda", "native") else "cpu"))
     attended_alike(backend, normal(1, (1, 1, 64), "bfloat16"), encoded, hadamard(64, 0), 1.0,
                    some_rows(1, tokens, 64, "bfloat16"))
 
@@ -642,10 +643,14 @@ def test_what_kernels_do_not_take_is_named(backend):
     with pytest.raises(TypeError, match="workspace: expected a Workspace from selection.workspace"):
         rabitq.select_top_p(query, encoded, rotation, 0.9, workspace="some", backend=backend)
     rows = some_rows(2, 9, 64)
-    with pytest.raises(TypeError, match="select_workspace: expected a Workspace from selection.workspace"):
-        rabitq.sparse_attention(query, encoded, rotation, 0.9, *rows, select_workspace="some", backend=backend)
-    with pytest.raises(TypeError, match="workspace: expected a Workspace from attention.workspace"):
-        rabitq.sparse_attention(query, encoded, rotation, 0.9, *rows, workspace="some", backend=backend)
+    scratch = rabitq.sparse_attention_workspace(1, 4, 9, 64, "cpu")
+    for workspace, error, message in (
+            ("some", TypeError, "workspace: expected an AttentionWorkspace from rabitq.sparse_attention_workspace"),
+            (dataclasses.replace(scratch, select=2), TypeError, "workspace.select: expected a Workspace from selec"),
+            (dataclasses.replace(scratch, attend=2), TypeError, "workspace: expected a Workspace from attention."),
+            (rabitq.sparse_attention_workspace(1, 2, 9, 64, "cpu"), ValueError, "workspace.select: expected room fo")):
+        with pytest.raises(error, match=message):
+            rabitq.sparse_attention(query, encoded, rotation, 0.9, *rows, workspace=workspace, backend=backend)
     with pytest.raises(ValueError, match="values: expected rows at multiples of 16 bytes"):
         rabitq.sparse_attention(query, encoded, rotation, 0.9, rows[0], normal(0, (1, 2, 9, 72))[..., 4:68],
                                 backend=backend)

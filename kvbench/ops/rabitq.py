@@ -23,8 +23,8 @@ from kvbench.reference.rotation import Rotation
 from kvbench.reference.selection import Selection
 from kvbench.scores import Scores
 
-__all__ = ["Encoded", "Query", "Scores", "encode", "quantize_query", "score", "select_top_p",
-           "select_top_p_workspace", "sparse_attention"]
+__all__ = ["AttentionWorkspace", "Encoded", "Query", "Scores", "encode", "quantize_query", "score", "select_top_p",
+           "select_top_p_workspace", "sparse_attention", "sparse_attention_workspace"]
 
 BACKENDS = registry.BACKENDS
 HOST_BACKENDS = ("reference", "cpu")
@@ -279,26 +279,43 @@ def select_top_p_workspace(batch: int, q_heads: int, tokens: int, device, *, fra
     return selection.workspace(batch, q_heads, tokens, device, framework=framework, stream=stream)
 
 
+@dataclass(frozen=True)
+class AttentionWorkspace:
+    """Scratch memory of `sparse_attention`: that of a selection, and that of attention.  One stream at a time."""
+
+    select: selection.Workspace
+    attend: attention.Workspace
+
+
+def sparse_attention_workspace(batch: int, q_heads: int, tokens: int, head_dim: int, device, *,
+                               framework: str | None = None, stream=None) -> AttentionWorkspace:
+    """Scratch of `sparse_attention` for at most these sizes."""
+    return AttentionWorkspace(
+        selection.workspace(batch, q_heads, tokens, device, framework=framework, stream=stream),
+        attention.workspace(batch, q_heads, head_dim, device, framework=framework))
+
+
 def sparse_attention(query, encoded: Encoded, rotation: Rotation, p: float, keys, values, *, query_bits: int = 4,
                      rounding: str = "nearest", seed: int = 0, step: int = 0, lengths=None, first: int = 0,
                      leading=None, scale: float | None = None, min_tokens: int = 1, max_tokens: int | None = None,
                      return_lse: bool = False, out=None, lse=None, chosen: Selection | None = None, scores=None,
-                     select_workspace: selection.Workspace | None = None,
-                     workspace: attention.Workspace | None = None, backend: str | None = None, stream=None):
+                     workspace: AttentionWorkspace | None = None, backend: str | None = None, stream=None):
     """Attention to the fewest tokens whose estimated mass reaches p: `select_top_p`, and `attention.sparse_attention`
     to the tokens that it chooses.
 
     query, encoded, rotation, p, query_bits, rounding, seed, step, lengths, min_tokens, max_tokens : of `select_top_p`
     keys, values : [batch, kv_heads, slots, head_dim] in query's dtype, outer dimensions may be strided; slot
                    first + t is token t of the index, for all its tokens
-    first, leading, return_lse, out, lse, workspace : as in `attention.sparse_attention`
+    first, leading, return_lse, out, lse : as in `attention.sparse_attention`
     scale        : of the estimated and of the exact logits (default head_dim ** -0.5)
-    chosen, scores, select_workspace : `out`, `scores` and `workspace` of `select_top_p`
+    chosen, scores : `out` and `scores` of `select_top_p`
+    workspace    : from `sparse_attention_workspace(...)`, so that nothing is allocated (default: a temporary one)
 
     Returns (output, lse, Selection); lse is None unless it is wanted.  On CUDA, with a cache of 16 bits, head_dim 64 or
     128 and up to four query heads per KV head, all is one cooperative launch where the GPU has room for it and it is
-    faster (on an H100, with 8 KV heads, from 12289 to 147456 tokens): a block attends to what is chosen of its own part,
-    or if one has many more tokens than others, to an equal share.  What else is asked for takes two launches or four.
+    faster (on an H100, with 8 KV heads, from 12289 to 147456 tokens): a block attends to what is chosen of its own
+    part, or if one has many more tokens than others, to an equal share.  What else is asked for takes two launches or
+    four.
     Source: RaBitQCache, arXiv 2606.31519.
     """
     arguments = Arguments("rabitq.sparse_attention", stream=stream)
@@ -314,32 +331,36 @@ def sparse_attention(query, encoded: Encoded, rotation: Rotation, p: float, keys
     result = selection.take_result(arguments, chosen, batch, q_heads, kv_heads, tokens, "chosen")
     logits = arguments.result("scores", scores, (batch, q_heads, tokens), "float32")
     backend = choose(backend, arguments, BACKENDS)
+    if workspace is not None and not isinstance(workspace, AttentionWorkspace):
+        raise TypeError(f"rabitq.sparse_attention: workspace: expected an AttentionWorkspace from "
+                        f"rabitq.sparse_attention_workspace(), got {type(workspace).__name__}")
+    select_scratch, scratch = (None, None) if workspace is None else (workspace.select, workspace.attend)
 
     if backend not in HOST_BACKENDS:
         _check_scored_on_cuda(arguments, query, code, rotation, query_bits, backend)
         attention.check_cuda(arguments, backend, query, keys, values, out)
-        select_workspace = selection.take_workspace(
-            arguments, select_workspace, batch * q_heads,
-            selection.parts_of(tokens, batch * q_heads, backend, query.device)[0], tokens, "select_workspace")
-        if workspace is not None:
-            attention.take_workspace(arguments, workspace, 1, query.device, out.framework)
+        select_scratch = selection.take_workspace(
+            arguments, select_scratch, batch * q_heads,
+            selection.parts_of(tokens, batch * q_heads, backend, query.device)[0], tokens, "workspace.select")
+        if scratch is not None:
+            attention.take_workspace(arguments, scratch, 1, query.device, out.framework)
         shared_bytes = partial(rabitq_launch.attention_shared_bytes, head_dim)
         geometry = None
         if query.dtype != "float32" and head_dim in ATTENTION_SIZES:
             geometry = selection.together(tokens, batch * kv_heads, q_heads // kv_heads, backend, query.device,
-                                          select_workspace, shared_bytes, ATTENTION_LEAST)
+                                          select_scratch, shared_bytes, ATTENTION_LEAST)
         if geometry:
-            scratch = attention.take_workspace(arguments, workspace, geometry[0], query.device, out.framework)
-            selected = selection.top_p_arguments(p, min_tokens, max_tokens, *geometry, logits, select_workspace, result)
+            scratch = attention.take_workspace(arguments, scratch, geometry[0], query.device, out.framework)
+            selected = selection.top_p_arguments(p, min_tokens, max_tokens, *geometry, logits, select_scratch, result)
             rabitq_launch.launch_attention(query, code, rotation, lengths, scale, keys, values, first, leading, out,
                                            lse, geometry[0], selected, shared_bytes(geometry[1]), scratch, backend,
                                            arguments, **options)
             return out.give(), lse and lse.give(), selection.give(result)
     made = select_top_p(query, encoded, rotation, p, lengths=lengths, scale=scale, min_tokens=min_tokens,
-                        max_tokens=max_tokens, out=result, scores=logits, workspace=select_workspace, backend=backend,
+                        max_tokens=max_tokens, out=result, scores=logits, workspace=select_scratch, backend=backend,
                         stream=stream, **options)
     attention.sparse_attention(query, keys, values, made.indices, made.counts, lengths=lengths, first=first,
-                               leading=leading, scale=scale, out=out, lse=lse, workspace=workspace, backend=backend,
+                               leading=leading, scale=scale, out=out, lse=lse, workspace=scratch, backend=backend,
                                stream=stream)
     return out.give(), lse and lse.give(), selection.give(result)
 

@@ -945,14 +945,15 @@ __device__ __forceinline__ u32 wait_for_chosen(const TopPTarget& target, u32 tol
   const Rendezvous& rendezvous = target.rendezvous[blockIdx.z * gridDim.y + blockIdx.y];
   return (told ? told : wait_for_tickets(&rendezvous.chosen[threadIdx.x % 32], 1)) - 1;
 }
-// Writes the positions of the part, by write(where those begin), and those at the end the count of the list.
-// told : of ask_chosen
+// Warps write the positions of the part, by write(where those begin), and the last one, at the end of the list, its
+// count.        told : of ask_chosen
 template <class Write>
 __device__ __forceinline__ void write_positions(const TopPTarget& target, u32 told, u32 of_part, const Write& write) {
   const u32 list_id = blockIdx.z * gridDim.y + blockIdx.y, lane = threadIdx.x % 32;
   const u32 before = warp_sum(lane < blockIdx.x ? wait_for_chosen(target, told) : 0u);
   write(target.indices + static_cast<u64>(list_id) * target.arguments.tokens + before);
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) target.counts[list_id] = static_cast<int>(before + of_part);
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == kThreads - 1)
+    target.counts[list_id] = static_cast<int>(before + of_part);
 }
 __device__ __forceinline__ void write_positions(const TopPTarget& target, const PartRows& part,
                                                 const PartChoice& choice) {
