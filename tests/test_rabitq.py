@@ -493,7 +493,7 @@ def attended_alike(backend, query, encoded, rotation, p, rows, *, lengths=None, 
                                           attention.workspace(1, query.shape[1], query.shape[2], place))
     assert selection.together(tokens, kv_heads, query.shape[1] // kv_heads, backend, workspace.select.tickets.device,
                               workspace.select, least=rabitq.ATTENTION_LEAST)
-    with loaders.record() as launches:
+    with loaders.record() as launches, loaders.simt_schedule(room):
         first_time, again = (to_host(rabitq.sparse_attention(
             query, encoded, rotation, p, *rows, first=first, leading=on(backend, leading), return_lse=True,
             workspace=workspace, **bounds, **options)) for _ in range(2))
@@ -537,16 +537,19 @@ def test_attention_in_one_launch(backend, content, as_on_large_gpus):
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-@pytest.mark.parametrize("share", [0.002, 0.04, 0.9])
-def test_attention_to_tokens_of_one_part(backend, share, as_on_large_gpus):
+@pytest.mark.parametrize("room", [16, 4096, 4097])       # another order of threads, too, where they are emulated
+@pytest.mark.parametrize("heavy", [3, 225, 450])
+def test_attention_to_tokens_of_one_part(backend, heavy, room, as_on_large_gpus):
     """All that is chosen lies in one part, or most of it: blocks take equal shares then, some of exact slots alone."""
-    tokens, rng = 1500, np.random.default_rng(0)
+    tokens, rng, rotation = 1500, np.random.default_rng(0), hadamard(64, 0)
+    query = normal(1, (1, 2, 64))
     encoded = random_index(rng, (1, 2, tokens), 64)
     encoded.rescale[...] = 0.01
-    encoded.rescale[:, :, 600 : 600 + int(share * tokens)] = 4
-    made = attended_alike(backend, normal(1, (1, 8, 64)), encoded, hadamard(64, 0), 0.95,
-                          some_rows(2, tokens + 60, 64, "float16"), first=60, leading=np.array([50], np.int32))
-    assert (made.counts > 0).all()
+    encoded.rescale[:, :, 600 : 600 + heavy] = rng.uniform(2, 2.1, (1, 2, heavy))
+    encoded.sign[:, :, 600 : 600 + heavy] = rabitq.encode(query[:, :, None], rotation).sign
+    made = attended_alike(backend, query, encoded, rotation, 0.99, some_rows(2, tokens + 60, 64), first=60,
+                          leading=np.array([50], np.int32), room=room)
+    assert (made.counts <= heavy).all() and (made.counts >= 0.9 * heavy).all()
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
