@@ -170,6 +170,7 @@ __device__ __forceinline__ bool attend(const DecodeArguments<T>& arguments, cons
   const int active = Tokens::kOwn ? splits : active_splits(tiles, WARPS, splits);
   if (split >= active) return false;
   const u32 pair = place.z * gridDim.y + place.y;
+  const u64 row = static_cast<u64>(pair) * group;
 
   uint4* ring = shared + warp * kRingUnits * UNIT;
   // The same for the copies, in a register of each lane: where a uniform register holds a part of the shared address,
@@ -186,7 +187,7 @@ __device__ __forceinline__ bool attend(const DecodeArguments<T>& arguments, cons
   uint4* const queries = shared + WARPS * kRingUnits * UNIT;
   const uint4* const staged_query = Tokens::kOwn ? staged : queries;
   Operands operands;
-  if constexpr (!Tokens::kOwn) operands.load(arguments.query + static_cast<u64>(pair) * group * D, group);
+  if constexpr (!Tokens::kOwn) operands.load(arguments.query + row * D, group);
 
   // Listed tokens: lane i % 16 holds position i of the tile that is copied next, and of the one behind it.
   const int tile_step = Tokens::kOwn ? WARPS : active * WARPS;
@@ -364,8 +365,9 @@ __device__ __forceinline__ bool attend(const DecodeArguments<T>& arguments, cons
         *reinterpret_cast<float2*>(even + D + d) = make_float2(x[1], x[3]);
       }
   }
-  const u64 size = static_cast<u64>(group) * D * (arguments.output_float32 ? sizeof(float) : sizeof(T));
-  const StoreOutput<T> store = {static_cast<char*>(arguments.output) + pair * size, arguments.output_float32};
+  const StoreOutput<T> store = {
+      static_cast<char*>(arguments.output) + row * D * (arguments.output_float32 ? sizeof(float) : sizeof(T)),
+      arguments.output_float32};
   return finish_split<D, WARPS, HEADS, 32 * WARPS>(copies, statistics, shared, target_of(arguments, pair, D),
                                                           group, split, splits, active, store);
 }
