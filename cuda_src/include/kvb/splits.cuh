@@ -108,8 +108,9 @@ __device__ __forceinline__ void store_merged(const DecodeTarget& target, const S
 //   statistics  shared (COPIES, HEADS): their reference and total
 //   scratch     shared, 24 * THREADS bytes that hold nothing any more (may be `copies`)
 //   store       (index, float4): receives the numbers index .. index + 3 of the output (rows, D)
+//   BATCH       splits of which a thread of the last block loads outputs at a time
 // Returns, for the whole block, whether this block had the last word and called `store`.
-template <int D, int COPIES, int HEADS, int THREADS, class Store>
+template <int D, int COPIES, int HEADS, int THREADS, int BATCH = 8, class Store>
 __device__ __forceinline__ bool finish_split(const float* copies, const float2* statistics, void* scratch,
                                              const DecodeTarget& target, int group, int split, int splits, int active,
                                              const Store& store) {
@@ -159,7 +160,6 @@ __device__ __forceinline__ bool finish_split(const float* copies, const float2* 
     float reference = kNoReference, total = 0.f;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     if (present) {
-      constexpr int BATCH = 8;
       const float2* statistic_of = target.partial_statistics + h * splits;
       const float* output_of = target.partial_output + static_cast<u64>(h) * splits * D + d;
       for (int s = share; s < active; s += BATCH * shares) {
@@ -178,9 +178,16 @@ __device__ __forceinline__ bool finish_split(const float* copies, const float2* 
         float largest = reference;
 #pragma unroll
         for (int k = 0; k < BATCH; ++k) largest = fmaxf(largest, statistic[k].x);
-        add_part(reference, total, sum, largest, 0.f, make_float4(0.f, 0.f, 0.f, 0.f));
+        const float rescale = exp2_approx(reference - largest);
+        reference = largest;
+        total *= rescale;
+        sum = scaled(rescale, sum);
 #pragma unroll
-        for (int k = 0; k < BATCH; ++k) add_part(reference, total, sum, statistic[k].x, statistic[k].y, part[k]);
+        for (int k = 0; k < BATCH; ++k) {
+          const float weight = exp2_approx(statistic[k].x - largest);
+          total = fmaf(weight, statistic[k].y, total);
+          add_scaled(sum, weight, part[k]);
+        }
       }
     }
     if (shares > 1) {
@@ -188,6 +195,7 @@ __device__ __forceinline__ bool finish_split(const float* copies, const float2* 
       totals[threadIdx.x] = make_float2(reference, total);
       __syncthreads();
       if (share == 0)
+#pragma unroll 1
         for (int k = 1; k < shares; ++k) {
           const float2 other = totals[threadIdx.x + k * quads];
           add_part(reference, total, sum, other.x, other.y, sums[threadIdx.x + k * quads]);
