@@ -56,25 +56,24 @@
 // rabitq_top_p_kernel: the same, but logits stay in shared memory, and Top-p of each query head follows in the same
 //   launch (kvb/top_p.cuh), for up to four query heads a KV head.
 //   Bytes    The 18.9 MB of codes, 8 MB of bins of the rows at most, in the L2 cache, and what is listed.
-//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads: 300 for logits and bins, 220 for exact masses
-//            and bits.  128 multiprocessors, of 8192 tokens each, 67000: 16600 issue cycles, 9.5 us at 1.7 GHz.
+//   Counts   Instructions of a warp per 64 tokens of 128, 4 query heads: 300 for logits and bins, 114 for exact masses,
+//            45 for bits.  128 multiprocessors, of 8192 tokens each, 59000: 14700 issue cycles, 8.4 us at 1.7 GHz.
 //   Latency  On an H100, times of a block's steps in us, of 128K tokens (and 32K): until the query is there 1.4, and
-//            rounded 1.2; for the logits 8.0 (2.3), which memory bounds; until bins are on their way 2.1 (1.8), and
-//            those of all blocks have come 2.0 (1.8); for brackets 2.9; masses and lists 5.8 (1.7), their sums 1.1
-//            (1.0); until those of all blocks have come 0.8, and are ready for the search 1.6, half a us less since
-//            they are published in two words; for it 3.2 (2.3); bits 0.5, until it is known how many tokens earlier
-//            parts have 1.2, positions 0.4: 32 (20.7).  Much of what is done but once is waiting for instructions,
-//            which come at some 7 KB a microsecond.  A decode step with attention in a launch of its own takes 45.7 us
-//            (34.3), 61.8 with 10 % of the tokens; three launches and that 57.6 (36.1) and 77.7.
+//            rounded 1.2; for the logits 8.2 (2.5), which memory bounds; until bins are on their way 2.0 (1.8); until
+//            those of all blocks have come and brackets are found 4.7 (4.0), masses meanwhile; for sums above them and
+//            lists 2.4 (1.2), until these are told 1.1 (1.2), and those of all blocks are ready for the search 2.7
+//            (1.9); for it 1.7; until it is known how many tokens are chosen 1.4: 27 (18.8).  Much of what is done but
+//            once is waiting for instructions.
 //   Tried    For all, a decode step of 128K tokens, 2 %.  A last block that searches and writes all positions, tickets
 //            instead of published words: 52.4 us, 72.6 with 10 %.  For a token near the threshold, a loop of the lane's
 //            own: 2 us for each; a ballot and an addition to shared memory for every 32 tokens with one: 0.5 us more.
 //            A branch on heads or on whole tiles in the loop of logits: 1.8 more.  Every lane with votes looking for
 //            the bin of a bracket among its own: 1.3 more.  Codes to the L2 cache while the query is rounded: 0.9 more;
 //            two steps ahead in the loop: 1.0 more.  Bins of a part no further than its smallest logit: 0.4 more, for
-//            the longer code.  Attention in a launch that begins early: no less, at 32K tokens 0.6.  Eight query heads,
-//            and up to 64 parts: 47.3 us at 16:2 heads where three launches take 42.4, 43.7 at 64:8 and 32K tokens
-//            instead of 40.7.
+//            the longer code.  Attention in a launch that begins early: no less, at 32K tokens 0.6.  Masses when the
+//            brackets are known, with bits by a ballot for every 32 tokens and lists for every 256: 3.6 more (32K:
+//            1.0).  Eight query heads, and up to 64 parts, before brackets and masses were found at the same time: 47.3
+//            us at 16:2 heads where three launches take 42.4, 43.7 at 64:8 and 32K tokens instead of 40.7.
 //
 // rabitq_attention_kernel: the same, and attention to what is chosen (kvb/exact_attention.cuh), for fp16 and bf16.
 //   Work     A block attends to the tokens that are chosen of its own part, which it lists in shared memory, and to a
@@ -84,15 +83,21 @@
 //            positions are written and take equal shares.
 //   Rows     Keys of tokens above the brackets come to the L2 cache while the last ones are searched, values of all
 //            that are chosen while they are listed.  The rings of 16 warps take the place of the logits.
-//   Latency  On an H100, of 128K tokens, in us: from the end of the search until the part's tokens are listed 2.2,
-//            until all first copies have begun 1.4, for the tiles 4.3 (2.5 TB/s, besides dirty lines), to merge warps
-//            1.4, until the last block knows that it is 0.7, and for it 2.3.  A decode step takes 2.5 us less than with
-//            two launches, and 1.2 less where blocks take equal shares.
+//   Latency  On an H100, in us, of 128K tokens (and 32K): as above until the part's tokens are counted, until they are
+//            listed 0.3, for the tiles 3.2 (2.4), to merge warps 1.4 (1.2), until the last block knows that it is 0.7,
+//            and for it 1.8; 4 of a step are between the call and the first or after the last instruction.  A decode
+//            step takes 2.5 us less than with two launches, and 1.2 less where blocks take equal shares.
+//   Code     It is more than an instruction cache holds, and what never runs costs time, too: without the code for
+//            logits that are not finite or share bins, for offsets, and for lists that are too short, all of which was
+//            taken away for a test, a step took 4.6 us (4.0) less when loops in it were unrolled, and 2.0 (2.0) less
+//            when they no longer were.
 //   Tried    For a decode step of 128K tokens, 2 %, and (32K, 5 %).  No rows fetched ahead: 1.2 us (1.1) more; values
-//            with the keys: 1.7 (1.9); both while tokens are listed: 0.6 (1.0).  Rows copied without the hint that they
-//            are read once: 0.9, and 5 with 10 %.  Positions written when the copies are on their way: the counts of
-//            other parts come 3.8 us later.  Registers spilled, 48 bytes: 1.3.  Rows fetched before a part's sums are
-//            published: 0.5 (0.9).
+//            with the keys: 1.7 (1.9); both while tokens are listed: 0.6 (1.0); whole rows by bulk copies to the L2
+//            cache: nothing (1.6 more), with 10 % 0.3 less.  Rows copied without the hint that they are read once: 0.9,
+//            and 5 with 10 %.  Positions written when the copies are on their way: the counts of other parts come 3.8
+//            us later.  Registers spilled, 48 bytes: 1.3.  Rows fetched before a part's sums are published: 0.5 (0.9).
+//            Codes to the L2 cache while the query is rounded: 0.3 less, with 10 % 1.7 more.  A launch that is not
+//            cooperative: no less.  The last block with places for eight parts a thread, for four of them: 1.7 more.
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/exact_attention.cuh"
@@ -472,8 +477,10 @@ __device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first,
       staged.step[h] = 0.25f * source.scale * scalars.step;
       staged.low[h] = 0.25f * source.scale * scalars.low;
       staged.constant[h] = source.scale * scalars.constant;
-      const float rest = scalars.step * scalars.step / (rounding.random ? 6.f : 12.f);
-      staged.kappa[h] = fabsf(source.scale) * __fsqrt_rn(D * fmaf(source.noise, scalars.square, rest));
+      if (wants_sigma) {
+        const float rest = scalars.step * scalars.step / (rounding.random ? 6.f : 12.f);
+        staged.kappa[h] = fabsf(source.scale) * __fsqrt_rn(D * fmaf(source.noise, scalars.square, rest));
+      }
     }
   }
   __syncthreads();
@@ -555,9 +562,11 @@ __device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first,
   for (; first < end; first += stride) {
     take();
     const bool plain = !kApart && first + TOKENS <= length && !source.offset && !wants_sigma;
-#pragma unroll
+    constexpr bool SHORT = kApart && !kFetchAhead;   // where more follows, code counts
+    constexpr int AT_ONCE = SHORT ? 1 : UNITS;
+#pragma unroll AT_ONCE
     for (int u = 0; u < UNITS; ++u) {
-      results(u, factor, result);
+      results(SHORT ? 0 : u, factor, result);
       if (plain) {
 #pragma unroll
         for (int n = 0; n < TILES; ++n) whole(n, first, u * 16, result[n]);
@@ -573,6 +582,15 @@ __device__ __forceinline__ void for_logits(const ScoreSource& source, u32 first,
         for (int n = 0; n < TILES; ++n)   // the same bits in every kernel
           single(n, token, fmaf(source.scale, offset, result[n][half]), present, factor[half]);
       }
+      if (SHORT)                                     // the next unit takes the place of the first
+#pragma unroll
+        for (int next = 1; next < UNITS; ++next) {
+          factors[next - 1] = factors[next];
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) own[next - 1][half][i] = own[next][half][i];
+        }
     }
   }
 }

@@ -115,11 +115,10 @@ struct PrefixEstimate {
     const float taken = static_cast<float>(kShareOne - min(share, kShareOne)), left = static_cast<float>(share);
     const float rest = static_cast<float>(everything - prefix);
     const float rounded = 2.f * static_cast<float>(size), others = 2.f * static_cast<float>(candidates - size);
-    const float inside = static_cast<float>(prefix);
-    const bool heavy = surely ? taken * (outside + fmaxf(inside - rounded, 0.f)) >=
-                                    left * (rest * WIDEST + others) * SLACK
-                              : taken * (outside + inside * WIDEST + rounded) * SLACK >=
-                                    left * fmaxf(rest - others, 0.f);
+    const float inside = static_cast<float>(prefix), sign = surely ? -1.f : 1.f;
+    const float reached = outside + fmaxf(fmaf(sign, rounded, inside * (surely ? 1.f : WIDEST)), 0.f);
+    const float missing = fmaxf(fmaf(-sign, others, rest * (surely ? WIDEST : 1.f)), 0.f);
+    const bool heavy = taken * reached * (surely ? 1.f : SLACK) >= left * missing * (surely ? SLACK : 1.f);
     return (heavy && share < kShareOne && static_cast<int>(size) >= min(least, candidates)) ||
            static_cast<int>(size) >= min(most, candidates);
   }
@@ -205,15 +204,14 @@ struct ListedTokens {
     }
   }
 };
-template <int C, bool kByLogit>
+template <int C, bool kByLogit, int kAtOnce = C == kPlain ? 4 : 1>   // tokens; registers are scarce
 struct RowTokens {
   const Row<C>& row;
   int head;
   float heaviest;
   template <class Visit>
   __device__ __forceinline__ void for_candidates(const Visit& f) const {   // f(token, key, weight)
-    constexpr int AT_ONCE = C == kPlain ? 4 : 1;   // registers are scarce
-#pragma unroll AT_ONCE
+#pragma unroll kAtOnce
     for (int t = row.start + static_cast<int>(threadIdx.x); t < row.stop; t += kThreads) {
       float key, weight;
       if (row.candidate(t, key, weight)) f(t, key, weight);
@@ -225,6 +223,23 @@ struct RowTokens {
       if (kByLogit) f(head, rank_of(order_key(row.logits[t]), t), 0u);
       else f(head, rank_of(order_key(key), C == kShift ? 0 : t), mass_of(weight, heaviest));
     });
+  }
+};
+// By key: the lists, or if they do not decide a row.
+struct ListedOrRowTokens {
+  const PartList& list;
+  const SelectionArguments& arguments;
+  u64 first_row;
+  const Bracket* brackets;
+  int searched;                        // query head of the row, or -1
+  template <class Visit>
+  __device__ __forceinline__ void visit(const Visit& f) const {
+    if (searched < 0) {
+      ListedTokens<kPlain>{list, arguments, first_row, brackets[list.head].largest_weight}.visit(f);
+    } else {
+      const Row<kPlain> row(arguments, first_row + searched, blockIdx.z);
+      RowTokens<kPlain, false, 1>{row, searched, brackets[searched].largest_weight}.visit(f);
+    }
   }
 };
 
@@ -460,11 +475,16 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
 
 // ---- one launch, whose blocks have the logits of all query heads of a KV head in shared memory ----------------------
 //
-// A block counts the logits of its part by bins as they come, adds its bins to those of the row in global memory, and
-// waits for the others.  Each finds the brackets of all query heads in the bins of the rows, sums exact masses of its
-// part, lists what lies in a bracket, and waits again.  Then each finds the last token of all prefixes, which all that
-// all have listed decides; tells the blocks of later parts how many tokens of its own are chosen; and writes those.
-// Where a list does not decide, all write their logits, wait a third time, and search the whole row.
+// A block counts the logits of its part by bins as they come, tells the others its largest ones, adds its bins to those
+// of the row in global memory, and waits for the others.  A warp finds the bracket of each query head in the bins of
+// the row; the others, which need the largest logits alone, sum the exact masses of all candidates of the part
+// meanwhile.  Then the block sums what lies above a bracket, lists what lies in it, and waits again.  Then each finds
+// the last token of all prefixes, which all that all have listed decides; tells the blocks of later parts how many
+// tokens of its own are chosen; and writes those.  Where a list does not decide, all write their logits, wait a third
+// time, and search the whole row.
+//
+// What runs once or never is kept short: with attention behind it a kernel has more instructions than their cache
+// holds, and loops that were unrolled without need cost a decode step 2 us.
 
 constexpr int kPartRing = 4096;      // bins of a part: logits further apart than 64 are counted a second time
 constexpr int kTopPUnit = 256;       // tokens that a warp takes at a time
@@ -479,12 +499,12 @@ struct alignas(128) Rendezvous {
 static_assert(sizeof(Rendezvous) == 256, "RENDEZVOUS_WORDS of kvbench/ops/selection.py");
 
 // What a block tells the others of its part of a row; zero before and after.
-// bins  : published when those of the row have its logits: its largest one, as an order key, and one more than its
-//         candidates
-// lists : published when its list is complete: the mass of its candidates and one more than are listed, and the mass
-//         and one more than the number of those above
+// largest : its largest logit, as an order key, and one more than its candidates
+// bins    : 1, published when those of the row have its logits
+// lists   : published when its list is complete: the mass of its candidates and one more than are listed, and the mass
+//           and one more than the number of those above
 struct alignas(32) TopPPart {
-  u64 bins, unused;
+  u64 largest, bins;
   WordPair lists;
 };
 constexpr int kMassBits = 46;
@@ -510,14 +530,13 @@ struct TopPMemory {
   u64 inside[kWarps], above[kWarps];   // masses, by warp
   u32 count_above[kWarps];
   Bracket brackets[HEADS];
-  int ends[HEADS][2];                // the first bin up to which the prefix may be long enough, and surely is
   u32 largest[HEADS], smallest[HEADS];   // order keys of the largest logit, and of the smallest, inverted
   u32 listed[HEADS];
   u32 chosen[kTopPSpan / 32];        // tokens that are chosen, by any query head: a bit each
   u32 odd;                           // whether there are logits that are not finite
   u32 unused[3];
 };
-static_assert(sizeof(TopPMemory<4>) == 68192, "TOP_P_BYTES of kvbench/ops/selection.py");
+static_assert(sizeof(TopPMemory<4>) == 68160, "TOP_P_BYTES of kvbench/ops/selection.py");
 
 // Makes the memory ready, after the next barrier.
 template <int HEADS>
@@ -525,11 +544,8 @@ __device__ __forceinline__ void start_top_p(TopPMemory<HEADS>& memory) {
 #pragma unroll 1
   for (u32 i = threadIdx.x; i < sizeof(memory.bins) / 16; i += kThreads)
     reinterpret_cast<uint4*>(memory.bins)[i] = {0, 0, 0, 0};
-  memory.chosen[threadIdx.x] = 0;
-  if (threadIdx.x < HEADS) {
+  if (threadIdx.x < HEADS)
     memory.largest[threadIdx.x] = memory.smallest[threadIdx.x] = memory.listed[threadIdx.x] = 0;
-    memory.ends[threadIdx.x][0] = memory.ends[threadIdx.x][1] = kBins;
-  }
   if (threadIdx.x == 0) memory.odd = 0;
 }
 
@@ -587,112 +603,118 @@ struct TopPTarget {
   int capacity;
 };
 
-// Waits until the bins of all rows of a list are complete, and finds the brackets of its query heads, to
-// memory.brackets: the block calls it, and a barrier comes before they are read.  HEADS divide its threads.
-// spare : shared (HEADS, kBins)
-template <int HEADS>
-__device__ __forceinline__ void find_brackets(TopPMemory<HEADS>& memory, const u32* row_bins, const TopPPart* parts,
-                                              int group, const PrefixRule& rule, u32* spare) {
-  constexpr int THREADS = kThreads / HEADS, PER_THREAD = kBins / THREADS, QUADS = PER_THREAD / 4, WARPS = THREADS / 32;
-  static_assert(THREADS % 32 == 0 && PER_THREAD % 4 == 0 && PER_THREAD <= 32, "whole warps have a head");
-  const int head = threadIdx.x / THREADS, rank = threadIdx.x % THREADS, lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32, count_of_parts = gridDim.x;
-  u64 own_part = 0;
-  if (head < group && lane < count_of_parts) own_part = wait_for_published(&parts[head * count_of_parts + lane].bins);
-  __syncwarp();
-  const u32 part_largest = static_cast<u32>(own_part);
-  const u32 part_candidates = own_part ? static_cast<u32>(own_part >> 32) - 1 : 0;
-  const int candidates = static_cast<int>(warp_sum(part_candidates));
-  const u32 largest_order = warp_max(part_candidates ? part_largest : 0u);
-  const float largest = candidates ? from_order_key(largest_order) : 0.f;
-  const u32 top = static_cast<u32>(bin_of(largest));
-  // Parts whose largest logits are so far apart that their bins may share places.
-  const bool mixed = __any_sync(0xffffffffu, part_candidates &&
-                                                 top - static_cast<u32>(bin_of(from_order_key(part_largest))) >=
-                                                     kRing - kBins - 8);
-  uint4 loaded[QUADS];
-#pragma unroll
-  for (int i = 0; i < QUADS; ++i) {
-    loaded[i] = {0, 0, 0, 0};
-    if (head < group)
-      loaded[i] = __ldcg(reinterpret_cast<const uint4*>(row_bins + static_cast<u64>(head) * kRing) +
-                         (top / 4 - rank * QUADS - i) % (kRing / 4));
+// What the parts of a row have said of their largest logits; the warp calls it and waits for them.
+struct RowBounds {
+  u32 candidates, largest_key;       // a candidate's order key
+  u64 of_part;                       // what part `lane` has said, or 0
+  __device__ __forceinline__ explicit RowBounds(const TopPPart* parts) {
+    const u32 lane = threadIdx.x % 32;
+    of_part = lane < gridDim.x ? wait_for_published(&parts[lane].largest) : 0;
+    candidates = warp_sum(candidates_of_part());
+    largest_key = warp_max(candidates_of_part() ? static_cast<u32>(of_part) : 0u);
   }
+  __device__ __forceinline__ u32 candidates_of_part() const {
+    return of_part ? static_cast<u32>(of_part >> 32) - 1 : 0;
+  }
+  __device__ __forceinline__ float largest() const { return candidates ? from_order_key(largest_key) : 0.f; }
+  __device__ __forceinline__ u32 top() const { return static_cast<u32>(bin_of(largest())); }
+  // Whether parts have largest logits so far apart that their bins may share places.
+  __device__ __forceinline__ bool mixed() const {
+    return __any_sync(0xffffffffu, candidates_of_part() &&
+                                       top() - static_cast<u32>(bin_of(from_order_key(static_cast<u32>(of_part)))) >=
+                                           kRing - kBins - 8);
+  }
+};
+
+// Waits until the bins of a row are complete, and finds its bracket; the warp calls it.
+// staged : shared (kStagedBins,), at a multiple of 16 bytes
+constexpr int kStagedBins = 32 * (kBins / 32 + 4);   // lanes read whole quads from different banks
+__device__ __forceinline__ Bracket find_bracket_of_row(const u32* row_bins, const TopPPart* parts,
+                                                       const PrefixRule& rule, u32* staged) {
+  constexpr int PER_LANE = kBins / 32, QUADS = PER_LANE / 4, PITCH = QUADS + 1;
+  static_assert(QUADS == 16, "half a warp has the quads of a lane");
+  const int lane = threadIdx.x % 32, place = lane % 16;
+  const RowBounds bounds(parts);
+  const float largest = bounds.largest();
+  const u32 top = bounds.top();
+  const bool mixed = bounds.mixed();
+  if (lane < static_cast<int>(gridDim.x)) wait_for_published(&parts[lane].bins);
+  __syncwarp();
+  uint4* const quads = reinterpret_cast<uint4*>(staged);
+#pragma unroll 4
+  for (int i = 0; i < QUADS; ++i) {    // quad i * 32 + lane below the one of the largest logit
+    const u32 below = i * 32 + lane;
+    cp_async_16(quads + below + below / QUADS,
+                reinterpret_cast<const uint4*>(row_bins) + (top / 4 - below) % (kRing / 4));
+  }
+  cp_async_commit();
   auto lower_end = [&](int below) {    // of a bin, less the largest logit
     return (static_cast<float>(static_cast<int>(top)) - static_cast<float>(below)) / kBinsPerUnit - largest;
   };
-  const int first_below = rank * PER_THREAD - (3 - static_cast<int>(top % 4));   // bins below the top
+  auto first_below = [&](int of_lane) { return of_lane * PER_LANE - (3 - static_cast<int>(top % 4)); };   // the top
   constexpr float STEP = 0.98449644f;   // exp(-1/64)
   u32 own_count = 0;
   float sum = 0.f;                     // Horner's rule, from the lowest bin up: in units of the highest bin's mass
-#pragma unroll
+  cp_async_wait<0>();
+  __syncwarp();
+#pragma unroll 4
   for (int i = QUADS - 1; i >= 0; --i) {
-    const u32 four[4] = {loaded[i].w, loaded[i].z, loaded[i].y, loaded[i].x};
+    const uint4 loaded = quads[lane * PITCH + i];
+    const u32 four[4] = {loaded.w, loaded.z, loaded.y, loaded.x};
 #pragma unroll
     for (int j = 3; j >= 0; --j) {
-      const u32 count = i > 0 || j == 3 || first_below + j >= 0 ? four[j] : 0;
+      const u32 count = j == 3 || first_below(lane) + 4 * i + j >= 0 ? four[j] : 0;
       own_count += count;
       sum = fmaf(sum, STEP, static_cast<float>(count));
     }
   }
-  const u64 own_mass = static_cast<u64>(sum * (exp2_approx(lower_end(first_below) * 1.44269504f) * 2147483648.f));
-  u32 count_upto = warp_prefix(own_count);
-  u64 mass_upto = warp_prefix(own_mass), everything = 0;
-  if (lane == 31) {
-    memory.count_above[warp] = count_upto;
-    memory.above[warp] = mass_upto;
-  }
-  __syncthreads();
+  const u64 own_mass =
+      static_cast<u64>(sum * (exp2_approx(lower_end(first_below(lane)) * 1.44269504f) * 2147483648.f));
+  const u32 count_upto = warp_prefix(own_count);
+  const u64 mass_upto = warp_prefix(own_mass), everything = __shfl_sync(0xffffffffu, mass_upto, 31);
+  const PrefixEstimate<kPlain> enough = {everything, 0.f, rule.share, static_cast<int>(bounds.candidates), rule.least,
+                                         rule.most};
+  // Both sums grow: the first lane where they may, or surely do, suffice.  Half a warp looks for each of the bins, four
+  // for a lane.
+  const u32 may = __ballot_sync(0xffffffffu, enough(mass_upto, count_upto, false));
+  const u32 must = __ballot_sync(0xffffffffu, enough(mass_upto, count_upto, true));
+  const bool surely = lane >= 16;
+  const u32 votes = surely ? must : may;
+  const int source = max(__ffs(static_cast<int>(votes)) - 1, 0), below = first_below(source) + 4 * place;
+  u32 size = 0;
+  u64 prefix = 0;
+  u32 sizes[4];
+  u64 prefixes[4];
+  const uint4 loaded = quads[source * PITCH + place];
+  const u32 four[4] = {loaded.w, loaded.z, loaded.y, loaded.x};
 #pragma unroll
-  for (int i = 0; i < WARPS; ++i) {
-    const bool before = i < warp % WARPS;
-    count_upto += before ? memory.count_above[head * WARPS + i] : 0;
-    mass_upto += before ? memory.above[head * WARPS + i] : 0;
-    everything += memory.above[head * WARPS + i];
+  for (int j = 0; j < 4; ++j) {
+    const u32 count = below + j >= 0 ? four[j] : 0;
+    sizes[j] = size += count;
+    prefixes[j] = prefix += PrefixEstimate<kPlain>::mass_of_bin(count, lower_end(below + j));
   }
-  const PrefixEstimate<kPlain> enough = {everything, 0.f, rule.share, candidates, rule.least, rule.most};
-  const u32 count_before = count_upto - own_count;
-  const u64 mass_before = mass_upto - own_mass;
-  u32 votes[2];
 #pragma unroll
-  for (int surely = 0; surely < 2; ++surely) {   // both sums grow: one thread of a head at most has where they suffice
-    const bool before = enough(mass_before, count_before, surely);
-    votes[surely] = __ballot_sync(0xffffffffu, !before && enough(mass_upto, count_upto, surely));
-    if (rank == 0 && before) memory.ends[head][surely] = -1;
+  for (int distance = 1; distance < 16; distance *= 2) {
+    const u32 count = __shfl_up_sync(0xffffffffu, size, distance, 16);
+    const u64 mass = __shfl_up_sync(0xffffffffu, prefix, distance, 16);
+    if (place >= distance) size += count, prefix += mass;
   }
-  if (votes[0] | votes[1]) {           // its bins are those of the lanes of half a warp
-    static_assert(PER_THREAD == 16, "half a warp");
-    if ((votes[0] | votes[1]) >> lane & 1)
+  size += __shfl_sync(0xffffffffu, count_upto - own_count, source) - sizes[3];     // before these four
+  prefix += __shfl_sync(0xffffffffu, mass_upto - own_mass, source) - prefixes[3];
+  int end = below + 3;
 #pragma unroll
-      for (int i = 0; i < QUADS; ++i)
-        reinterpret_cast<uint4*>(spare)[threadIdx.x * QUADS + i] = {loaded[i].w, loaded[i].z, loaded[i].y, loaded[i].x};
-    __syncwarp();
-    const bool surely = lane >= 16;
-    const int place = lane % 16, source = max(__ffs(static_cast<int>(surely ? votes[1] : votes[0])) - 1, 0);
-    const int below = __shfl_sync(0xffffffffu, first_below, source) + place;
-    u32 size = below >= 0 ? spare[(warp * 32 + source) * PER_THREAD + place] : 0;
-    u64 prefix = PrefixEstimate<kPlain>::mass_of_bin(size, lower_end(below));
-#pragma unroll
-    for (int distance = 1; distance < 16; distance *= 2) {
-      const u32 count = __shfl_up_sync(0xffffffffu, size, distance, 16);
-      const u64 mass = __shfl_up_sync(0xffffffffu, prefix, distance, 16);
-      if (place >= distance) size += count, prefix += mass;
-    }
-    size += __shfl_sync(0xffffffffu, count_before, source);
-    prefix += __shfl_sync(0xffffffffu, mass_before, source);
-    const u32 ends = __ballot_sync(0xffffffffu, place == 15 || enough(prefix, size, surely)) >> (lane & 16);
-    if (place == 0 && (surely ? votes[1] : votes[0]))
-      memory.ends[head][surely] = max(below + __ffs(static_cast<int>(ends & 0xffff)) - 1, 0);
-  }
-  __syncthreads();
-  if (rank == 0) {
-    Bracket bracket = {largest, largest, 0.f, 0.f, candidates, 0, {}};
-    set_bounds(bracket, memory.ends[head], static_cast<int>(top), kBins - 4);
-    const float infinity = __uint_as_float(0x7f800000u);
-    if (mixed) bracket.high = infinity, bracket.low = -kLargestFinite;
-    if (candidates == 0) bracket.high = infinity, bracket.low = kLargestFinite;
-    memory.brackets[head] = bracket;
-  }
+  for (int j = 2; j >= 0; --j) end = enough(prefix + prefixes[j], size + sizes[j], surely) ? below + j : end;
+  const bool here = place == 15 || enough(prefix + prefixes[3], size + sizes[3], surely);
+  const u32 ends = __ballot_sync(0xffffffffu, here) >> (lane & 16) & 0xffff;
+  end = __shfl_sync(0xffffffffu, end, (lane & 16) + __ffs(static_cast<int>(ends)) - 1);
+  end = enough(0, 0, surely) ? -1 : votes ? max(end, 0) : kBins;
+  const int both[2] = {__shfl_sync(0xffffffffu, end, 0), __shfl_sync(0xffffffffu, end, 16)};
+  Bracket bracket = {largest, largest, 0.f, 0.f, static_cast<int>(bounds.candidates), 0, {}};
+  set_bounds(bracket, both, static_cast<int>(top), kBins - 4);
+  const float infinity = __uint_as_float(0x7f800000u);
+  if (mixed) bracket.high = infinity, bracket.low = -kLargestFinite;
+  if (bounds.candidates == 0) bracket.high = infinity, bracket.low = kLargestFinite;
+  return bracket;
 }
 
 // Of the tokens of a part, which are chosen.
@@ -726,27 +748,18 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
   Rendezvous& rendezvous = target.rendezvous[list_id];
   u32* const row_bins = target.row_bins + first_row * kRing;
   TopPPart* const row_parts = target.parts + first_row * parts;
-  u32* const spare = &memory.bins[0][0];     // when those of the rows have them
-  u32* const digits = spare + HEADS * kBins;
-  static_assert(HEADS * (kBins + 3 * kDigits) <= sizeof(memory.bins) / sizeof(u32), "there is room for both");
+  constexpr int WORDS = kTopPSpan / 32;
+  u32* const staged = &memory.bins[0][0];     // when those of the rows have them: (HEADS, kStagedBins)
+  u32* const digits = staged + HEADS * kStagedBins;
+  u32* const words_above = digits + HEADS * 3 * kDigits;   // (HEADS, WORDS): tokens above the bracket, a bit each
+  static_assert(HEADS * (kStagedBins + 3 * kDigits + WORDS) <= sizeof(memory.bins) / sizeof(u32), "there is room");
+#pragma unroll 1
   for (int h = 0; h < group; ++h)      // up to a whole unit
+#pragma unroll 1
     for (int at = size + static_cast<int>(threadIdx.x); at < (size + kTopPUnit - 1) / kTopPUnit * kTopPUnit;
          at += kThreads)
       part.of(h)[at] = __uint_as_float(0x7fffffffu);
   __syncthreads();
-  if (memory.odd) {
-#pragma unroll 1
-    for (int h = 0; h < group; ++h) {
-      for (u32 i = threadIdx.x; i < kPartRing; i += kThreads) memory.bins[h][i] = 0;
-      if (threadIdx.x == 0) memory.largest[h] = memory.smallest[h] = 0;
-      __syncthreads();
-      TopPCounts counts;
-      for (int at = threadIdx.x; at < size; at += kThreads) counts.add_finite(memory, part, h, at);
-      __syncwarp();
-      counts.reduce(memory, h, lane == 0, 1);
-    }
-    __syncthreads();
-  }
   auto candidates_of = [&](int h) { return static_cast<u32>(size) - memory.bins[h][kPartRing]; };
   auto top_of = [&](int h) { return static_cast<u32>(bin_of(from_order_key(memory.largest[h]))); };
   auto is_mixed = [&](int h) {         // logits share a bin, kPartRing apart
@@ -755,17 +768,28 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
   };
   constexpr int THREADS = kThreads / HEADS;
   const int own_head = threadIdx.x / THREADS, rank = threadIdx.x % THREADS;
-  if (__syncthreads_or(own_head < group && is_mixed(own_head))) {   // then only those count that are near the largest
+  // Some count again: where there are logits that are not finite, those that are; then, where logits share a bin, those
+  // near the largest alone.
+#pragma unroll 1
+  for (int near = 0; near < 2; ++near) {
+    if (near ? !__syncthreads_or(own_head < group && is_mixed(own_head)) : !memory.odd) continue;
 #pragma unroll 1
     for (int h = 0; h < group; ++h) {
-      if (!is_mixed(h)) continue;
+      if (near && !is_mixed(h)) continue;
+#pragma unroll 1
       for (u32 i = threadIdx.x; i < kPartRing; i += kThreads) memory.bins[h][i] = 0;
+      if (!near && threadIdx.x == 0) memory.largest[h] = memory.smallest[h] = 0;
       __syncthreads();
+      const u32 top = top_of(h);
+      TopPCounts counts;
+#pragma unroll 1
       for (int at = threadIdx.x; at < size; at += kThreads) {
         const float y = part.of(h)[at];
-        const u32 bin = static_cast<u32>(bin_of(y));
-        if (is_finite(y) && top_of(h) - bin < kBins) atomicAdd(&memory.bins[h][bin % kPartRing], 1u);
+        if (!near || (is_finite(y) && top - static_cast<u32>(bin_of(y)) < kBins))
+          counts.add_finite(memory, part, h, at);
       }
+      __syncwarp();
+      if (!near) counts.reduce(memory, h, lane == 0, 1);
     }
     __syncthreads();
   }
@@ -773,73 +797,95 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
   if (own_head < group) {
     const u32 candidates = candidates_of(own_head), top = top_of(own_head);
     u32* const own_bins = row_bins + static_cast<u64>(own_head) * kRing;
+    told = static_cast<u64>(candidates + 1) << 32 | memory.largest[own_head];
+    if (rank == 0) atomicExch(&row_parts[own_head * parts + blockIdx.x].largest, told);   // goes first, and alone
 #pragma unroll 4
     for (u32 i = 0; i < (candidates ? kBins : 0u); i += THREADS) {   // all: a bound by the smallest takes 0.4 us more
       const u32 bin = top - i - rank, count = memory.bins[own_head][bin % kPartRing];
       if (count) atomicAdd(own_bins + bin % kRing, count);
     }
-    told = static_cast<u64>(candidates + 1) << 32 | memory.largest[own_head];
   }
   __syncthreads();
-  if (told && rank == 0) publish(&row_parts[own_head * parts + blockIdx.x].bins, told);
+  if (told && rank == 0) publish(&row_parts[own_head * parts + blockIdx.x].bins, 1);
+#pragma unroll 1
   for (int i = threadIdx.x; i < group * 3 * kDigits; i += kThreads) digits[i] = 0;
-  find_brackets(memory, row_bins, row_parts, group, target.rule, spare);
+
+  // ---- a warp finds the bracket of each head, and meanwhile the others sum the masses of all candidates ----
+  constexpr int SUMMING = kWarps / HEADS - 1;   // warps, for each head
+  if (warp < HEADS) {
+    if (warp < group) {
+      const Bracket bracket = find_bracket_of_row(row_bins + static_cast<u64>(warp) * kRing, row_parts + warp * parts,
+                                                  target.rule, staged + warp * kStagedBins);
+      if (lane == 0) memory.brackets[warp] = bracket;
+    }
+  } else if (const int h = (warp - HEADS) / SUMMING; h < group) {
+    const float largest = RowBounds(row_parts + h * parts).largest();
+    u64 inside = 0;
+#pragma unroll 1
+    for (int unit = (warp - HEADS) % SUMMING * kTopPUnit; unit < size; unit += SUMMING * kTopPUnit)
+#pragma unroll
+      for (int i = 0; i < kTopPUnit / 128; ++i) {
+        const float4 four = reinterpret_cast<const float4*>(part.of(h) + unit)[i * 32 + lane];
+        inside += static_cast<u64>(mass_of(four.x, largest)) + mass_of(four.y, largest);
+        inside += static_cast<u64>(mass_of(four.z, largest)) + mass_of(four.w, largest);
+      }
+    inside = warp_sum(inside);
+    if (lane == 0) memory.inside[warp] = inside;
+  }
   __syncthreads();
 
   constexpr int WARPS = kWarps / HEADS;   // that have a query head
   const int head = warp / WARPS;
-  u64 inside = 0, above = 0;
+  u64 above = 0;
   u32 count_above = 0;
   if (head < group) {
     const Bracket bracket = memory.brackets[head];
     Entry* entries = target.entries + ((first_row + head) * parts + blockIdx.x) * target.capacity;
+    u32* const own_words = words_above + head * WORDS;
 #pragma unroll 1
     for (int unit = warp % WARPS * kTopPUnit; unit < size; unit += WARPS * kTopPUnit) {
-      constexpr int EACH = kTopPUnit / 32;
-      const float* own_logits = part.of(head) + unit + lane;
-      float y[EACH];
-      u32 listed = 0, own_word = 0;
+      static_assert(kTopPUnit == 256, "a lane has eight tokens, whose bits are a byte");
+      // Its second four come first in every second four lanes: eight lanes read different banks.
+      const int swapped = lane >> 2 & 1;
+      const float4* own_logits = reinterpret_cast<const float4*>(part.of(head) + unit) + lane * 2;
+      const float4 one = own_logits[swapped], other = own_logits[swapped ^ 1];
+      const float y[8] = {one.x, one.y, one.z, one.w, other.x, other.y, other.z, other.w};
+      u32 bits = 0;                    // in the bracket or above
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) y[i] = own_logits[i * 32];
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const u32 own = mass_of(y[i], bracket.largest_weight);
-        const bool is_above = y[i] >= bracket.high;   // what is no number passes no comparison
-        inside += own;
-        above += is_above ? own : 0;
-        listed |= y[i] >= bracket.low && !is_above ? 1u << i : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const u32 word = __ballot_sync(0xffffffffu, y[i] >= bracket.high);
-        own_word = lane == i ? word : own_word;
-      }
-      count_above += __popc(own_word);
-      if (own_word) atomicOr(&memory.chosen[unit / 32 + lane], own_word);
-      u32 lanes = __ballot_sync(0xffffffffu, listed);
-      if (!lanes) continue;
-      // Few have any: one after the other, and of each the first lanes take a token; a loop of each lane's own takes
-      // 2 us per token.
-      const u32 all = warp_sum(static_cast<u32>(__popc(listed)));
-      u32 place = lane == 0 ? atomicAdd(&memory.listed[head], all) : 0u;
-      place = __shfl_sync(0xffffffffu, place, 0);
+      for (int i = 0; i < 8; ++i)      // what is no number passes no comparison
+        if (y[i] >= bracket.low) bits |= 1u << i;
+      reinterpret_cast<u8*>(own_words + unit / 32)[lane] = static_cast<u8>(swapped ? bits >> 4 | bits << 4 : bits);
+    }
+    __syncwarp();
+    // Words of the same units, a lane each: above the bracket, and what is in it.
 #pragma unroll 1
-      for (; lanes; lanes &= lanes - 1) {
-        const int source = __ffs(static_cast<int>(lanes)) - 1;
-        const u32 bits = __shfl_sync(0xffffffffu, listed, source);
-        const u32 own_place = place + __popc(bits & ((1u << lane) - 1));
-        place += __popc(bits);
-        if (!(bits >> lane & 1) || own_place >= static_cast<u32>(target.capacity)) continue;
-        const int at = unit + lane * 32 + source;
-        entries[own_place] = {order_key(part.of(head)[at]), part.first + at};
+    for (int unit = warp % WARPS; unit * kTopPUnit < size; unit += 4 * WARPS) {
+      const int first = (unit + lane / 8 * WARPS) * kTopPUnit + lane % 8 * 32;
+      const float* own_logits = part.of(head) + first;
+      u32 listed = first < size ? own_words[first / 32] : 0, upper = 0;
+#pragma unroll 1
+      for (u32 rest = listed; rest; rest &= rest - 1) {
+        const float y = own_logits[__ffs(static_cast<int>(rest)) - 1];
+        if (!(y >= bracket.high)) continue;
+        upper |= rest & (0 - rest);
+        above += mass_of(y, bracket.largest_weight);
+      }
+      if (first < size) own_words[first / 32] = upper;
+      count_above += __popc(upper);
+      listed ^= upper;
+      const u32 count = __popc(listed), upto = warp_prefix(count);
+      u32 place = lane == 31 ? atomicAdd(&memory.listed[head], upto) : 0u;
+      place = __shfl_sync(0xffffffffu, place, 31) + upto - count;
+#pragma unroll 1
+      for (; listed && place < static_cast<u32>(target.capacity); listed &= listed - 1, ++place) {
+        const int at = __ffs(static_cast<int>(listed)) - 1;
+        entries[place] = {order_key(own_logits[at]), part.first + first + at};
       }
     }
   }
-  inside = warp_sum(inside);
   above = warp_sum(above);
   count_above = warp_sum(count_above);
   if (lane == 0) {
-    memory.inside[warp] = inside;
     memory.above[warp] = above;
     memory.count_above[warp] = count_above;
   }
@@ -848,14 +894,19 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
     const int h = threadIdx.x;
     WordPair told = {static_cast<u64>(memory.listed[h] + 1) << kMassBits, 1ull << kMassBits};
 #pragma unroll
-    for (int i = 0; i < WARPS; ++i) {
-      told.first += memory.inside[h * WARPS + i];
+    for (int i = 0; i < SUMMING; ++i) told.first += memory.inside[HEADS + h * SUMMING + i];
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i)
       told.second += memory.above[h * WARPS + i] + (static_cast<u64>(memory.count_above[h * WARPS + i]) << kMassBits);
-    }
     publish(&row_parts[h * parts + blockIdx.x].lists, told);
   }
   __syncwarp();                        // what is published goes first
-  fetch(memory.chosen[threadIdx.x]);
+  u32 surely_chosen = 0;
+  if (static_cast<int>(threadIdx.x) * 32 < size)
+#pragma unroll 1
+    for (int h = 0; h < group; ++h) surely_chosen |= words_above[h * WORDS + threadIdx.x];
+  memory.chosen[threadIdx.x] = surely_chosen;
+  fetch(surely_chosen);
   __syncwarp();
 
   // ---- where the prefixes end: the same for every block of the list ----
@@ -874,15 +925,36 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
   }
   __syncthreads();
   const int share = (group * kRing / 4 + parts - 1) / parts, from = blockIdx.x * share;   // all have read the bins
+#pragma unroll 1
   for (int i = from + static_cast<int>(threadIdx.x); i < min(from + share, group * kRing / 4); i += kThreads)
     reinterpret_cast<uint4*>(row_bins)[i] = {0, 0, 0, 0};
   Search* const searches = prefixes.searches;
-  find_last<kAnyBetween>(searches, 0, group, digits,
-                         ListedTokens<kPlain>{list, target.arguments, first_row + list.head,
-                                              memory.brackets[list.head].largest_weight});
-  bool rare = false;
-  for (int h = 0; h < group; ++h)
-    rare |= searches[h].state == kFailed || (searches[h].state == kNothing && memory.brackets[h].is_bounded_above());
+  bool rare = false;                   // lists do not decide
+#pragma unroll 1
+  for (int searched = -1;;) {          // the lists; then the rows of query heads that they leave open
+    find_last<kAnyBetween>(searches, max(searched, 0), searched < 0 ? group : searched + 1, digits,
+                           ListedOrRowTokens{list, target.arguments, first_row, memory.brackets, searched});
+    if (searched < 0) {
+#pragma unroll 1
+      for (int h = 0; h < group; ++h)
+        rare |= searches[h].state == kFailed ||
+                (searches[h].state == kNothing && memory.brackets[h].is_bounded_above());
+      if (!rare) break;
+#pragma unroll 1
+      for (int h = 0; h < group; ++h)
+#pragma unroll 1
+        for (int at = threadIdx.x; at < size; at += kThreads)
+          target.logits[(first_row + h) * target.arguments.tokens + part.first + at] = part.of(h)[at];
+      __syncthreads();
+      if (threadIdx.x == 0 && take_ticket(&rendezvous.written) != parts - 1)
+        wait_for_tickets(&rendezvous.written, parts);
+      __syncthreads();
+    }
+    do ++searched;
+    while (searched < group && searches[searched].state != kFailed);
+    if (searched >= group) break;
+    start_search_of_row(searches[searched]);
+  }
   const int words = (size + 31) / 32;
   if (!rare) {
     if (list.part == static_cast<int>(blockIdx.x) && searches[list.head].state == kFound)
@@ -891,23 +963,10 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
           atomicOr(&memory.chosen[(t - part.first) / 32], 1u << (t % 32));
       });
   } else {
-    for (int h = 0; h < group; ++h)
-      for (int at = threadIdx.x; at < size; at += kThreads)
-        target.logits[(first_row + h) * target.arguments.tokens + part.first + at] = part.of(h)[at];
-    __syncthreads();
-    if (threadIdx.x == 0 && take_ticket(&rendezvous.written) != parts - 1) wait_for_tickets(&rendezvous.written, parts);
-    __syncthreads();
-    for (int h = 0; h < group; ++h) {
-      if (searches[h].state != kFailed) continue;
-      const Row<kPlain> row(target.arguments, first_row + h, blockIdx.z);
-      start_search_of_row(searches[h]);
-      find_last<kAnyBetween>(searches, h, h + 1, digits,
-                             RowTokens<kPlain, false>{row, h, memory.brackets[h].largest_weight});
-    }
-    __syncthreads();
 #pragma unroll 1
     for (int at = threadIdx.x; at < words * 32; at += kThreads) {
       bool is_chosen = false;
+#pragma unroll 1
       for (int h = 0; h < group; ++h) {
         const float y = at < size ? part.of(h)[at] : __uint_as_float(0x7fffffffu);
         is_chosen |= is_finite(y) && searches[h].state == kFound &&
@@ -921,6 +980,7 @@ __device__ __forceinline__ PartChoice choose_top_p(TopPMemory<HEADS>& memory, co
 
   // ---- how many are chosen ----
   u32 most = 0;                        // tokens of part `lane` that may be, counted for each query head
+#pragma unroll 1
   for (int h = 0; h < group; ++h) most += part_most[h][lane];
   const u32 largest = warp_max(most), all = warp_sum(most);
   const u32 bits = memory.chosen[threadIdx.x], own = __popc(bits), upto = warp_prefix(own);
