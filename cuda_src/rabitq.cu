@@ -91,6 +91,9 @@
 //            logits that are not finite or share bins, for offsets, and for lists that are too short, all of which was
 //            taken away for a test, a step took 4.6 us (4.0) less when loops in it were unrolled, and 2.0 (2.0) less
 //            when they no longer were.
+//            Where caches hold the instructions of other kernels it takes longer than benchmarks say, which repeat one
+//            call: 43 us (34) if exact attention ran before data was written over the caches, 46 (37) if KIVI's did,
+//            too, instead of 38 (29); exact attention takes no longer then.
 //   Tried    For a decode step of 128K tokens, 2 %, and (32K, 5 %).  No rows fetched ahead: 1.2 us (1.1) more; values
 //            with the keys: 1.7 (1.9); both while tokens are listed: 0.6 (1.0); whole rows by bulk copies to the L2
 //            cache: nothing (1.6 more), with 10 % 0.3 less.  Rows copied without the hint that they are read once: 0.9,
