@@ -378,12 +378,18 @@ def some_index(content, tokens, head_dim):
         share = 0.3 if content == "masked" else 1.0
         encoded.rescale[rng.random(encoded.rescale.shape) < share] = np.nan
         encoded.rescale[:, :, 5] = np.inf
+    elif content == "wide and masked":      # downwards alone: what is not finite is not near the largest
+        query[...] = 30 * query[:, :1] * np.linspace(1, 2, 8, dtype=np.float32)[:, None]
+        encoded.key_mean[...] = 0
+        above = rabitq.score(query[:, :2], encoded, hadamard(head_dim, 3), backend="reference").logits > 0
+        encoded.rescale[above] *= np.float16(0.01)
+        encoded.rescale[rng.random(encoded.rescale.shape) < 0.3] = np.nan
     return query, encoded
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("content", ["normal", "wide", "apart", "equal", "ties", "huge", "tiny", "masked", "nothing",
-                                     "offset"])
+                                     "offset", "wide and masked"])
 def test_top_p_in_one_launch(backend, content):
     """The same bits as scores and a selection in turn: of whole parts and a short one, sequences that end in the first,
     and lists too short for what is near the threshold."""
