@@ -71,22 +71,24 @@
 //            the bin of a bracket among its own: 1.3 more.  Codes to the L2 cache while the query is rounded: 0.9 more;
 //            two steps ahead in the loop: 1.0 more.  Bins of a part no further than its smallest logit: 0.4 more, for
 //            the longer code.  Attention in a launch that begins early: no less, at 32K tokens 0.6.  Masses when the
-//            brackets are known, with bits by a ballot for every 32 tokens and lists for every 256: 3.6 more (32K:
-//            1.0).  Eight query heads, and up to 64 parts, before brackets and masses were found at the same time: 47.3
-//            us at 16:2 heads where three launches take 42.4, 43.7 at 64:8 and 32K tokens instead of 40.7.
+//            brackets are known, and bits by a ballot for every 32 tokens: 2.1 more (10 %: 2.5, 32K tokens: 0.1); lists
+//            for every 256 tokens: 0.6 more.  Eight query heads, and up to 64 parts, before brackets and masses were
+//            found at the same time: 47.3 us at 16:2 heads where three launches take 42.4, 43.7 at 64:8 and 32K tokens
+//            instead of 40.7.
 //
 // rabitq_attention_kernel: the same, and attention to what is chosen (kvb/exact_attention.cuh), for fp16 and bf16.
 //   Work     A block attends to the tokens that are chosen of its own part, which it lists in shared memory, and to a
-//            share of the exact slots in front; the blocks of a list merge as splits do.  Its last
-//            warps, the first to have no tile, write the positions for the caller.  Where a part may have half as many
-//            again as the mean, and 64, which all know from what was published for the search, blocks wait until all
-//            positions are written and take equal shares.
+//            share of the exact slots in front; the blocks of a list merge as splits do.  Its last warps, the first to
+//            have no tile, write the positions for the caller.  Where a part may have half as many again as the mean,
+//            and 64, which all know from what was published for the search, blocks wait until all positions are written
+//            and take equal shares.
 //   Rows     Keys of tokens above the brackets come to the L2 cache while the last ones are searched, values of all
 //            that are chosen while they are listed.  The rings of 16 warps take the place of the logits.
 //   Latency  On an H100, in us, of 128K tokens (and 32K): as above until the part's tokens are counted, until they are
 //            listed 0.3, for the tiles 3.2 (2.4), to merge warps 1.4 (1.2), until the last block knows that it is 0.7,
-//            and for it 1.8; 4 of a step are between the call and the first or after the last instruction.  A decode
-//            step takes 2.5 us less than with two launches, and 1.2 less where blocks take equal shares.
+//            and for it 1.8; 4 of a step are between the call and the first or after the last instruction.  Before its
+//            code was short a step took 2.5 us less than with two launches, and 1.2 less where blocks take equal
+//            shares.
 //   Code     It is more than an instruction cache holds, and what never runs costs time, too: without the code for
 //            logits that are not finite or share bins, for offsets, and for lists that are too short, all of which was
 //            taken away for a test, a step took 4.6 us (4.0) less when loops in it were unrolled, and 2.0 (2.0) less
@@ -96,11 +98,12 @@
 //            too, instead of 38 (29); exact attention takes no longer then.
 //   Tried    For a decode step of 128K tokens, 2 %, and (32K, 5 %).  No rows fetched ahead: 1.2 us (1.1) more; values
 //            with the keys: 1.7 (1.9); both while tokens are listed: 0.6 (1.0); whole rows by bulk copies to the L2
-//            cache: nothing (1.6 more), with 10 % 0.3 less.  Rows copied without the hint that they are read once: 0.9,
-//            and 5 with 10 %.  Positions written when the copies are on their way: the counts of other parts come 3.8
-//            us later.  Registers spilled, 48 bytes: 1.3.  Rows fetched before a part's sums are published: 0.5 (0.9).
-//            Codes to the L2 cache while the query is rounded: 0.3 less, with 10 % 1.7 more.  A launch that is not
-//            cooperative: no less.  The last block with places for eight parts a thread, for four of them: 1.7 more.
+//            cache: up to 0.9 more (1.5), with 10 % 0.3 less.  Rows copied without the hint that they are read once:
+//            0.9, and 5 with 10 %.  Positions written when the copies are on their way: the counts of other parts come
+//            3.8 us later.  Registers spilled, 48 bytes: 1.3.  Rows fetched before a part's sums are published: 0.5
+//            (0.9). Codes to the L2 cache while the query is rounded: no less, with 10 % 0.6 to 2 more.  A launch that
+//            is not cooperative: no less.  In the last block places for eight parts a thread where there are four: 0.9
+//            (1.3).
 #include "kvb/convert.cuh"
 #include "kvb/device.cuh"
 #include "kvb/exact_attention.cuh"

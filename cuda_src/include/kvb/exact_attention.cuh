@@ -368,7 +368,8 @@ __device__ __forceinline__ bool attend(const DecodeArguments<T>& arguments, cons
   const StoreOutput<T> store = {
       static_cast<char*>(arguments.output) + row * D * (arguments.output_float32 ? sizeof(float) : sizeof(T)),
       arguments.output_float32};
-  constexpr int BATCH = Tokens::kOwn ? 4 : 8;   // up to 16 splits and four query heads: one each for four threads
+  // Of 16 splits, for up to four query heads of 128, each of four threads has four.
+  constexpr int BATCH = Tokens::kOwn ? 4 : 8;
   return finish_split<D, WARPS, HEADS, 32 * WARPS, BATCH>(copies, statistics, shared, target_of(arguments, pair, D),
                                                           group, split, splits, active, store);
 }

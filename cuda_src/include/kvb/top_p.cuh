@@ -484,7 +484,7 @@ __device__ __forceinline__ void finish_lists(const SelectionArguments& arguments
 // time, and search the whole row.
 //
 // What runs once or never is kept short: with attention behind it a kernel has more instructions than their cache
-// holds, and loops that were unrolled without need cost a decode step 2 us.
+// holds, and loops that were unrolled without need cost a decode step 2 to 3 us.
 
 constexpr int kPartRing = 4096;      // bins of a part: logits further apart than 64 are counted a second time
 constexpr int kTopPUnit = 256;       // tokens that a warp takes at a time
